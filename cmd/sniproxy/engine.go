@@ -1,0 +1,304 @@
+package main
+
+import (
+	"container/list"
+	"errors"
+	"io"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir"
+	"sniproxy/proxyproto"
+	"sniproxy/sni"
+)
+
+// An engine accepts connections and serves them, with a goroutine for each direction of
+// each connection, on Go's own poller. It is the plain statement of what the program
+// does.
+type engine struct {
+	listener *listener
+	file     *os.File // the listening socket, for the poller
+
+	failed  chan error    // gets the reason if the engine cannot go on
+	drained chan struct{} // closed when the last connection has ended after stop
+
+	conns sync.WaitGroup
+	count atomic.Int64
+	ended chan struct{} // gets something when a connection has ended
+
+	mu      sync.Mutex
+	waiting list.List // of *conn: those that are not relays yet, in order of arrival
+}
+
+func startEngine(l *listener) (*engine, error) {
+	e := &engine{
+		listener: l,
+		failed:   make(chan error, 1),
+		drained:  make(chan struct{}),
+		ended:    make(chan struct{}, 1),
+	}
+	var err error
+	if e.file, err = pollable(l); err != nil {
+		return nil, err
+	}
+	e.conns.Go(e.accept)
+	return e, nil
+}
+
+// pollable returns a file for the listening socket l, known to the poller; it takes the
+// place of l.fd. The poller takes a file only if it is non-blocking, which whoever shares
+// the socket may undo at any time; hence the attempts.
+func pollable(l *listener) (*os.File, error) {
+	for {
+		fd, err := unix.FcntlInt(uintptr(l.fd), unix.F_DUPFD_CLOEXEC, 3)
+		if err != nil {
+			return nil, err
+		}
+		if err := unix.SetNonblock(fd, true); err != nil {
+			return nil, err
+		}
+		f := os.NewFile(uintptr(fd), "listener")
+		if f.SetDeadline(time.Time{}) == nil {
+			unix.Close(l.fd)
+			l.fd = fd
+			return f, nil
+		}
+		f.Close()
+	}
+}
+
+// stop ends accepting, and lets go of the listening socket. It returns when that is done.
+func (e *engine) stop() {
+	e.file.Close()
+	go func() {
+		e.conns.Wait()
+		close(e.drained)
+	}()
+}
+
+// open returns how many connections there are.
+func (e *engine) open() int64 { return e.count.Load() }
+
+// A conn is a client's connection.
+type conn struct {
+	client   *os.File
+	addr     unix.Sockaddr // the client's
+	deadline time.Time     // for the relay to begin
+	place    *list.Element // among those waiting
+}
+
+// accept accepts connections until the listener is closed.
+func (e *engine) accept() {
+	for {
+		fd, addr, err := e.acceptOne()
+		switch err {
+		case nil:
+			c := &conn{client: os.NewFile(uintptr(fd), "client"), addr: addr, deadline: time.Now().Add(helloTimeout)}
+			e.enter(c)
+			e.conns.Go(func() {
+				defer e.leave(c)
+				e.serve(c)
+			})
+		case os.ErrClosed:
+			return
+		case unix.ECONNABORTED:
+			// Only that connection is gone.
+		case unix.EMFILE, unix.ENFILE:
+			if !e.makeRoom(nil) {
+				e.pause(err)
+			}
+		default:
+			if !e.listener.stillListens() {
+				e.failed <- errors.New("the listening socket was shut down by another process that shares it")
+				return
+			}
+			e.pause(err)
+		}
+	}
+}
+
+func (e *engine) acceptOne() (fd int, addr unix.Sockaddr, err error) {
+	raw, err := e.file.SyscallConn()
+	if err != nil {
+		return -1, nil, os.ErrClosed
+	}
+	closed := raw.Read(func(uintptr) bool {
+		fd, addr, err = e.listener.accept()
+		for err == unix.EINTR {
+			fd, addr, err = e.listener.accept()
+		}
+		return err != unix.EAGAIN
+	})
+	if closed != nil {
+		return -1, nil, os.ErrClosed
+	}
+	return fd, addr, err
+}
+
+// acceptTrouble rations what is said about accept.
+var acceptTrouble = ration{period: 10 * time.Second}
+
+// pause waits after a failure of accept that has a cause outside of the connection, for
+// one to end or for acceptPause. The clients wait in the backlog.
+func (e *engine) pause(err error) {
+	if acceptTrouble.take() {
+		complain("cannot accept connections for the moment: %v", err)
+	}
+	select {
+	case <-e.ended:
+	case <-time.After(acceptPause):
+	}
+}
+
+// enter counts c, and puts it last among those waiting.
+func (e *engine) enter(c *conn) {
+	e.count.Add(1)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	c.place = e.waiting.PushBack(c)
+}
+
+// remove takes c from those waiting. It reports whether c was still there; if not, it
+// was dropped to make room.
+func (e *engine) remove(c *conn) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if c.place == nil {
+		return false
+	}
+	e.waiting.Remove(c.place)
+	c.place = nil
+	return true
+}
+
+// makeRoom drops the connection that waits longest for its relay to begin, other than c,
+// which needs a descriptor. It reports whether there was one.
+func (e *engine) makeRoom(c *conn) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for place := e.waiting.Front(); place != nil; place = place.Next() {
+		if oldest := place.Value.(*conn); oldest != c {
+			e.waiting.Remove(place)
+			oldest.place = nil
+			oldest.client.Close()
+			return true
+		}
+	}
+	return false
+}
+
+// leave is the end of c, whatever way it went.
+func (e *engine) leave(c *conn) {
+	e.remove(c)
+	c.client.Close()
+	e.count.Add(-1)
+	select {
+	case e.ended <- struct{}{}:
+	default:
+	}
+}
+
+// serve is the way of a connection: hello, dial, relay.
+func (e *engine) serve(c *conn) {
+	if c.client.SetReadDeadline(c.deadline) != nil {
+		return // the poller has no room for it
+	}
+	var parser sni.Parser
+	hello, name, err := c.hello(&parser)
+	if err != nil {
+		c.refuse(err)
+		return
+	}
+	backend, proxyV1, err := e.dial(c, name)
+	if err != nil {
+		c.refuse(err)
+		return
+	}
+	defer backend.Close()
+	if !e.remove(c) || c.client.SetReadDeadline(time.Time{}) != nil {
+		return
+	}
+	if proxyV1 {
+		header, err := c.proxyHeader()
+		if err != nil {
+			return
+		}
+		hello = append(header, hello...)
+	}
+	relay(c.client, backend, hello)
+}
+
+// hello reads until the server name is known. It returns all bytes read so far, and the
+// name, in memory of the parser.
+func (c *conn) hello(parser *sni.Parser) (hello, name []byte, err error) {
+	in := newSource(c.client)
+	for name == nil {
+		b, err := in.read(sni.MaxHello - len(hello))
+		switch {
+		case errors.Is(err, io.EOF):
+			return nil, nil, errEOF
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			return nil, nil, errTimeout
+		case err != nil:
+			return nil, nil, err
+		}
+		hello = append(hello, b...)
+		name, err = parser.Parse(b)
+		in.release()
+		if err != nil {
+			return nil, nil, err
+		}
+	}
+	return hello, name, nil
+}
+
+// dial connects to the backend of a host. While its backlog is full it tries again, until
+// the deadline of c.
+func (e *engine) dial(c *conn, name []byte) (backend *os.File, proxyV1 bool, err error) {
+	for wait := redialMin; ; wait = min(2*wait, redialMax) {
+		fd, proxyV1, err := hostdir.Dial(name)
+		switch {
+		case err == nil:
+			f := os.NewFile(uintptr(fd), "backend")
+			if err := f.SetDeadline(time.Time{}); err != nil {
+				f.Close()
+				return nil, false, err
+			}
+			return f, proxyV1, nil
+		case noRoom(err) && e.makeRoom(c):
+			continue
+		case !backlogFull(err) || time.Now().Add(wait).After(c.deadline):
+			return nil, false, err
+		}
+		time.Sleep(wait)
+	}
+}
+
+// proxyHeader returns the PROXY protocol header for c.
+func (c *conn) proxyHeader() ([]byte, error) {
+	var local unix.Sockaddr
+	var err error
+	if closed := control(c.client, func(fd int) { local, err = unix.Getsockname(fd) }); closed != nil {
+		return nil, closed
+	}
+	if err != nil {
+		return nil, err
+	}
+	return proxyproto.AppendV1(nil, addrPort(c.addr), addrPort(local)), nil
+}
+
+// refuse tells the client with an alert why it is not served, and sees to it that the
+// alert arrives: it ends the sending side, and reads what the client has still to say,
+// within bounds, so that closing does not send a reset, which would overtake the alert.
+func (c *conn) refuse(err error) {
+	record := refusal(err).Description.Record()
+	c.client.SetDeadline(time.Now().Add(lingerTimeout))
+	if _, err := c.client.Write(record[:]); err != nil {
+		return
+	}
+	linger(c.client)
+}

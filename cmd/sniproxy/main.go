@@ -1,0 +1,98 @@
+// Sniproxy puts many TLS services behind one port. It reads the server name in the
+// ClientHello of each connection, connects to the Unix socket of the host with that
+// name, and forwards the bytes, unchanged, both ways. It decrypts nothing.
+//
+// # Interface
+//
+// There are no arguments and no configuration file.
+//
+//   - Standard input is a bound and listening TCP socket: IPv4, IPv6 or both.
+//     Supervisors such as systemd, inetd and s6 hand it over.
+//   - The working directory is the hosts directory. NAME/tls-socket in it is the
+//     socket of the backend for the host NAME. If NAME/send-proxy-v1 exists, what
+//     the backend receives begins with a PROXY protocol header. Both are looked up
+//     for each connection. See package hostdir.
+//   - Standard output gets "listening on ADDR" once connections are accepted, and
+//     "got SIGHUP, shutting down" at the stop.
+//   - Standard error gets everything else, a line each, without time stamps.
+//
+// A descriptor that cannot be written to, or not now, neither ends nor delays the
+// program. Descriptors 0, 1 and 2 may all be the listening socket.
+//
+// # Signals
+//
+// SIGHUP and SIGTERM stop the program gracefully: it accepts nothing more, lets go of
+// the listening socket at once, and exits when the last connection has ended, at the
+// latest after ten seconds. A second signal ends it at once.
+//
+// # Exit status
+//
+// 0 after a stop, 1 if the program could not start or go on, 2 for wrong usage.
+//
+// # Files of the program
+//
+// A connection flows through the engine: accept, hello, dial, relay, end. What goes
+// before and beside it is in main.go, listener.go, output.go and refusal.go, and the
+// limits that it keeps to are in limits.go.
+package main
+
+import (
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const usage = `usage: sniproxy < listening TCP socket
+
+It takes no arguments. Standard input is a listening TCP socket, and the working
+directory holds a directory NAME, with the Unix socket tls-socket in it, for each host.
+`
+
+func main() { os.Exit(run()) }
+
+func run() int {
+	// Before anything is written: descriptors 1 and 2 may be a dead pipe, or the
+	// listening socket, for which write(2) is EPIPE.
+	signal.Ignore(syscall.SIGPIPE)
+	defer flushOutput()
+
+	if len(os.Args) != 1 {
+		stderr.print(usage)
+		return 2
+	}
+	l, err := inheritListener()
+	if err != nil {
+		complain("%v", err)
+		return 1
+	}
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, syscall.SIGHUP, syscall.SIGTERM)
+	e, err := startEngine(l)
+	if err != nil {
+		complain("%v", err)
+		return 1
+	}
+	stdout.print(fmt.Sprintf("listening on %v\n", l.addr))
+
+	status := 0
+	select {
+	case s := <-signals:
+		stdout.print(fmt.Sprintf("got %s, shutting down\n", unix.SignalName(s.(syscall.Signal))))
+	case err := <-e.failed:
+		complain("%v; shutting down", err)
+		status = 1
+	}
+	e.stop()
+	select {
+	case <-e.drained:
+	case s := <-signals:
+		complain("got %s again, %d connections were cut", unix.SignalName(s.(syscall.Signal)), e.open())
+	case <-time.After(drainTimeout):
+		complain("%d connections were cut after %v", e.open(), drainTimeout)
+	}
+	return status
+}

@@ -1,0 +1,171 @@
+package main
+
+import (
+	"errors"
+	"io"
+	"os"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"sniproxy/sni"
+)
+
+// relay sends the backend the hello, then forwards bytes both ways until both directions
+// have ended, or one has failed.
+func relay(client, backend *os.File, hello []byte) {
+	var flows sync.WaitGroup
+	broken := false // the backend does not read any more
+	flows.Go(func() {
+		_, err := backend.Write(hello)
+		hello = nil
+		if err == nil {
+			err = forward(backend, client)
+		}
+		switch {
+		case err == nil:
+			shutdown(backend, unix.SHUT_WR)
+		case errors.Is(err, unix.EPIPE):
+			// What the backend has said before is forwarded still, then its side
+			// ends: with a reset if it was reset.
+			broken = true
+			shutdown(backend, unix.SHUT_RD)
+		default:
+			reset(client, backend)
+		}
+	})
+	if err := forward(client, backend); err != nil {
+		reset(client, backend)
+	} else {
+		shutdown(client, unix.SHUT_WR)
+	}
+	flows.Wait()
+	if broken {
+		linger(client)
+	}
+}
+
+// forward copies from src to dst until src ends.
+func forward(dst, src *os.File) error {
+	in := newSource(src)
+	for {
+		b, err := in.read(sni.MaxHello)
+		if err == nil {
+			_, err = dst.Write(b)
+			in.release()
+		}
+		switch err {
+		case nil:
+		case io.EOF:
+			return nil
+		default:
+			return err
+		}
+	}
+}
+
+// linger ends the sending side of client, and reads and drops, within bounds, what it has
+// still to say: closing with input unread would send a reset, which can overtake what was
+// sent before.
+func linger(client *os.File) {
+	shutdown(client, unix.SHUT_WR)
+	if client.SetReadDeadline(time.Now().Add(lingerTimeout)) != nil {
+		return
+	}
+	in := newSource(client)
+	for size := 0; size < lingerSize; {
+		b, err := in.read(sni.MaxHello)
+		if err != nil {
+			return
+		}
+		size += len(b)
+		in.release()
+	}
+}
+
+// reset closes both connections at once, that of the client with a reset, so that it does
+// not mistake what it has for all there is.
+func reset(client, backend *os.File) {
+	control(client, func(fd int) {
+		unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1, Linger: 0})
+	})
+	client.Close()
+	backend.Close()
+}
+
+// shutdown ends a direction. It fails only where there is nothing left to end.
+func shutdown(f *os.File, how int) {
+	control(f, func(fd int) { unix.Shutdown(fd, how) })
+}
+
+// control calls do with the descriptor of f, unless f is closed.
+func control(f *os.File, do func(fd int)) error {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	return raw.Control(func(fd uintptr) { do(int(fd)) })
+}
+
+// scratch holds the buffers of sources.
+var scratch = sync.Pool{New: func() any { return new([sni.MaxHello]byte) }}
+
+// A source reads from a file with a buffer that it holds only from the moment when there
+// is something to read until what was read is dealt with. Idle connections have none.
+type source struct {
+	raw syscall.RawConn
+	try func(fd uintptr) bool
+
+	buf  *[sni.MaxHello]byte
+	size int
+	n    int
+	err  error
+}
+
+func newSource(f *os.File) *source {
+	s := &source{}
+	s.raw, s.err = f.SyscallConn()
+	s.try = func(fd uintptr) bool {
+		s.buf = scratch.Get().(*[sni.MaxHello]byte)
+		for {
+			s.n, s.err = unix.Read(int(fd), s.buf[:s.size])
+			switch s.err {
+			case unix.EINTR:
+				continue
+			case unix.EAGAIN:
+				s.release()
+				return false
+			}
+			return true
+		}
+	}
+	return s
+}
+
+// read waits for input, and returns at most size bytes of it. They are valid until
+// release, which must follow if there is no error. At the end it returns [io.EOF].
+func (s *source) read(size int) ([]byte, error) {
+	if s.raw == nil {
+		return nil, s.err
+	}
+	s.size = size
+	if err := s.raw.Read(s.try); err != nil {
+		return nil, err
+	}
+	if s.err == nil && s.n > 0 {
+		return s.buf[:s.n], nil
+	}
+	s.release()
+	if s.err == nil {
+		return nil, io.EOF
+	}
+	return nil, s.err
+}
+
+// release gives the buffer back.
+func (s *source) release() {
+	scratch.Put(s.buf)
+	s.buf = nil
+}
