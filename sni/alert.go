@@ -1,0 +1,107 @@
+package sni
+
+import "fmt"
+
+// A Description is the AlertDescription of RFC 8446, Section 6.
+type Description uint8
+
+// The descriptions that a client can be told, spelled as in the RFC but for
+// the case.
+const (
+	UnexpectedMessage Description = 10
+	RecordOverflow    Description = 22
+	DecodeError       Description = 50
+	InternalError     Description = 80
+	UserCanceled      Description = 90
+	UnrecognizedName  Description = 112
+)
+
+// String returns the name that RFC 8446 gives the description, such as
+// "unrecognized_name".
+func (d Description) String() string {
+	switch d {
+	case UnexpectedMessage:
+		return "unexpected_message"
+	case RecordOverflow:
+		return "record_overflow"
+	case DecodeError:
+		return "decode_error"
+	case InternalError:
+		return "internal_error"
+	case UserCanceled:
+		return "user_canceled"
+	case UnrecognizedName:
+		return "unrecognized_name"
+	}
+	return fmt.Sprintf("description %d", uint8(d))
+}
+
+// Record returns the TLS record that tells a client the description, as a
+// fatal alert.
+func (d Description) Record() [7]byte {
+	const (
+		alert = 21 // ContentType
+		fatal = 2  // AlertLevel
+	)
+	return [7]byte{alert, 3, 3, 0, 2, fatal, byte(d)}
+}
+
+// An Alert says why a client is refused: the description is for the client,
+// the reason for people. It never holds bytes that came from the client.
+type Alert struct {
+	Description Description
+	Reason      string
+}
+
+// Error returns the reason and the alert, such as
+// "no server name (alert 112, unrecognized_name)".
+func (a Alert) Error() string {
+	return fmt.Sprintf("%s (alert %d, %v)", a.Reason, uint8(a.Description), a.Description)
+}
+
+// An answer is what a Parser has come to. It stands for an error in a value
+// without pointers.
+type answer uint8
+
+const (
+	pending answer = iota
+	found
+	notHandshake
+	interleaved
+	emptyRecord
+	longRecord
+	notClientHello
+	overrun
+	trailing
+	tooLate
+	noExtensions
+	noServerName
+	noHostName
+	emptyName
+	longName
+	emptyLabel
+	trailingDot
+	leadingHyphen
+	badCharacter
+)
+
+// The errors are values of the package, so that refusing allocates nothing.
+var alerts = [...]error{
+	notHandshake:   Alert{UnexpectedMessage, "first record is not a handshake"},
+	interleaved:    Alert{UnexpectedMessage, "another record type within the client hello"},
+	emptyRecord:    Alert{DecodeError, "empty handshake record"},
+	longRecord:     Alert{RecordOverflow, "record is longer than 2^14 bytes"},
+	notClientHello: Alert{UnexpectedMessage, "first message is not a client hello"},
+	overrun:        Alert{DecodeError, "a length in the client hello does not fit"},
+	trailing:       Alert{DecodeError, "a list in the client hello does not end where it should"},
+	tooLate:        Alert{InternalError, "no server name within the first 64 KiB"},
+	noExtensions:   Alert{UnrecognizedName, "client hello has no extensions"},
+	noServerName:   Alert{UnrecognizedName, "no server name"},
+	noHostName:     Alert{UnrecognizedName, "server name list has no host name"},
+	emptyName:      Alert{UnrecognizedName, "server name is empty"},
+	longName:       Alert{UnrecognizedName, "server name is longer than 254 bytes"},
+	emptyLabel:     Alert{UnrecognizedName, "server name has an empty label"},
+	trailingDot:    Alert{UnrecognizedName, "server name ends with a dot"},
+	leadingHyphen:  Alert{UnrecognizedName, "a label of the server name begins with a hyphen"},
+	badCharacter:   Alert{UnrecognizedName, "server name has a character other than letters, digits, '-', '_' and '.'"},
+}

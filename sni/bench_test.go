@@ -1,0 +1,58 @@
+package sni
+
+import (
+	"fmt"
+	"testing"
+)
+
+// The time for a whole hello in one call: of 517 bytes, which many clients
+// send; with post-quantum key shares; and that in three records.
+func BenchmarkParse(b *testing.B) {
+	for _, c := range captures(b) {
+		switch c.file {
+		case "curl", "chromium", "go":
+			benchmarkParse(b, c.file, c.stream)
+		}
+		if c.file == "go" {
+			msg := payload(c.stream)
+			benchmarkParse(b, "go-3-records", records(msg, len(msg)/3+1))
+		}
+	}
+}
+
+func benchmarkParse(b *testing.B, what string, stream []byte) {
+	b.Run(fmt.Sprintf("%s-%d", what, len(stream)), func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			var p Parser
+			if name, err := p.Parse(stream); name == nil {
+				b.Fatal(err)
+			}
+		}
+	})
+}
+
+// The time for a byte of a hello that comes byte by byte. It is the same for
+// all sizes, so the time for a hello grows with its size and no faster.
+func BenchmarkParseByteByByte(b *testing.B) {
+	for _, size := range []int{1, 4, 16, 60} {
+		b.Run(fmt.Sprintf("%dKiB", size), func(b *testing.B) {
+			stream := records(build(hello{extensions: func(m *message) {
+				m.extension(grease, fill(size<<10-100))
+				m.serverName(func() { m.entry(0, "example.com") })
+			}}).bytes, maxRecord)
+			for b.Loop() {
+				var p Parser
+				var name []byte
+				for i := range stream {
+					name, _ = p.Parse(stream[i : i+1])
+				}
+				if name == nil {
+					b.Fatal("no name")
+				}
+			}
+			perByte := float64(b.Elapsed().Nanoseconds()) / float64(b.N) / float64(len(stream))
+			b.ReportMetric(perByte, "ns/byte")
+		})
+	}
+}

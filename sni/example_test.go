@@ -1,0 +1,71 @@
+package sni_test
+
+import (
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+
+	"sniproxy/sni"
+)
+
+func ExampleParser() {
+	client, conn := net.Pipe()
+	defer conn.Close()
+	go tls.Client(client, &tls.Config{ServerName: "WWW.Example.com"}).Handshake()
+
+	var p sni.Parser
+	b := make([]byte, 64) // less than a hello, so it takes some reads
+	for {
+		n, err := conn.Read(b)
+		if err != nil {
+			fmt.Println(err)
+			return
+		}
+		name, err := p.Parse(b[:n])
+		if err != nil {
+			fmt.Println(err)
+			return
+		}
+		if name != nil {
+			fmt.Printf("%s\n", name)
+			return
+		}
+	}
+	// Output: www.example.com
+}
+
+func ExampleParser_Parse() {
+	var p sni.Parser
+	_, err := p.Parse([]byte("GET / HTTP/1.1\r\n"))
+	fmt.Println(err)
+
+	var alert sni.Alert
+	if errors.As(err, &alert) {
+		fmt.Printf("% x\n", alert.Description.Record())
+	}
+	// Output:
+	// first record is not a handshake (alert 10, unexpected_message)
+	// 15 03 03 00 02 02 0a
+}
+
+func ExampleAppendCanonical() {
+	for _, name := range []string{"WWW.Example.com", "a_b.example", "..", "example.com."} {
+		canonical, err := sni.AppendCanonical(nil, []byte(name))
+		if err != nil {
+			fmt.Println(err)
+			continue
+		}
+		fmt.Printf("%s\n", canonical)
+	}
+	// Output:
+	// www.example.com
+	// a_b.example
+	// server name has an empty label (alert 112, unrecognized_name)
+	// server name ends with a dot (alert 112, unrecognized_name)
+}
+
+func ExampleDescription_Record() {
+	fmt.Printf("%v: % x\n", sni.UserCanceled, sni.UserCanceled.Record())
+	// Output: user_canceled: 15 03 03 00 02 02 5a
+}

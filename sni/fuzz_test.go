@@ -1,0 +1,109 @@
+package sni
+
+import (
+	"slices"
+	"testing"
+)
+
+// Property: no panic; a name is canonical; the answer is stable under longer
+// input, and does not depend on how the stream is cut.
+func FuzzParse(f *testing.F) {
+	for _, c := range captures(f) {
+		f.Add(c.stream, c.stream, uint16(7))
+	}
+	f.Add(records(ordinary("example.com").bytes, 40), []byte{}, uint16(50))
+	f.Add([]byte("GET / HTTP/1.1\r\n"), []byte("\r\n"), uint16(1))
+	f.Fuzz(func(t *testing.T, stream, more []byte, size uint16) {
+		var p Parser
+		name, err := p.Parse(stream)
+		got := text(name, err)
+		if name != nil && (len(name) > MaxName || !canonicalName.Match(name)) {
+			t.Errorf("%q is not canonical", name)
+		}
+		if got == "" && len(stream) >= MaxHello {
+			t.Error("no answer after MaxHello bytes")
+		}
+
+		for _, n := range []int{1, int(size) + 1} {
+			if cut := parse(slices.Collect(slices.Chunk(stream, n))...); cut != got {
+				t.Errorf("in pieces of %d bytes: got %q, want %q", n, cut, got)
+			}
+		}
+
+		longer := text(p.Parse(more))
+		if got != "" && longer != got {
+			t.Errorf("with more behind it: got %q, want %q", longer, got)
+		}
+		if whole := parse(append(stream[:len(stream):len(stream)], more...)); whole != longer {
+			t.Errorf("whole: got %q, want %q", whole, longer)
+		}
+	})
+}
+
+// Property: the answer does not depend on how a message is put into records.
+func FuzzResplit(f *testing.F) {
+	for _, c := range captures(f) {
+		f.Add(payload(c.stream), []byte{1, 99, 2})
+	}
+	f.Fuzz(func(t *testing.T, msg, sizes []byte) {
+		// In records of one byte it must still be within the limit.
+		msg = msg[:min(len(msg), MaxHello/(recordHeader+1)-1)]
+		var split []byte
+		rest := msg
+		for i := 0; len(rest) > 0; i++ {
+			n := 1
+			if len(sizes) > 0 {
+				n += int(sizes[i%len(sizes)])
+			}
+			n = min(n, len(rest))
+			split = append(split, records(rest[:n], n)...)
+			rest = rest[n:]
+		}
+		want := parse(records(msg, maxRecord))
+		if got := parse(split); got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	})
+}
+
+// Property: where crypto/tls accepts a hello, the name is the same.
+func FuzzCryptoTLS(f *testing.F) {
+	for _, c := range captures(f) {
+		f.Add(payload(c.stream))
+	}
+	f.Add(ordinary("WWW.example.com").bytes)
+	f.Add(build(hello{}).bytes)
+	f.Add(withList(func(m *message) { m.entry(1, "other"); m.entry(0, "example.com") }).bytes)
+	f.Fuzz(checkAgainstCryptoTLS)
+}
+
+// Property: the canonical form is canonical by the rule said another way, is
+// its own canonical form, and differs from the name in the case of ASCII
+// letters only; and what is refused has none.
+func FuzzCanonical(f *testing.F) {
+	for _, name := range []string{"example.com", "A_b-.EXAMPLE", "a..b", "-a", "a.", "\u212a", longest} {
+		f.Add([]byte(name))
+	}
+	f.Fuzz(func(t *testing.T, name []byte) {
+		lower := slices.Clone(name)
+		for i, c := range lower {
+			if 'A' <= c && c <= 'Z' {
+				lower[i] = c | 0x20
+			}
+		}
+		canonical, err := AppendCanonical(nil, name)
+		if want := len(name) <= MaxName && canonicalName.Match(lower); want != (err == nil) {
+			t.Fatalf("%q: got %v", name, err)
+		}
+		if err != nil {
+			return
+		}
+		if !slices.Equal(canonical, lower) {
+			t.Errorf("%q: got %q, want %q", name, canonical, lower)
+		}
+		again, err := AppendCanonical(canonical[:0], canonical)
+		if err != nil || !slices.Equal(again, lower) {
+			t.Errorf("%q again: got %q, %v", lower, again, err)
+		}
+	})
+}

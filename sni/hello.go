@@ -1,0 +1,263 @@
+// Package sni finds the host name in the first bytes that a TLS client sends.
+//
+// A [Parser] is given those bytes as they arrive, in pieces of any size, and
+// answers with the name, with an [Alert], or that it needs more. The answer is
+// the same however the bytes are cut, by TLS records or by the network. The
+// package does no I/O, allocates nothing, and keeps no reference to what it
+// was given.
+package sni
+
+// MaxHello is the number of raw bytes, record headers included, within which
+// the name must have come. Real hellos have one or two thousand. sniproxy-rs
+// has no such limit.
+const MaxHello = 64 << 10
+
+// A Parser finds the server name in a ClientHello. Its zero value is ready for
+// the first byte of a connection. It is a plain value without pointers.
+type Parser struct {
+	taken  uint32 // raw bytes so far
+	answer answer
+
+	header uint8  // bytes so far of the record's header
+	record uint16 // bytes left of the record
+
+	field field
+	got   uint8  // bytes so far of the field's value
+	value uint32 // of the field, as far as it is known
+	skip  uint32 // bytes left to skip before the field
+	left  uint32 // bytes left, after the field, of the structure it is in
+
+	size uint8 // bytes so far of the name
+	name [MaxName]byte
+}
+
+// Parse continues with b, the raw bytes that follow those of earlier calls.
+//
+// It returns the canonical name (see [AppendCanonical]), in memory of p
+// itself; or neither name nor error when more bytes are needed; or an [Alert].
+// Once there is a name or an Alert, further calls return the same and ignore b.
+//
+// Nothing behind the name is looked at: the rest of the hello is for the
+// server to judge.
+func (p *Parser) Parse(b []byte) (name []byte, err error) {
+	if p.answer == pending {
+		b = b[:min(len(b), MaxHello-int(p.taken))]
+		p.taken += uint32(len(b))
+		p.readRecords(b)
+		if p.answer == pending && p.taken >= MaxHello {
+			p.answer = tooLate
+		}
+	}
+	switch p.answer {
+	case pending:
+		return nil, nil
+	case found:
+		return p.name[:p.size], nil
+	default:
+		return nil, alerts[p.answer]
+	}
+}
+
+// readRecords takes b apart into records, and hands on what they hold.
+// RFC 8446, Section 5.1.
+func (p *Parser) readRecords(b []byte) {
+	for len(b) > 0 && p.answer == pending {
+		if p.header < recordHeader {
+			p.readHeader(b[0])
+			b = b[1:]
+			continue
+		}
+		n := min(len(b), int(p.record))
+		p.readHandshake(b[:n])
+		b = b[n:]
+		p.record -= uint16(n)
+		if p.record == 0 {
+			p.header = 0
+		}
+	}
+}
+
+const (
+	recordHeader = 5       // type, version, length
+	maxRecord    = 1 << 14 // "The length MUST NOT exceed 2^14 bytes."
+	handshake    = 22      // ContentType
+)
+
+// readHeader reads one byte of a record's header. The version "MUST be ignored
+// for all purposes".
+func (p *Parser) readHeader(c byte) {
+	switch p.header {
+	case 0:
+		if c != handshake {
+			// "Handshake messages MUST NOT be interleaved with other
+			// record types."
+			p.answer = interleaved
+			if p.field == messageType {
+				p.answer = notHandshake
+			}
+		}
+	case 3:
+		p.record = uint16(c) << 8
+	case 4:
+		p.record |= uint16(c)
+		switch {
+		case p.record == 0:
+			// "Implementations MUST NOT send zero-length fragments of
+			// Handshake types".
+			p.answer = emptyRecord
+		case p.record > maxRecord:
+			p.answer = longRecord
+		}
+	}
+	p.header++
+}
+
+// A field is a number in the ClientHello that the parser needs. All bytes
+// between one field and the next are skipped.
+type field uint8
+
+const (
+	// RFC 8446, Section 4.
+	messageType field = iota
+	messageLength
+	// RFC 8446, Section 4.1.2.
+	sessionID          // length
+	cipherSuites       // length
+	compressionMethods // length
+	extensions         // length
+	// RFC 8446, Section 4.2.
+	extension // type and length
+	// RFC 6066, Section 3.
+	serverNameList // length
+	serverName     // type and length
+	hostName       // not a number: the name itself
+)
+
+// fields holds, for each field, its size in bytes, and the answer when the
+// structure that it is part of ends where the field could begin.
+var fields = [...]struct {
+	size uint8
+	end  answer
+}{
+	messageType:        {size: 1},
+	messageLength:      {size: 3},
+	sessionID:          {1, overrun},
+	cipherSuites:       {2, overrun},
+	compressionMethods: {1, overrun},
+	extensions:         {2, noExtensions}, // optional before TLS 1.3
+	extension:          {4, noServerName},
+	serverNameList:     {2, overrun},
+	serverName:         {3, noHostName},
+}
+
+// readHandshake reads the next bytes of the handshake messages, up to the name.
+func (p *Parser) readHandshake(b []byte) {
+	for p.answer == pending && p.field != hostName {
+		n := min(uint32(len(b)), p.skip)
+		p.skip -= n
+		b = b[n:]
+		for ; p.got < fields[p.field].size; p.got++ {
+			if len(b) == 0 {
+				return
+			}
+			p.value = p.value<<8 | uint32(b[0])
+			b = b[1:]
+		}
+		value := p.value
+		p.value, p.got = 0, 0
+		p.next(value)
+	}
+	if p.answer == pending {
+		p.readName(b)
+	}
+}
+
+const (
+	clientHello   = 1      // HandshakeType
+	versionRandom = 2 + 32 // legacy_version and random
+	serverNameExt = 0      // ExtensionType
+	hostNameType  = 0      // NameType
+)
+
+// next goes on from the current field, now that its value is known.
+func (p *Parser) next(value uint32) {
+	kind, length := value>>16, value&0xffff // for the fields that are both
+	switch p.field {
+	case messageType:
+		if value != clientHello {
+			p.answer = notClientHello
+		}
+		p.field = messageLength
+	case messageLength:
+		p.left = value
+		p.expect(sessionID, versionRandom)
+	case sessionID:
+		p.expect(cipherSuites, value)
+	case cipherSuites:
+		p.expect(compressionMethods, value)
+	case compressionMethods:
+		p.expect(extensions, value)
+	case extensions:
+		p.expectList(extension, value)
+	case extension:
+		switch {
+		case kind != serverNameExt:
+			p.expect(extension, length)
+		case length > p.left:
+			p.answer = overrun
+		default:
+			p.left = length
+			p.expect(serverNameList, 0)
+		}
+	case serverNameList:
+		p.expectList(serverName, value)
+	case serverName:
+		switch {
+		case kind != hostNameType:
+			p.expect(serverName, length)
+		case length > p.left:
+			p.answer = overrun
+		case length > MaxName:
+			p.answer = longName
+		default:
+			p.field = hostName
+			p.left = length
+		}
+	}
+}
+
+// expect makes f the next field, after skip bytes, if there is room for both.
+func (p *Parser) expect(f field, skip uint32) {
+	need := skip + uint32(fields[f].size)
+	switch {
+	case skip == p.left:
+		p.answer = fields[f].end
+	case need > p.left:
+		p.answer = overrun
+	default:
+		p.field = f
+		p.skip = skip
+		p.left -= need
+	}
+}
+
+// expectList makes f the next field, the first of a list of the given length
+// that must end where the structure around it ends. Only that structure's end
+// has to be kept in mind, since the parser never leaves a list again.
+func (p *Parser) expectList(f field, length uint32) {
+	if length != p.left {
+		p.answer = trailing
+		return
+	}
+	p.expect(f, 0)
+}
+
+// readName reads the next bytes of the name.
+func (p *Parser) readName(b []byte) {
+	n := copy(p.name[p.size:][:p.left], b)
+	p.size += uint8(n)
+	p.left -= uint32(n)
+	if p.left == 0 {
+		_, p.answer = appendCanonical(p.name[:0], p.name[:p.size])
+	}
+}

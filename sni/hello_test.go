@@ -1,0 +1,500 @@
+package sni
+
+import (
+	"bytes"
+	"fmt"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+	"unsafe"
+)
+
+// ordinary is a ClientHello in the usual shape: some extensions, and among
+// them the server name.
+func ordinary(name string) *message {
+	return build(hello{sessionID: 32, ciphers: 6, extensions: func(m *message) {
+		m.extension(grease, fill(1))
+		m.serverName(func() { m.entry(0, name) })
+		m.extension(grease+0x1010, fill(5))
+	}})
+}
+
+// withList is a ClientHello with nothing but a server name list.
+func withList(entries func(m *message)) *message {
+	return build(hello{extensions: func(m *message) {
+		m.serverName(func() { entries(m) })
+	}})
+}
+
+// longest is a name of MaxName bytes.
+var longest = strings.Repeat("a.", MaxName/2-1) + "bc"
+
+// Goal: the name is found, in canonical form, wherever the grammar lets it be.
+func TestName(t *testing.T) {
+	for _, c := range []struct {
+		what  string
+		hello *message
+		want  string
+	}{
+		{"ordinary", ordinary("example.com"), "example.com"},
+		{"upper case", ordinary("WWW.Example.COM"), "www.example.com"},
+		{"longest", ordinary(longest), longest},
+		{"one byte", ordinary("a"), "a"},
+		{"no session id", build(hello{extensions: func(m *message) {
+			m.serverName(func() { m.entry(0, "a.example") })
+		}}), "a.example"},
+		// RFC 8446 allows 32 bytes; crypto/tls does not mind more.
+		{"long session id", build(hello{sessionID: 255, extensions: func(m *message) {
+			m.serverName(func() { m.entry(0, "a.example") })
+		}}), "a.example"},
+		{"many cipher suites", build(hello{ciphers: 1000, extensions: func(m *message) {
+			m.serverName(func() { m.entry(0, "a.example") })
+		}}), "a.example"},
+		{"empty extension before it", build(hello{extensions: func(m *message) {
+			m.extension(23, nil)
+			m.serverName(func() { m.entry(0, "a.example") })
+		}}), "a.example"},
+		{"another kind of name before it", withList(func(m *message) {
+			m.entry(1, "other")
+			m.entry(2, "")
+			m.entry(0, "a.example")
+		}), "a.example"},
+		{"nothing behind the name is looked at", build(hello{extensions: func(m *message) {
+			m.serverName(func() {
+				m.entry(0, "first.example")
+				m.entry(0, "second.example")
+				m.raw(filler)
+			})
+			m.serverName(func() { m.entry(0, "third.example") })
+			m.raw(filler)
+		}}), "first.example"},
+	} {
+		t.Run(c.what, func(t *testing.T) {
+			checkMessage(t, c.hello.bytes, c.want)
+		})
+	}
+}
+
+// Goal: each mistake in a handshake message has the alert that it should have.
+func TestMessageAlerts(t *testing.T) {
+	type row struct {
+		what  string
+		hello *message
+		want  answer
+	}
+	named := func(name string, want answer) row {
+		return row{fmt.Sprintf("name %q", name), ordinary(name), want}
+	}
+	typed := func(messageType byte) *message {
+		m := ordinary("example.com")
+		m.bytes[0] = messageType
+		return m
+	}
+
+	for description, rows := range map[Description][]row{
+		UnexpectedMessage: {
+			{"hello request", typed(0), notClientHello},
+			{"server hello", typed(2), notClientHello},
+			{"finished", typed(20), notClientHello},
+			{"unknown message", typed(255), notClientHello},
+		},
+		DecodeError: {
+			{"trailing bytes", build(hello{trailing: 1, extensions: func(m *message) {
+				m.serverName(func() { m.entry(0, "example.com") })
+			}}), trailing},
+			{"trailing bytes and no extensions", build(hello{trailing: 1}), overrun},
+			{"trailing bytes behind empty extensions", build(hello{trailing: 2, extensions: func(*message) {}}), trailing},
+			{"trailing bytes in the extensions", build(hello{extensions: func(m *message) {
+				m.extension(grease, fill(5))
+				m.raw(filler, filler, filler)
+			}}), overrun},
+			{"trailing bytes behind the list", build(hello{extensions: func(m *message) {
+				m.uint16(0)
+				m.vector("extension", 2, func() {
+					m.vector("server name list", 2, func() { m.entry(0, "example.com") })
+					m.raw(filler)
+				})
+			}}), trailing},
+			{"trailing bytes in the list", withList(func(m *message) {
+				m.entry(1, "other")
+				m.raw(0, 0)
+			}), overrun},
+			{"server name without list", build(hello{extensions: func(m *message) {
+				m.extension(0, nil)
+			}}), overrun},
+			{"server name with half a length", build(hello{extensions: func(m *message) {
+				m.extension(0, fill(1))
+			}}), overrun},
+		},
+		UnrecognizedName: {
+			{"no extensions", build(hello{}), noExtensions},
+			{"empty extensions", build(hello{extensions: func(*message) {}}), noServerName},
+			{"no server name", build(hello{extensions: func(m *message) {
+				m.extension(grease, fill(5))
+				m.extension(23, nil)
+			}}), noServerName},
+			{"empty list", withList(func(*message) {}), noHostName},
+			{"no host name in the list", withList(func(m *message) {
+				m.entry(1, "example.com")
+				m.entry(255, "")
+			}), noHostName},
+			named("", emptyName),
+			named(longest+"d", longName),
+			named(strings.Repeat("a", 1000), longName),
+			named("a..b", emptyLabel),
+			named("..", emptyLabel),
+			named("example.com.", trailingDot),
+			named("a.-b", leadingHyphen),
+			named("a/b", badCharacter),
+			named("a\x00b", badCharacter),
+		},
+	} {
+		for _, r := range rows {
+			t.Run(fmt.Sprintf("%d/%s", description, r.what), func(t *testing.T) {
+				checkMessage(t, r.hello.bytes, alertText(t, r.want, description))
+			})
+		}
+	}
+}
+
+// Goal: each mistake in the record layer has the alert that it should have, and
+// is found at the byte that shows it.
+func TestRecordAlerts(t *testing.T) {
+	msg := ordinary("example.com").bytes
+	// after has a good first record, of the message's first three bytes, and
+	// then these bytes.
+	after := func(b ...byte) []byte { return append(records(msg[:3], 3), b...) }
+
+	for description, rows := range map[Description][]struct {
+		what   string
+		stream []byte // its last byte shows the mistake
+		want   answer
+	}{
+		UnexpectedMessage: {
+			{"HTTP", []byte("G"), notHandshake},
+			{"SSL 2.0", []byte{0x80}, notHandshake},
+			{"alert first", []byte{21}, notHandshake},
+			{"zero", []byte{0}, notHandshake},
+			{"alert between", after(21), interleaved},
+			{"application data between", after(23), interleaved},
+			{"change cipher spec between", after(20), interleaved},
+		},
+		DecodeError: {
+			{"empty record", []byte{22, 3, 1, 0, 0}, emptyRecord},
+			{"empty record between", after(22, 3, 3, 0, 0), emptyRecord},
+		},
+		RecordOverflow: {
+			{"2^14 + 1", []byte{22, 3, 1, 0x40, 0x01}, longRecord},
+			{"largest", []byte{22, 3, 1, 0xff, 0xff}, longRecord},
+			{"2^14 + 1 between", after(22, 3, 3, 0x40, 0x01), longRecord},
+		},
+	} {
+		for _, r := range rows {
+			t.Run(fmt.Sprintf("%d/%s", description, r.what), func(t *testing.T) {
+				end := checkStream(t, append(r.stream, msg...), alertText(t, r.want, description))
+				if end != len(r.stream) {
+					t.Errorf("answer after %d bytes, want %d", end, len(r.stream))
+				}
+			})
+		}
+	}
+}
+
+// Goal: the version in a record's header makes no difference.
+func TestRecordVersionIsIgnored(t *testing.T) {
+	b := records(ordinary("example.com").bytes, maxRecord)
+	for _, v := range [][2]byte{{0, 0}, {2, 0}, {3, 0}, {3, 1}, {3, 4}, {0xff, 0xff}} {
+		b[1], b[2] = v[0], v[1]
+		checkStream(t, b, "example.com")
+	}
+}
+
+// Goal: a length that lies is never believed. Every length of a ClientHello up
+// to the name's is changed.
+func TestLengthsPerturbed(t *testing.T) {
+	newHello := func() *message {
+		return build(hello{sessionID: 32, ciphers: 6, extensions: func(m *message) {
+			m.extension(grease, fill(9))
+			m.serverName(func() {
+				m.entry(1, "\xff\xff\xff\xff\xff")
+				m.entry(0, "example.com")
+			})
+			m.extension(grease+0x1010, fill(9))
+		}})
+	}
+	// All others are a decode_error. What follows a name that claims to be
+	// shorter is not looked at.
+	want := map[string]string{
+		"host name -1": "example.co",
+		"host name -4": "example",
+		"host name =0": alertText(t, emptyName, UnrecognizedName),
+	}
+	lengths := newHello().lengths
+	for _, l := range lengths[:len(lengths)-1] {
+		for _, change := range []struct {
+			what string
+			to   func(v int) int
+		}{
+			{"-4", func(v int) int { return v - 4 }},
+			{"-1", func(v int) int { return v - 1 }},
+			{"+1", func(v int) int { return v + 1 }},
+			{"+4", func(v int) int { return v + 4 }},
+			{"=0", func(int) int { return 0 }},
+			{"=max", func(int) int { return 1<<(8*l.size) - 1 }},
+		} {
+			m := newHello()
+			v := change.to(m.get(l))
+			if v < 0 {
+				continue
+			}
+			m.set(l, v)
+			what := fmt.Sprintf("%s %s", l.of, change.what)
+			t.Run(what, func(t *testing.T) {
+				got := parse(records(m.bytes, maxRecord))
+				end := checkMessage(t, m.bytes, got)
+				if change.what == "=max" && l.of != "message" && end != l.at+l.size {
+					t.Errorf("answer after %d bytes of the message, want %d", end, l.at+l.size)
+				}
+				if s := want[what]; s != "" {
+					if got != s {
+						t.Errorf("got %q, want %q", got, s)
+					}
+				} else if !strings.Contains(got, "alert 50") {
+					t.Errorf("got %q, want a decode_error", got)
+				}
+			})
+		}
+	}
+}
+
+// Goal: a ClientHello that says itself that it ends within a field, or between
+// two, is a decode_error; but it may have no extensions.
+func TestMessageEnds(t *testing.T) {
+	whole := ordinary("example.com")
+	length := whole.lengths[0]
+	body := length.at + length.size
+	extensions := len(build(hello{sessionID: 32, ciphers: 6}).bytes)
+	for end := body; end < len(whole.bytes); end++ {
+		m := message{bytes: slices.Clone(whole.bytes[:end])}
+		m.set(length, end-body)
+		got := parse(records(m.bytes, maxRecord))
+		checkMessage(t, m.bytes, got)
+		if end == extensions {
+			if want := alertText(t, noExtensions, UnrecognizedName); got != want {
+				t.Errorf("no extensions: got %q, want %q", got, want)
+			}
+		} else if !strings.Contains(got, "alert 50") {
+			t.Errorf("end after %d bytes: got %q, want a decode_error", end, got)
+		}
+	}
+}
+
+// Goal: a name whose last byte is byte 65536 of the stream is found, one that
+// ends a byte later is not, and the same holds for what a bad name is told.
+func TestLimit(t *testing.T) {
+	// at returns a stream in which the last byte of the name is byte number
+	// end.
+	at := func(name string, end int) []byte {
+		var b []byte
+		padding := MaxHello - 400
+		for range 2 {
+			m := build(hello{extensions: func(m *message) {
+				half := padding / 2
+				m.extension(grease, fill(half))
+				m.extension(grease, fill(padding-half))
+				m.serverName(func() { m.entry(0, name) })
+			}})
+			b = records(m.bytes, maxRecord)
+			padding += end - len(b)
+		}
+		if len(b) != end || !bytes.HasSuffix(b, []byte(name)) {
+			t.Fatalf("the stream has %d bytes, want %d", len(b), end)
+		}
+		return b
+	}
+	const name, bad = "example.com", "example/com"
+	tooLate := alertText(t, tooLate, InternalError)
+	for _, c := range []struct {
+		name string
+		end  int
+		want string
+	}{
+		{name, MaxHello - 1, name},
+		{name, MaxHello, name},
+		{name, MaxHello + 1, tooLate},
+		{bad, MaxHello, alertText(t, badCharacter, UnrecognizedName)},
+		{bad, MaxHello + 1, tooLate},
+	} {
+		t.Run(fmt.Sprintf("%s at %d", c.name, c.end), func(t *testing.T) {
+			b := at(c.name, c.end)
+			for _, size := range []int{1, 2, 3, 100, 4096, len(b)} {
+				if got := parse(slices.Collect(slices.Chunk(b, size))...); got != c.want {
+					t.Errorf("in pieces of %d bytes: got %s, want %s", size, got, c.want)
+				}
+			}
+			// All but the last byte that counts is not enough; a read that
+			// jumps over the limit is no different.
+			last := min(c.end, MaxHello) - 1
+			if got := parse(b[:last]); got != "" {
+				t.Errorf("after %d bytes: got %s, want no answer", last, got)
+			}
+			if got := parse(b[:last], append(b[last:], b...)); got != c.want {
+				t.Errorf("with more behind it: got %s, want %s", got, c.want)
+			}
+		})
+	}
+}
+
+// Goal: a ClientHello that claims 16 MiB is followed for 64 KiB and no further.
+func TestHugeClaim(t *testing.T) {
+	m := build(hello{sessionID: 255, ciphers: 1<<16 - 2, extensions: func(m *message) {
+		m.serverName(func() { m.entry(0, "example.com") })
+	}})
+	m.set(m.lengths[0], 1<<24-1)
+	b := records(m.bytes, maxRecord)
+	want := alertText(t, tooLate, InternalError)
+	for _, size := range []int{1, 1000, len(b)} {
+		if got := parse(slices.Collect(slices.Chunk(b, size))...); got != want {
+			t.Errorf("in pieces of %d bytes: got %s, want %s", size, got, want)
+		}
+	}
+	if got := parse(b[:MaxHello-1]); got != "" {
+		t.Errorf("one byte before the limit: got %s, want no answer", got)
+	}
+
+	// Where the extensions come in time, their length shows the lie.
+	m = ordinary("example.com")
+	m.set(m.lengths[0], 1<<24-1)
+	checkMessage(t, m.bytes, alertText(t, trailing, DecodeError))
+}
+
+// Goal: after an answer, Parse gives the same answer again, and reads nothing.
+func TestAnswerStays(t *testing.T) {
+	for _, c := range []struct{ name, want string }{
+		{"example.com", "example.com"},
+		{"example.com.", alertText(t, trailingDot, UnrecognizedName)},
+	} {
+		b := records(ordinary(c.name).bytes, maxRecord)
+		var p Parser
+		p.Parse(b)
+		before := p
+		for _, more := range [][]byte{nil, b, make([]byte, 2*MaxHello)} {
+			if got := text(p.Parse(more)); got != c.want {
+				t.Errorf("got %s, want %s", got, c.want)
+			}
+		}
+		if p != before {
+			t.Error("the parser has gone on after its answer")
+		}
+	}
+}
+
+// Goal: parsing costs linear time however the bytes come, shown without a
+// clock: a Parser is a few hundred bytes without pointers, and what it was
+// given is overwritten after each call, so a call can look at nothing but the
+// new bytes and that small value. BenchmarkParseByteByByte has the figures.
+func TestParserKeepsNothing(t *testing.T) {
+	var p Parser
+	if size := unsafe.Sizeof(p); size > MaxName+32 {
+		t.Errorf("a Parser has %d bytes, want at most %d", size, MaxName+32)
+	}
+	checkPlain(t, reflect.TypeOf(p))
+
+	for _, size := range []int{1, 2, 3, 100} {
+		var p Parser
+		var got string
+		piece := make([]byte, size)
+		for c := range slices.Chunk(records(ordinary("example.com").bytes, maxRecord), size) {
+			n := copy(piece, c)
+			got = text(p.Parse(piece[:n]))
+			copy(piece, fill(size))
+		}
+		if got != "example.com" {
+			t.Errorf("in pieces of %d bytes: got %s", size, got)
+		}
+	}
+}
+
+// checkPlain reports pointers of any kind in t.
+func checkPlain(t *testing.T, typ reflect.Type) {
+	t.Helper()
+	switch typ.Kind() {
+	case reflect.Struct:
+		for i := range typ.NumField() {
+			checkPlain(t, typ.Field(i).Type)
+		}
+	case reflect.Array:
+		checkPlain(t, typ.Elem())
+	case reflect.Uint8, reflect.Uint16, reflect.Uint32:
+	default:
+		t.Errorf("a Parser holds a %v", typ)
+	}
+}
+
+// Goal: no hello, good or bad, whole or in pieces, costs an allocation.
+func TestNoAllocation(t *testing.T) {
+	for _, c := range []struct {
+		what   string
+		stream []byte
+	}{
+		{"name", records(ordinary("WWW.example.com").bytes, maxRecord)},
+		{"bad name", records(ordinary("a/b").bytes, maxRecord)},
+		{"no name", records(build(hello{}).bytes, maxRecord)},
+		{"not TLS", []byte("GET / HTTP/1.1\r\n")},
+		{"many records", records(ordinary("example.com").bytes, 1)},
+		{"no answer yet", records(ordinary("example.com").bytes[:50], maxRecord)},
+	} {
+		t.Run(c.what, func(t *testing.T) {
+			for _, size := range []int{1, len(c.stream)} {
+				n := testing.AllocsPerRun(100, func() {
+					var p Parser
+					for b := c.stream; len(b) > 0; b = b[min(size, len(b)):] {
+						p.Parse(b[:min(size, len(b))])
+					}
+				})
+				if n != 0 {
+					t.Errorf("in pieces of %d bytes: %v allocations, want none", size, n)
+				}
+			}
+		})
+	}
+}
+
+// Goal: the real hellos among the tests' data yield the names that their
+// clients were told to connect to.
+func TestCaptured(t *testing.T) {
+	for _, c := range captures(t) {
+		t.Run(c.file, func(t *testing.T) {
+			checkStream(t, c.stream, c.name)
+			checkMessage(t, payload(c.stream), c.name)
+		})
+	}
+}
+
+// Goal: crypto/tls finds the same names.
+func TestAgreesWithCryptoTLS(t *testing.T) {
+	for _, c := range captures(t) {
+		if name, ok := cryptoTLS(c.stream); !ok || !strings.EqualFold(name, c.name) {
+			t.Errorf("%s: crypto/tls found %q (%v), want %q", c.file, name, ok, c.name)
+		}
+	}
+	for _, m := range []*message{
+		ordinary("example.com"),
+		ordinary(longest),
+		ordinary("a_b.example"),
+		ordinary("a..b"),
+		build(hello{}),
+		build(hello{sessionID: 255, extensions: func(m *message) {
+			m.serverName(func() { m.entry(0, "example.com") })
+		}}),
+		build(hello{extensions: func(*message) {}}),
+		withList(func(m *message) { m.entry(1, "other") }),
+		withList(func(m *message) { m.entry(1, "other"); m.entry(0, "example.com") }),
+	} {
+		if _, ok := cryptoTLS(records(m.bytes, 100)); !ok {
+			t.Errorf("crypto/tls refuses\n%x", m.bytes)
+		}
+		checkAgainstCryptoTLS(t, m.bytes)
+	}
+}

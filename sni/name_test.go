@@ -1,0 +1,130 @@
+package sni
+
+import (
+	"errors"
+	"regexp"
+	"strings"
+	"testing"
+)
+
+// canonicalName is the rule for canonical names, but for the length, said
+// another way.
+var canonicalName = regexp.MustCompile(`^[a-z0-9_][a-z0-9_-]*(\.[a-z0-9_][a-z0-9_-]*)*$`)
+
+// Goal: names become canonical, and nothing else becomes a name; in place as
+// well as behind what is there already.
+func TestAppendCanonical(t *testing.T) {
+	for _, c := range []struct {
+		name, want string
+		reason     answer
+	}{
+		{name: "example.com", want: "example.com"},
+		{name: "WWW.Example.COM", want: "www.example.com"},
+		{name: "AZaz09.x", want: "azaz09.x"},
+		{name: "a", want: "a"},
+		{name: "192.0.2.1", want: "192.0.2.1"},
+		{name: "xn--sr8hvo.ws", want: "xn--sr8hvo.ws"},
+		{name: "a_b.example", want: "a_b.example"},
+		{name: "_dmarc._tcp.example", want: "_dmarc._tcp.example"},
+		{name: "a-.b--c.example", want: "a-.b--c.example"},
+		{name: longest, want: longest},
+		{name: strings.Repeat("a", MaxName), want: strings.Repeat("a", MaxName)},
+
+		{name: "", reason: emptyName},
+		{name: longest + "d", reason: longName},
+		{name: ".", reason: emptyLabel},
+		{name: "..", reason: emptyLabel},
+		{name: ".a", reason: emptyLabel},
+		{name: "a..b", reason: emptyLabel},
+		{name: "a.", reason: trailingDot},
+		{name: "A.Example.", reason: trailingDot},
+		{name: "-", reason: leadingHyphen},
+		{name: "-a.example", reason: leadingHyphen},
+		{name: "a.-b", reason: leadingHyphen},
+		{name: "/", reason: badCharacter},
+		{name: "../a", reason: emptyLabel},
+		{name: "a/b", reason: badCharacter},
+		{name: "a\\b", reason: badCharacter},
+		{name: "a\x00.example", reason: badCharacter},
+		{name: "a b", reason: badCharacter},
+		{name: "a\n", reason: badCharacter},
+		{name: "*.example", reason: badCharacter},
+		{name: "a:443", reason: badCharacter},
+		{name: "[::1]", reason: badCharacter},
+		{name: "@`{", reason: badCharacter}, // the neighbours of the letters
+		{name: "fa\u00df.de", reason: badCharacter},
+		{name: "\u212a.example", reason: badCharacter}, // the Kelvin sign
+		{name: "\xff.com", reason: badCharacter},
+	} {
+		const before = "before:"
+		dst := []byte(before)
+		got, err := AppendCanonical(dst, []byte(c.name))
+		want, wantErr := before+c.want, error(nil)
+		if c.reason != pending {
+			want, wantErr = before, alerts[c.reason]
+		}
+		if string(got) != want || err != wantErr {
+			t.Errorf("%q: got %q, %v, want %q, %v", c.name, got, err, want, wantErr)
+		}
+
+		inPlace := []byte(c.name)
+		got, err = AppendCanonical(inPlace[:0], inPlace)
+		if string(got) != c.want || err != wantErr {
+			t.Errorf("%q in place: got %q, %v, want %q, %v", c.name, got, err, c.want, wantErr)
+		}
+	}
+}
+
+// Goal: of all single bytes, just those of the rule are names.
+func TestCharacters(t *testing.T) {
+	for i := range 256 {
+		c := byte(i)
+		for _, name := range []string{string([]byte{c}), string([]byte{'a', c})} {
+			got, err := AppendCanonical(nil, []byte(name))
+			lower := []byte(name)
+			if 'A' <= c && c <= 'Z' {
+				lower[len(lower)-1] += 'a' - 'A'
+			}
+			if want := canonicalName.Match(lower); want != (err == nil) || want && string(got) != string(lower) {
+				t.Errorf("%q: got %q, %v", name, got, err)
+			}
+		}
+	}
+}
+
+// Goal: every error is an Alert, its text names the reason and the alert, and
+// none quotes anything.
+func TestAlertText(t *testing.T) {
+	text := regexp.MustCompile(`^[a-z][a-zA-Z0-9 ^,'._-]* \(alert (10|22|50|80|112), [a-z_]+\)$`)
+	for _, err := range alerts[found+1:] {
+		var a Alert
+		if !errors.As(err, &a) || !text.MatchString(err.Error()) {
+			t.Errorf("%#v: %v", err, err)
+		}
+	}
+}
+
+// Goal: the descriptions have the numbers and names of RFC 8446, Section 6, and
+// their records are fatal alerts.
+func TestDescription(t *testing.T) {
+	for _, c := range []struct {
+		d    Description
+		n    uint8
+		name string
+	}{
+		{UnexpectedMessage, 10, "unexpected_message"},
+		{RecordOverflow, 22, "record_overflow"},
+		{DecodeError, 50, "decode_error"},
+		{InternalError, 80, "internal_error"},
+		{UserCanceled, 90, "user_canceled"},
+		{UnrecognizedName, 112, "unrecognized_name"},
+		{77, 77, "description 77"},
+	} {
+		if uint8(c.d) != c.n || c.d.String() != c.name {
+			t.Errorf("got %d %v, want %d %s", uint8(c.d), c.d, c.n, c.name)
+		}
+		if got, want := c.d.Record(), [...]byte{0x15, 3, 3, 0, 2, 2, c.n}; got != want {
+			t.Errorf("%v: got % x, want % x", c.d, got, want)
+		}
+	}
+}
