@@ -1,0 +1,227 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+
+	"sniproxy/hostdir"
+	"sniproxy/sni"
+)
+
+// With this in its environment, the test binary is sniproxy-hostname.
+const runMain = "SNIPROXY_HOSTNAME_RUN_MAIN"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(runMain) != "" {
+		main()
+	}
+	os.Exit(m.Run())
+}
+
+func program(args ...string) *exec.Cmd {
+	cmd := exec.Command(os.Args[0], args...)
+	// The race detector would let each run sleep for a second at its end.
+	cmd.Env = append(os.Environ(), runMain+"=1", "GORACE=atexit_sleep_ms=0")
+	return cmd
+}
+
+// runProgram runs sniproxy-hostname to its end.
+func runProgram(t *testing.T, args ...string) (stdout, stderr string, status int) {
+	t.Helper()
+	var out, messages bytes.Buffer
+	cmd := program(args...)
+	cmd.Stdout, cmd.Stderr = &out, &messages
+	if err := cmd.Run(); err != nil {
+		if _, ok := errors.AsType[*exec.ExitError](err); !ok {
+			t.Fatal(err)
+		}
+	}
+	return out.String(), messages.String(), cmd.ProcessState.ExitCode()
+}
+
+// The hashes are those of Python's hashlib.blake2s and base64.urlsafe_b64encode.
+var accepted = []struct{ arg, name, hash string }{
+	{"A.Example.", "a.example", "dubShENx2PXP14UbHi18ockHEbEhKSCurgY8QpDiH5Q"},
+	{"A.Example。", "a.example", "dubShENx2PXP14UbHi18ockHEbEhKSCurgY8QpDiH5Q"},
+	{"A.Example．", "a.example", "dubShENx2PXP14UbHi18ockHEbEhKSCurgY8QpDiH5Q"},
+	{"A.Example｡", "a.example", "dubShENx2PXP14UbHi18ockHEbEhKSCurgY8QpDiH5Q"},
+	{"🕸💍.ws", "xn--sr8hvo.ws", "L7iMDmoKIBb0oI6qIDi7ga0_wVYHTpwtnGoIyPl1ScQ"},
+	{"faß.de", "xn--fa-hia.de", "MM3Pl7QODBX9WOkEZtJDZWWKSt8tEQkxKqeDywK1y3g"},
+	{"XN--FA-HIA.de", "xn--fa-hia.de", "MM3Pl7QODBX9WOkEZtJDZWWKSt8tEQkxKqeDywK1y3g"},
+	{"ＥＸＡＭＰＬＥ.com", "example.com", "ceA51lG1FUJ-gCIICYcmzOsjls2JmL6BBz5LAHROpe0"},
+	{"a。b.com", "a.b.com", "QuR1Ur8TqhFFtc8tJqmiDIev1IiJU7s-PdxKdL55D9c"},
+	{"a_b.example", "a_b.example", "WbvIU_4uxp_LEdZGRLLGRM9VM5ecV1PpU9nduL4dPjE"},
+	{"r3---sn-ab--cd-.example", "r3---sn-ab--cd-.example", "lo_fY1o3JHshjR9uGrBgkgY-URx-wOlHr-CxmmB1uXE"},
+	{"a\u200db.example", "xn--ab-m1t.example", "DXQPsj9o70nt067N3V9KSLCdoqmSNqEogI7W0QemY3g"}, // a joiner
+	{strings.Repeat("a", 63) + ".b", strings.Repeat("a", 63) + ".b", "bYm_pnk8yWd9WF3-ovqEdE4rlrjvVd_WKx-9cpPqSo8"},
+	{strings.Repeat("a.", 127), strings.Repeat("a.", 126) + "a", "fFhUWsj7qDas0_o5zolXwEfjSDkBvYmxrxkafLeWUfg"}, // 253 bytes
+}
+
+// Goal: every kind of name that is accepted gives exactly the line that the proxy expects in this build.
+func TestAccepted(t *testing.T) {
+	for _, c := range accepted {
+		want := c.name
+		if hostdir.Hashed {
+			want = c.hash
+		}
+		stdout, stderr, status := runProgram(t, c.arg)
+		if stdout != want+"\n" || stderr != "" || status != 0 {
+			t.Errorf("%q: stdout %q, stderr %q, exit status %d; want stdout %q", c.arg, stdout, stderr, status, want+"\n")
+		}
+	}
+}
+
+var refused = []struct{ arg, reason string }{
+	{"a..b", "empty label"},
+	{"", "empty"},
+	{"exa mple", "character other than"},
+	{strings.Repeat("a", 64), "longer than 63 bytes"},
+	{strings.Repeat("ü", 60) + ".de", "longer than 63 bytes"},
+	{"xn--a.com", "not a valid internationalized name"},
+	{"a/b", "character other than"},
+	{"..", "empty label"},
+	{"-a.example", "begins with a hyphen"},
+	{"\xff.com", "not valid UTF-8"},
+
+	{".", "empty"},
+	{".a", "empty label"},
+	{"a..", "ends with a dot"},
+	{"a.。", "ends with a dot"},
+	{"-h", "begins with a hyphen"},
+	{"--", "begins with a hyphen"},
+	{"--help", "begins with a hyphen"},
+	{"a℀b.com", "character other than"}, // U+2100 stands for a/c
+	{"a\nb.com", "character other than"},
+	{"127.0.0.1:443", "character other than"},
+	{"*.example", "character other than"},
+	{"xn--.com", "empty label"},
+	{"xn--abc-.com", "not a valid internationalized name"}, // ASCII in disguise
+	{"א1b.com", "not a valid internationalized name"},      // RFC 5893, the Bidi rule
+	{"ℵa.com", "not a valid internationalized name"},       // which becomes the letter
+	{"\u202e.com", "not a valid internationalized name"},   // right-to-left override
+	{strings.Repeat("a.", 126) + "aa", "longer than 253 bytes"},
+	{strings.Repeat("a.", 200) + "a", "longer than 254 bytes"},
+}
+
+// Goal: every kind of name that is refused gives no directory name, one line that names the program, the argument in a
+// form that is safe to print and the reason, and exit status 1.
+func TestRefused(t *testing.T) {
+	for _, c := range refused {
+		stdout, stderr, status := runProgram(t, c.arg)
+		if stdout != "" || status != 1 {
+			t.Errorf("%q: stdout %q, exit status %d; want none, and 1", c.arg, stdout, status)
+		}
+		line, rest, _ := strings.Cut(stderr, "\n")
+		reason, ok := strings.CutPrefix(line, "sniproxy-hostname: "+quoted(c.arg)+": ")
+		if !ok || !strings.Contains(reason, c.reason) || rest != "" {
+			t.Errorf("%q: stderr %q; want one line with the argument in quotes and %q", c.arg, stderr, c.reason)
+		}
+	}
+}
+
+// quoted escapes what a terminal must not be sent; every other character stands for itself.
+func quoted(s string) string {
+	return `"` + strings.NewReplacer("\n", `\n`, "\xff", `\xff`, "\u202e", `\u202e`).Replace(s) + `"`
+}
+
+// Goal: a refused name among others keeps none of them from being printed, in order, and the exit status tells of it.
+func TestSeveral(t *testing.T) {
+	first, second := "a.example", "a.b.com"
+	if hostdir.Hashed {
+		first, second = "dubShENx2PXP14UbHi18ockHEbEhKSCurgY8QpDiH5Q", "QuR1Ur8TqhFFtc8tJqmiDIev1IiJU7s-PdxKdL55D9c"
+	}
+	stdout, stderr, status := runProgram(t, "a.example", "a..b", "a.b.com", "a/b")
+	if want := first + "\n" + second + "\n"; stdout != want || status != 1 {
+		t.Errorf("stdout %q, exit status %d; want %q and 1", stdout, status, want)
+	}
+	if strings.Count(stderr, "\n") != 2 || !strings.Contains(stderr, `"a..b"`) || !strings.Contains(stderr, `"a/b"`) {
+		t.Errorf("stderr %q; want a line each for a..b and a/b", stderr)
+	}
+	if stdout, stderr, status := runProgram(t, "a.example", "a.b.com"); status != 0 || stderr != "" {
+		t.Errorf("without refused names: stdout %q, stderr %q, exit status %d; want 0", stdout, stderr, status)
+	}
+}
+
+// Goal: without a name there is the usage, on stderr, and exit status 2; a hashed build, and only that, says what it is.
+func TestUsage(t *testing.T) {
+	stdout, stderr, status := runProgram(t)
+	if stdout != "" || status != 2 || !strings.HasPrefix(stderr, "usage: sniproxy-hostname NAME") {
+		t.Errorf("stdout %q, stderr %q, exit status %d; want the usage and 2", stdout, stderr, status)
+	}
+	if got := strings.Contains(stderr, "hashed build"); got != hostdir.Hashed {
+		t.Errorf("usage %q mentions a hashed build: %t; want %t", stderr, got, hostdir.Hashed)
+	}
+}
+
+// Goal: output that cannot be written is told on stderr and by exit status 1, so that no script takes nothing for a name.
+func TestOutputLost(t *testing.T) {
+	outputs := map[string]func(t *testing.T) *os.File{
+		"not open for writing": func(t *testing.T) *os.File {
+			return open(t, os.DevNull, os.O_RDONLY)
+		},
+		"pipe that nobody reads": func(t *testing.T) *os.File {
+			r, w, err := os.Pipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.Close()
+			return w
+		},
+		"full disk": func(t *testing.T) *os.File {
+			if _, err := os.Stat("/dev/full"); err != nil {
+				t.Skip(err) // only Linux and some BSDs have it
+			}
+			return open(t, "/dev/full", os.O_WRONLY)
+		},
+	}
+	for name, output := range outputs {
+		t.Run(name, func(t *testing.T) {
+			cmd := program("a.example")
+			stdout := output(t)
+			defer stdout.Close()
+			var stderr strings.Builder
+			cmd.Stdout, cmd.Stderr = stdout, &stderr
+			err := cmd.Run()
+			if status := cmd.ProcessState.ExitCode(); status != 1 {
+				t.Errorf("%v; want exit status 1", err)
+			}
+			if !strings.HasPrefix(stderr.String(), "sniproxy-hostname: write ") || strings.Count(stderr.String(), "\n") != 1 {
+				t.Errorf("stderr %q; want one line that tells of the write", stderr.String())
+			}
+		})
+	}
+}
+
+func open(t *testing.T, path string, flag int) *os.File {
+	f, err := os.OpenFile(path, flag, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return f
+}
+
+// Goal: whatever is printed is a name that the proxy looks up as it stands, and that gives itself when it is fed in again.
+func FuzzHostname(f *testing.F) {
+	for _, c := range accepted {
+		f.Add(c.arg)
+	}
+	for _, c := range refused {
+		f.Add(c.arg)
+	}
+	f.Fuzz(func(t *testing.T, arg string) {
+		name, err := canonical(arg)
+		if err != nil {
+			return
+		}
+		if onWire, err := sni.AppendCanonical(nil, name); err != nil || !bytes.Equal(onWire, name) {
+			t.Errorf("%q gives %q, which the proxy takes for %q, %v", arg, name, onWire, err)
+		}
+		if again, err := canonical(string(name)); err != nil || !bytes.Equal(again, name) {
+			t.Errorf("%q gives %q, and that gives %q, %v", arg, name, again, err)
+		}
+	})
+}
