@@ -1,0 +1,270 @@
+package examples_test
+
+import (
+	"errors"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// inside is set in the environment of the test binary that runs beside the real systemd.
+const inside = "SNIPROXY_TEST_INSIDE"
+
+// Goal: under a real systemd the units, as they are, serve; restart, upgrade and stop without
+// losing a client; and recover from kill -9. The test starts a systemd of its own with
+// systemd-run.sh, which is looked for beside this project and is no part of it, and itself in there.
+func TestSystemd(t *testing.T) {
+	if os.Getenv(inside) != "" {
+		t.Run("start and stop", testUnitsStartAndStop)
+		t.Run("restart", testUnitsRestart)
+		t.Run("upgrade", testUnitsUpgrade)
+		t.Run("kill", testUnitsKill)
+		return
+	}
+	t.Parallel()
+	script, err := filepath.Abs("../../shared/systemd-run.sh")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(script); errors.Is(err, fs.ErrNotExist) {
+		t.Skipf("%s is not installed", script)
+	}
+	needRoot(t)
+	units, err := filepath.Abs("systemd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const installed = "/usr/bin/sniproxy-examples"
+	cmd := exec.Command(script, "-t", "120", "-f", daemon(t)+":"+binary, "-f", self+":"+installed, units,
+		"--", installed, "-test.v", "-test.run=^TestSystemd$")
+	cmd.Dir = "/"
+	cmd.Env = append(os.Environ(), inside+"=1")
+	out, err := cmd.CombinedOutput()
+	t.Logf("%s", out)
+	var exit *exec.ExitError
+	if errors.As(err, &exit) && exit.ExitCode() == 125 && os.Getenv("SNIPROXY_TEST_REQUIRE") == "" {
+		t.Skip("systemd cannot be started here")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+const (
+	binary   = "/usr/bin/sniproxy"
+	unitAddr = "127.0.0.1:443" // of the tests' own network
+	unitHost = "a.example"
+)
+
+func mainPID(t *testing.T, unit string) int {
+	t.Helper()
+	pid, err := strconv.Atoi(property(t, unit, "MainPID"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pid
+}
+
+// property returns a property of a unit.
+func property(t *testing.T, unit, name string) string {
+	t.Helper()
+	return command(t, "systemctl", "show", "--value", "--property="+name, unit)
+}
+
+// awaitProperty waits until a unit has the value for the property.
+func awaitProperty(t *testing.T, unit, name, value string) {
+	t.Helper()
+	await(t, unit+" with "+name+"="+value, func() bool { return property(t, unit, name) == value })
+}
+
+// startUnits makes a host and starts the socket. It returns the host's hello.
+func startUnits(t *testing.T) []byte {
+	t.Helper()
+	serve(t, "/srv/sniproxy", unitHost)
+	command(t, "systemctl", "start", "sniproxy.socket")
+	t.Cleanup(func() {
+		command(t, "systemctl", "stop", "sniproxy.socket", "sniproxy.service", "sniproxy-next.service")
+		if t.Failed() {
+			out, _ := exec.Command("journalctl", "--no-pager", "-u", "sniproxy*").CombinedOutput()
+			t.Logf("%s", out)
+		}
+	})
+	return hello(t, unitHost)
+}
+
+// checkStopped checks that a service has ended as it should.
+func checkStopped(t *testing.T, unit string) {
+	t.Helper()
+	for name, want := range map[string]string{"ActiveState": "inactive", "Result": "success", "ExecMainStatus": "0"} {
+		if got := property(t, unit, name); got != want {
+			t.Errorf("%s has %s=%s, want %s", unit, name, got, want)
+		}
+	}
+}
+
+// Goal: the first client, of either family, starts the service; it sees nothing but itself and the
+// hosts; its two lines are in the journal; the stop frees the port and is a success.
+func testUnitsStartAndStop(t *testing.T) {
+	hello := startUnits(t)
+	if got := property(t, "sniproxy.service", "ActiveState"); got != "inactive" {
+		t.Errorf("the service is %s before the first client", got)
+	}
+	for _, addr := range []string{"[::1]:443", unitAddr} {
+		if err := exchange(addr, hello); err != nil {
+			t.Fatal(err)
+		}
+	}
+	pid := mainPID(t, "sniproxy.service")
+	// systemd leaves the empty directory incoming in every root that it makes.
+	const want = "/run /run/systemd /run/systemd/incoming /srv /srv/sniproxy /usr /usr/bin /usr/bin/sniproxy"
+	if got := visible(t, pid, "/srv/sniproxy"); got != want {
+		t.Errorf("the service sees %s, want %s", got, want)
+	}
+	command(t, "systemctl", "stop", "sniproxy.socket") // and with it, the service
+	checkStopped(t, "sniproxy.service")
+	for _, addr := range []string{"[::]:443", unitAddr} {
+		if !canListen(addr) {
+			t.Errorf("%s is not free after the stop", addr)
+		}
+	}
+	for _, line := range []string{"listening on [::]:443", "got SIGHUP, shutting down"} {
+		await(t, line+" in the journal", func() bool {
+			out, err := exec.Command("journalctl", "--no-pager", "--output=cat", "--unit=sniproxy.service").Output()
+			return err == nil && slices.Contains(strings.Split(string(out), "\n"), line)
+		})
+	}
+}
+
+// Goal: a restart under load loses no client.
+func testUnitsRestart(t *testing.T) {
+	l := startLoad(t, unitAddr, startUnits(t))
+	l.more(500)
+	for range 3 {
+		before := mainPID(t, "sniproxy.service")
+		command(t, "systemctl", "restart", "sniproxy.service")
+		l.more(500)
+		if after := mainPID(t, "sniproxy.service"); after == before {
+			t.Errorf("process %d serves after the restart", before)
+		}
+	}
+	l.end()
+}
+
+// Goal: an upgrade as sniproxy-next.service describes it, under load, loses no client and lets none
+// wait, although the old program has a client that stays.
+func testUnitsUpgrade(t *testing.T) {
+	hello := startUnits(t)
+	l := startLoad(t, unitAddr, hello)
+	l.more(1000)
+	stays, err := connect(unitAddr, hello)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(stays, make([]byte, 1)); err != nil { // it has reached its backend
+		t.Fatal(err)
+	}
+	old := mainPID(t, "sniproxy.service")
+	command(t, "cp", binary, binary+".new")
+	command(t, "install", binary+".new", binary)
+	if executes(old, binary) {
+		t.Fatal("the program was not replaced")
+	}
+	command(t, "systemctl", "start", "sniproxy-next.service")
+	l.more(1000)
+	command(t, "systemctl", "restart", "--no-block", "sniproxy.service")
+	awaitProperty(t, "sniproxy.service", "ActiveState", "deactivating")
+	l.more(500) // served by the new program alone, within the ten seconds that the old one has
+	if got := property(t, "sniproxy.service", "ActiveState"); got != "deactivating" {
+		t.Errorf("the old program is %s while it has a client", got)
+	}
+	stays.hello = stays.hello[1:]
+	if err := stays.finish(); err != nil {
+		t.Errorf("the client that stayed: %v", err)
+	}
+	awaitProperty(t, "sniproxy.service", "ActiveState", "active")
+	for _, unit := range []string{"sniproxy.service", "sniproxy-next.service"} {
+		if !executes(mainPID(t, unit), binary) {
+			t.Errorf("%s does not run the new program", unit)
+		}
+	}
+	l.more(1000)
+	command(t, "systemctl", "stop", "sniproxy-next.service")
+	l.more(1000)
+	l.end()
+	checkStopped(t, "sniproxy-next.service")
+	if got := property(t, "sniproxy.service", "NRestarts"); got != "0" {
+		t.Errorf("systemd restarted the service %s times by itself", got)
+	}
+}
+
+// Goal: after kill -9 systemd starts the service again, and does so however often it happens: the
+// default limit is five starts in ten seconds.
+func testUnitsKill(t *testing.T) {
+	hello := startUnits(t)
+	for range 7 {
+		if err := exchange(unitAddr, hello); err != nil {
+			t.Fatal(err)
+		}
+		killed := mainPID(t, "sniproxy.service")
+		command(t, "systemctl", "kill", "--signal=SIGKILL", "sniproxy.service")
+		await(t, "the end of the killed process", func() bool { return mainPID(t, "sniproxy.service") != killed })
+	}
+	if err := exchange(unitAddr, hello); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Goal: sniproxy-next.service has the settings of sniproxy.service, and the socket.
+func TestNextService(t *testing.T) {
+	settings := func(file string) []string {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return slices.DeleteFunc(strings.Split(string(b), "\n"), func(line string) bool {
+			return line == "" || line[0] == '#' || strings.HasPrefix(line, "Description=") || line == "Sockets=sniproxy.socket"
+		})
+	}
+	this, next := settings("systemd/sniproxy.service"), settings("systemd/sniproxy-next.service")
+	if !slices.Equal(this, next) {
+		t.Errorf("sniproxy.service:\n%q\nsniproxy-next.service:\n%q", this, next)
+	}
+}
+
+// Goal: systemd-socket-activate hands over the listening socket as inetd does; the daemon serves
+// and stops.
+func TestSocketActivate(t *testing.T) {
+	t.Parallel()
+	activate := program(t, "systemd-socket-activate")
+	hosts, addr := directory(t), net.JoinHostPort("127.0.0.1", freePort(t))
+	serve(t, hosts, "a.example")
+	hello := hello(t, "a.example")
+	cmd := exec.Command(activate, "--inetd", "--listen="+addr, daemon(t))
+	cmd.Dir = hosts
+	start(t, cmd)
+	await(t, "a listening socket", func() bool { return canConnect(addr) })
+	served := startLoad(t, addr, hello)
+	served.more(500)
+	served.end()
+	if err := cmd.Process.Signal(syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Error(err)
+	}
+	if !canListen(addr) {
+		t.Error("the port is not free after the stop")
+	}
+}
