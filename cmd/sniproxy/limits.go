@@ -22,6 +22,10 @@ const (
 	redialMin = time.Millisecond
 	redialMax = 64 * time.Millisecond
 
+	// While a backend takes nothing, its client, which is not read then, is looked at for
+	// a reset every stallCheck.
+	stallCheck = 500 * time.Millisecond
+
 	// acceptPause is how long accept rests after a failure that does not pass by
 	// itself, unless a connection ends before.
 	acceptPause = 100 * time.Millisecond

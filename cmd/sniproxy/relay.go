@@ -17,53 +17,87 @@ import (
 // have ended, or one has failed.
 func relay(client, backend *os.File, hello []byte) {
 	var flows sync.WaitGroup
-	broken := false // the backend does not read any more
+	var broken, cut bool // the backend does not read any more; in the middle of a write
 	flows.Go(func() {
-		_, err := backend.Write(hello)
+		n, err := send(backend, hello, client)
 		hello = nil
 		if err == nil {
-			err = forward(backend, client)
+			n, err = forward(backend, client, client)
 		}
 		switch {
 		case err == nil:
 			shutdown(backend, unix.SHUT_WR)
 		case errors.Is(err, unix.EPIPE):
-			// What the backend has said before is forwarded still, then its side
-			// ends: with a reset if it was reset.
-			broken = true
+			// What the backend has said before is forwarded still; then its side
+			// ends too. If it was reset, Linux says so once: to who reads, or in
+			// place of the rest of a write that was done in part.
+			broken, cut = true, n > 0
 			shutdown(backend, unix.SHUT_RD)
 		default:
 			reset(client, backend)
 		}
 	})
-	if err := forward(client, backend); err != nil {
+	if _, err := forward(client, backend, nil); err != nil {
 		reset(client, backend)
 	} else {
 		shutdown(client, unix.SHUT_WR)
 	}
 	flows.Wait()
-	if broken {
+	switch {
+	case cut:
+		reset(client, backend)
+	case broken:
 		linger(client)
 	}
 }
 
-// forward copies from src to dst until src ends.
-func forward(dst, src *os.File) error {
+// forward copies from src to dst until src ends. If a write fails, n is how much of it was
+// done. For watched, see send.
+func forward(dst, src, watched *os.File) (n int, err error) {
 	in := newSource(src)
 	for {
 		b, err := in.read(sni.MaxHello)
-		if err == nil {
-			_, err = dst.Write(b)
-			in.release()
-		}
 		switch err {
 		case nil:
 		case io.EOF:
-			return nil
+			return 0, nil
 		default:
-			return err
+			return 0, err
+		}
+		n, err := send(dst, b, watched)
+		in.release()
+		if err != nil {
+			return n, err
 		}
 	}
+}
+
+// send writes b to dst. While dst takes nothing, nobody reads from the client; if it is
+// watched, its reset is noticed all the same, and fails the write.
+func send(dst *os.File, b []byte, watched *os.File) (n int, err error) {
+	for {
+		if err := dst.SetWriteDeadline(time.Now().Add(stallCheck)); err != nil {
+			return n, err
+		}
+		m, err := dst.Write(b[n:])
+		n += m
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			return n, err
+		}
+		if watched != nil && wasReset(watched) {
+			return n, unix.ECONNRESET
+		}
+	}
+}
+
+// wasReset tells whether the connection f is to an end that has reset it.
+func wasReset(f *os.File) (yes bool) {
+	err := control(f, func(fd int) {
+		p := []unix.PollFd{{Fd: int32(fd)}}
+		unix.Poll(p, 0)
+		yes = p[0].Revents&unix.POLLERR != 0
+	})
+	return yes || err != nil
 }
 
 // linger ends the sending side of client, and reads and drops, within bounds, what it has
