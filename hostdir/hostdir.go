@@ -59,10 +59,26 @@ func (e *Error) Unwrap() error { return e.Errno }
 // descriptor, which is non-blocking, closed on exec and the caller's to close, and
 // whether the host has the marker send-proxy-v1. The error is of type [*Error].
 //
-// It does not wait for a backend whose backlog is full: the problem then is
+// Socket and marker are of one directory, also when another one takes its place
+// meanwhile, as when a symlink is switched.
+//
+// Dial does not wait for a backend whose backlog is full: the problem then is
 // [BacklogFull], and the caller may try again.
 func Dial(name []byte) (fd int, proxyV1 bool, err error) {
 	dir := string(AppendName(make([]byte, 0, MaxName), name))
+	for {
+		// The two look-ups may find two directories, and the marker of the wrong one
+		// is worse than none.
+		before := identify(dir)
+		fd, proxyV1, err = dial(dir)
+		if err != nil || identify(dir) == before {
+			return fd, proxyV1, err
+		}
+		unix.Close(fd)
+	}
+}
+
+func dial(dir string) (fd int, proxyV1 bool, err error) {
 	fd, err = socket()
 	if err != nil {
 		return -1, false, socketError(err)
@@ -79,7 +95,27 @@ func Dial(name []byte) (fd int, proxyV1 bool, err error) {
 	return fd, proxyV1, nil
 }
 
-// exists tells whether there is anything at a path. A symlink there counts as it is.
+// An identity tells what is at a path, a directory or a symlink that leads to one, from
+// all that was or will be there.
+type identity struct {
+	dirDev, dirIno   uint64
+	linkDev, linkIno uint64
+	linkChanged      unix.Timespec // a symlink may be switched, and switched back
+}
+
+func identify(path string) (id identity) {
+	var dir, link unix.Stat_t
+	if unix.Stat(path, &dir) == nil && unix.Lstat(path, &link) == nil {
+		id = identity{uint64(dir.Dev), uint64(dir.Ino), uint64(link.Dev), uint64(link.Ino), unix.Timespec{}}
+		if link.Mode&unix.S_IFMT == unix.S_IFLNK {
+			id.linkChanged = link.Ctim
+		}
+	}
+	return id
+}
+
+// exists tells whether there is anything at a path. A symlink there counts as it is;
+// sniproxy-rs follows it.
 func exists(path string) (bool, error) {
 	var st unix.Stat_t
 	switch err := unix.Fstatat(unix.AT_FDCWD, path, &st, unix.AT_SYMLINK_NOFOLLOW); err {
@@ -109,7 +145,8 @@ func connectError(dir string, err error) error {
 	var st unix.Stat_t
 	switch err {
 	case unix.ENOENT, unix.ENOTDIR, unix.ELOOP:
-		// ELOOP is a tenant's symlink that leads nowhere.
+		// ELOOP is a tenant's symlink that leads nowhere. For sniproxy-rs this, ENOTDIR,
+		// EPROTOTYPE and EINVAL are failures of its own (alert 80), not of the host.
 		problem = NoSocket
 		if unix.Stat(dir, &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFDIR {
 			problem = NoDirectory

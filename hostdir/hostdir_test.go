@@ -1,0 +1,398 @@
+package hostdir_test
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir"
+)
+
+// With dialName the test binary dials the host of that name and prints the problem; with
+// noRoom as well, it first sees to it that it gets no more descriptors.
+const (
+	dialName = "HOSTDIR_TEST_DIAL"
+	noRoom   = "HOSTDIR_TEST_NOROOM"
+)
+
+func TestMain(m *testing.M) {
+	name := os.Getenv(dialName)
+	if name == "" {
+		os.Exit(m.Run())
+	}
+	if os.Getenv(noRoom) != "" {
+		if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{}); err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+	}
+	_, _, err := hostdir.Dial([]byte(name))
+	fmt.Print(problem(err))
+}
+
+// problem returns the problem in an error of Dial, 0 if there is none.
+func problem(err error) hostdir.Problem {
+	var e *hostdir.Error
+	if errors.As(err, &e) {
+		return e.Problem
+	}
+	return 0
+}
+
+// chdir makes a hosts directory the working directory of the test.
+func chdir(t *testing.T) {
+	t.Helper()
+	dir := t.TempDir()
+	// Others must be able to enter it, and what it is in.
+	for _, dir := range []string{dir, filepath.Dir(dir)} {
+		if err := os.Chmod(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Chdir(dir)
+}
+
+// dirName returns the path of the directory of a host.
+func dirName(name string) string { return string(hostdir.AppendName(nil, []byte(name))) }
+
+// bind makes the directory of a host, and a socket in it.
+func bind(t *testing.T, name string, kind int) (fd int) {
+	t.Helper()
+	if err := os.Mkdir(dirName(name), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	fd = socket(t, kind)
+	path := dirName(name) + "/tls-socket"
+	if err := unix.Bind(fd, &unix.SockaddrUnix{Name: path}); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(path, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	return fd
+}
+
+func socket(t *testing.T, kind int) int {
+	t.Helper()
+	fd, err := unix.Socket(unix.AF_UNIX, kind, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(fd) })
+	return fd
+}
+
+func listen(t *testing.T, name string, backlog int) (fd int) {
+	t.Helper()
+	fd = bind(t, name, unix.SOCK_STREAM)
+	if err := unix.Listen(fd, backlog); err != nil {
+		t.Fatal(err)
+	}
+	return fd
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// descriptors returns how many descriptors this process has open.
+func descriptors(t *testing.T) int {
+	t.Helper()
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Skipf("no /proc: %v", err)
+	}
+	return len(entries)
+}
+
+func TestDial(t *testing.T) {
+	// Goal: a host that is there is connected to, with a descriptor that is non-blocking
+	// and closed on exec, and its marker is seen whatever it is.
+	chdir(t)
+	for name, mark := range map[string]func(path string) error{
+		"none":      func(string) error { return nil },
+		"file":      func(path string) error { return os.WriteFile(path, nil, 0) },
+		"directory": func(path string) error { return os.Mkdir(path, 0) },
+		"dangling":  func(path string) error { return os.Symlink("nowhere", path) },
+		"loop":      func(path string) error { return os.Symlink("send-proxy-v1", path) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			backend := listen(t, name, 1)
+			must(t, mark(dirName(name)+"/send-proxy-v1"))
+			fd, proxyV1, err := hostdir.Dial([]byte(name))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer unix.Close(fd)
+			if want := name != "none"; proxyV1 != want {
+				t.Errorf("proxyV1 is %v, want %v", proxyV1, want)
+			}
+			flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
+			if err != nil || flags&unix.O_NONBLOCK == 0 {
+				t.Errorf("flags %x, error %v: want O_NONBLOCK", flags, err)
+			}
+			flags, err = unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0)
+			if err != nil || flags&unix.FD_CLOEXEC == 0 {
+				t.Errorf("flags %x, error %v: want FD_CLOEXEC", flags, err)
+			}
+			peer, _, err := unix.Accept(backend)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer unix.Close(peer)
+			if _, err := unix.Write(fd, []byte(name)); err != nil {
+				t.Fatal(err)
+			}
+			got := make([]byte, 100)
+			if n, err := unix.Read(peer, got); err != nil || string(got[:n]) != name {
+				t.Errorf("the backend got %q, error %v", got[:max(n, 0)], err)
+			}
+		})
+	}
+}
+
+func TestDialSymlinks(t *testing.T) {
+	// Goal: symlinks are followed, to directories and sockets, and the marker is that of
+	// the directory that they lead to.
+	chdir(t)
+	listen(t, "target", 8)
+	must(t, os.WriteFile(dirName("target")+"/send-proxy-v1", nil, 0))
+	must(t, os.Symlink(dirName("target"), dirName("directory")))
+	must(t, os.Mkdir(dirName("socket"), 0o755))
+	must(t, os.Symlink("../"+dirName("target")+"/tls-socket", dirName("socket")+"/tls-socket"))
+	for name, want := range map[string]bool{"target": true, "directory": true, "socket": false} {
+		fd, proxyV1, err := hostdir.Dial([]byte(name))
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		unix.Close(fd)
+		if proxyV1 != want {
+			t.Errorf("%s: proxyV1 is %v, want %v", name, proxyV1, want)
+		}
+	}
+}
+
+func TestDialProblems(t *testing.T) {
+	// Goal: each way to fail is told apart, has a message, keeps what the system said, and
+	// leaves no descriptor behind.
+	chdir(t)
+	in := func(name string, do func(path string) error) {
+		must(t, os.Mkdir(dirName(name), 0o755))
+		must(t, do(dirName(name)+"/tls-socket"))
+	}
+	must(t, os.WriteFile(dirName("file"), nil, 0o644))
+	must(t, os.Symlink("nowhere", dirName("dangling")))
+	must(t, os.Symlink(dirName("loop"), dirName("loop")))
+	in("empty", func(string) error { return nil })
+	in("socket-dangling", func(path string) error { return os.Symlink("nowhere", path) })
+	in("socket-loop", func(path string) error { return os.Symlink("tls-socket", path) })
+	in("regular", func(path string) error { return os.WriteFile(path, nil, 0o777) })
+	in("fifo", func(path string) error { return unix.Mkfifo(path, 0o777) })
+	in("directory", func(path string) error { return os.Mkdir(path, 0o777) })
+	bind(t, "bound", unix.SOCK_STREAM)
+	unix.Close(listen(t, "abandoned", 1))
+	bind(t, "datagram", unix.SOCK_DGRAM)
+	tests := map[string]hostdir.Problem{
+		"absent":          hostdir.NoDirectory,
+		"file":            hostdir.NoDirectory,
+		"dangling":        hostdir.NoDirectory,
+		"loop":            hostdir.NoDirectory,
+		"empty":           hostdir.NoSocket,
+		"socket-dangling": hostdir.NoSocket,
+		"socket-loop":     hostdir.NoSocket,
+		"regular":         hostdir.NotStream,
+		"fifo":            hostdir.NotStream,
+		"directory":       hostdir.NotStream,
+		"datagram":        hostdir.NotStream,
+		"bound":           hostdir.NobodyListens,
+		"abandoned":       hostdir.NobodyListens,
+	}
+	if runtime.GOOS == "linux" {
+		bind(t, "seqpacket", unix.SOCK_SEQPACKET)
+		tests["seqpacket"] = hostdir.NotStream
+	}
+	if !hostdir.Hashed {
+		long := strings.Repeat("a", 254)
+		must(t, os.Mkdir(dirName(long), 0o755))
+		tests[long] = hostdir.PathTooLong
+	}
+	base := descriptors(t)
+	seen := map[string]hostdir.Problem{}
+	for name, want := range tests {
+		fd, proxyV1, err := hostdir.Dial([]byte(name))
+		if fd != -1 || proxyV1 {
+			t.Errorf("%s: descriptor %d, proxyV1 %v", name, fd, proxyV1)
+		}
+		if got := problem(err); got != want {
+			t.Errorf("%s: problem %d, want %d: %v", name, got, want, err)
+			continue
+		}
+		var errno unix.Errno
+		if !errors.As(err, &errno) || errno == 0 {
+			t.Errorf("%s: no number of a system error in %v", name, err)
+		}
+		// The message is that of the problem and the system's; no two problems share it.
+		text := strings.TrimSuffix(err.Error(), ": "+errno.Error())
+		if other, ok := seen[text]; text == "" || ok && other != want {
+			t.Errorf("%s: the message %q does not tell problem %d", name, err, want)
+		}
+		seen[text] = want
+	}
+	if got := descriptors(t); got != base {
+		t.Errorf("%d descriptors, %d before", got, base)
+	}
+}
+
+func TestDialBacklogFull(t *testing.T) {
+	// Goal: a full backlog is told at once, loses no descriptor, and passes when the backend
+	// accepts.
+	if runtime.GOOS != "linux" {
+		t.Skip("other systems do not tell a full backlog apart")
+	}
+	chdir(t)
+	backend := listen(t, "busy", 0)
+	err := error(nil)
+	for err == nil {
+		var fd int
+		if fd, _, err = hostdir.Dial([]byte("busy")); err == nil {
+			t.Cleanup(func() { unix.Close(fd) })
+		}
+	}
+	base := descriptors(t)
+	for range 3 {
+		if _, _, err := hostdir.Dial([]byte("busy")); problem(err) != hostdir.BacklogFull {
+			t.Errorf("got %v", err)
+		}
+	}
+	if got := descriptors(t); got != base {
+		t.Errorf("%d descriptors, %d before", got, base)
+	}
+	peer, _, err := unix.Accept(backend)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(peer)
+	fd, _, err := hostdir.Dial([]byte("busy"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	unix.Close(fd)
+}
+
+// dialElsewhere dials in another process, and returns the problem it had.
+func dialElsewhere(t *testing.T, self, name string, change func(*exec.Cmd)) hostdir.Problem {
+	t.Helper()
+	var stderr bytes.Buffer
+	cmd := exec.Command(self)
+	cmd.Env = append(os.Environ(), dialName+"="+name)
+	cmd.Stderr = &stderr
+	change(cmd)
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("%v: %s", err, stderr.Bytes())
+	}
+	n, err := strconv.Atoi(string(out))
+	if err != nil {
+		t.Fatalf("the other process printed %q", out)
+	}
+	return hostdir.Problem(n)
+}
+
+func executable(t *testing.T) string {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return self
+}
+
+func TestDialNoRoom(t *testing.T) {
+	// Goal: a process that has all the descriptors it may have is told so.
+	chdir(t)
+	listen(t, "good", 8)
+	for limit, want := range map[string]hostdir.Problem{"": 0, "0": hostdir.NoRoom} {
+		got := dialElsewhere(t, executable(t), "good", func(cmd *exec.Cmd) {
+			cmd.Env = append(cmd.Env, noRoom+"="+limit)
+		})
+		if got != want {
+			t.Errorf("limit %q: problem %d, want %d", limit, got, want)
+		}
+	}
+}
+
+func TestDialNotPermitted(t *testing.T) {
+	// Goal: directories and sockets without permission are told apart from those that are
+	// not there, and as soon as there is permission the host is connected to.
+	chdir(t)
+	for _, name := range []string{"good", "directory", "socket"} {
+		listen(t, name, 8)
+	}
+	must(t, os.Mkdir(dirName("empty"), 0o755))
+	closed := []string{dirName("directory"), dirName("socket") + "/tls-socket", dirName("empty")}
+	for _, path := range closed {
+		must(t, os.Chmod(path, 0))
+	}
+
+	// To root nothing is forbidden.
+	self, change := executable(t), func(*exec.Cmd) {}
+	if os.Geteuid() == 0 {
+		binary, err := os.ReadFile(self)
+		must(t, err)
+		self, err = filepath.Abs("dialler") // the test binary is where only root can enter
+		must(t, err)
+		must(t, os.WriteFile(self, binary, 0o755))
+		change = func(cmd *exec.Cmd) {
+			cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+		}
+	}
+	for name, want := range map[string]hostdir.Problem{
+		"good":      0,
+		"directory": hostdir.NotPermitted,
+		"socket":    hostdir.NotPermitted,
+		"empty":     hostdir.NotPermitted,
+		"absent":    hostdir.NoDirectory,
+	} {
+		if got := dialElsewhere(t, self, name, change); got != want {
+			t.Errorf("%s: problem %d, want %d", name, got, want)
+		}
+	}
+	for _, path := range closed {
+		must(t, os.Chmod(path, 0o777))
+	}
+	for name, want := range map[string]hostdir.Problem{"directory": 0, "socket": 0, "empty": hostdir.NoSocket} {
+		if got := dialElsewhere(t, self, name, change); got != want {
+			t.Errorf("%s, with permission: problem %d, want %d", name, got, want)
+		}
+	}
+}
+
+func TestAppendName(t *testing.T) {
+	// Goal: the directory name is appended to what is there, and has at most MaxName bytes.
+	for _, name := range []string{"a", "a.example", strings.Repeat("a", 254)} {
+		dir := string(hostdir.AppendName(nil, []byte(name)))
+		if got := string(hostdir.AppendName([]byte("hosts/"), []byte(name))); got != "hosts/"+dir {
+			t.Errorf("%s: got %q, want %q", name, got, "hosts/"+dir)
+		}
+		if len(dir) > hostdir.MaxName {
+			t.Errorf("%s: %d bytes", name, len(dir))
+		}
+		if !hostdir.Hashed && dir != name {
+			t.Errorf("%s: got %q", name, dir)
+		}
+	}
+}
