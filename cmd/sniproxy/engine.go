@@ -91,7 +91,8 @@ type conn struct {
 	place    *list.Element // among those waiting
 }
 
-// accept accepts connections until the listener is closed.
+// accept accepts connections until the listener is closed. No failure ends it, as any
+// would end sniproxy-rs.
 func (e *engine) accept() {
 	for {
 		fd, addr, err := e.acceptOne()
@@ -257,7 +258,7 @@ func (c *conn) hello(parser *sni.Parser) (hello, name []byte, err error) {
 }
 
 // dial connects to the backend of a host. While its backlog is full it tries again, until
-// the deadline of c.
+// the deadline of c; sniproxy-rs gives up.
 func (e *engine) dial(c *conn, name []byte) (backend *os.File, proxyV1 bool, err error) {
 	for wait := redialMin; ; wait = min(2*wait, redialMax) {
 		fd, proxyV1, err := hostdir.Dial(name)
@@ -292,7 +293,7 @@ func (c *conn) proxyHeader() ([]byte, error) {
 }
 
 // refuse tells the client with an alert why it is not served, and sees to it that the
-// alert arrives: it ends the sending side, and reads what the client has still to say,
+// alert arrives, which that of sniproxy-rs often does not: it ends the sending side, and reads what the client has still to say,
 // within bounds, so that closing does not send a reset, which would overtake the alert.
 func (c *conn) refuse(err error) {
 	record := refusal(err).Description.Record()

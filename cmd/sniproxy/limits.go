@@ -4,7 +4,7 @@ import "time"
 
 // What a connection may take.
 const (
-	// helloTimeout is from accept to the begin of the relay, for the hello to be
+	// helloTimeout is from accept to the beginning of the relay, for the hello to be
 	// complete and the backend to be connected. It is one deadline, never extended.
 	helloTimeout = 10 * time.Second
 
@@ -31,7 +31,7 @@ const (
 	acceptPause = 100 * time.Millisecond
 )
 
-// Keepalive finds clients that vanished without a word: after keepaliveIdle of
+// Keepalive, which sniproxy-rs does not set, finds clients that vanished without a word: after keepaliveIdle of
 // silence they are probed every keepaliveInterval and given up after keepaliveCount
 // probes. The first is long enough not to wake up sleeping phones all the time and
 // shorter than what middleboxes commonly remember a connection for.

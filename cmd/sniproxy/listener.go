@@ -9,7 +9,8 @@ import (
 
 // A listener is the socket that was inherited. Its open file description is shared:
 // other processes may accept from it and change its flags at any time. So O_NONBLOCK,
-// although it is set here, is not to be relied upon; see [listener.accept].
+// although it is set here, is not to be relied upon; see [listener.accept]. (sniproxy-rs
+// checks only that there is a TCP socket, and relies on the flag.)
 type listener struct {
 	fd   int
 	addr netip.AddrPort
@@ -20,7 +21,7 @@ type listener struct {
 func inheritListener() (*listener, error) {
 	addr, err := checkListener(0)
 	if err != nil {
-		return nil, fmt.Errorf("%w: standard input must be a listening TCP socket, as systemd, inetd and s6 hand it over", err)
+		return nil, fmt.Errorf("%w; it must be a listening TCP socket, as systemd, inetd and s6 hand it over", err)
 	}
 	fd, err := unix.FcntlInt(0, unix.F_DUPFD_CLOEXEC, 3)
 	if err != nil {

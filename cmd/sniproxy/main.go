@@ -60,6 +60,7 @@ func run() int {
 	signal.Ignore(syscall.SIGPIPE)
 	defer flushOutput()
 
+	// sniproxy-rs ignores arguments.
 	if len(os.Args) != 1 {
 		stderr.print(usage)
 		return 2
@@ -69,6 +70,7 @@ func run() int {
 		complain("%v", err)
 		return 1
 	}
+	// SIGTERM too, and a second signal: sniproxy-rs knows SIGHUP alone, and is killed by others.
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, syscall.SIGHUP, syscall.SIGTERM)
 	e, err := startEngine(l)
@@ -90,9 +92,17 @@ func run() int {
 	select {
 	case <-e.drained:
 	case s := <-signals:
-		complain("got %s again, %d connections were cut", unix.SignalName(s.(syscall.Signal)), e.open())
+		complain("got %s again, cut what was open: %s", unix.SignalName(s.(syscall.Signal)), connections(e.open()))
 	case <-time.After(drainTimeout):
-		complain("%d connections were cut after %v", e.open(), drainTimeout)
+		// With the exit status of sniproxy-rs, 1, systemd would take it for a failure.
+		complain("cut what was still open after %v: %s", drainTimeout, connections(e.open()))
 	}
 	return status
+}
+
+func connections(n int64) string {
+	if n == 1 {
+		return "1 connection"
+	}
+	return fmt.Sprintf("%d connections", n)
 }

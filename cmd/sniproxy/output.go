@@ -10,7 +10,7 @@ import (
 
 // An output is a descriptor for lines, which may be anything: a pipe that is full or
 // that nobody reads, a closed terminal, the listening socket. Writing to it never
-// waits and never fails: a goroutine of its own does the waiting, and lines that it
+// waits and never fails (sniproxy-rs ends, or stands still): a goroutine of its own does the waiting, and lines that it
 // has no room for are dropped.
 type output struct {
 	lines chan string

@@ -119,7 +119,7 @@ func linger(client *os.File) {
 	}
 }
 
-// reset closes both connections at once, that of the client with a reset, so that it does
+// reset closes both connections at once, rather than the failed direction as sniproxy-rs does, that of the client with a reset, so that it does
 // not mistake what it has for all there is.
 func reset(client, backend *os.File) {
 	control(client, func(fd int) {
