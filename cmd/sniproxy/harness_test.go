@@ -190,8 +190,25 @@ func (d *daemon) wait() int {
 	return d.cmd.ProcessState.ExitCode()
 }
 
-// fds returns how many descriptors the daemon has open.
-func (d *daemon) fds() int {
+// fds returns how many sockets and pipes the daemon has open. Other descriptors are no
+// connection's; among them are some that Go's runtime opens when it first needs them.
+func (d *daemon) fds() (n int) {
+	d.t.Helper()
+	dir := fmt.Sprintf("/proc/%d/fd/", d.cmd.Process.Pid)
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		d.t.Skipf("no /proc: %v", err)
+	}
+	for _, e := range entries {
+		if to, _ := os.Readlink(dir + e.Name()); strings.HasPrefix(to, "socket:") || strings.HasPrefix(to, "pipe:") {
+			n++
+		}
+	}
+	return n
+}
+
+// allFds returns how many descriptors the daemon has open.
+func (d *daemon) allFds() int {
 	d.t.Helper()
 	entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", d.cmd.Process.Pid))
 	if err != nil {
@@ -452,3 +469,13 @@ func isReset(err error) bool {
 
 // localAddr returns the address that the proxy must report for a connection.
 func localAddr(c net.Conn) netip.AddrPort { return c.LocalAddr().(*net.TCPAddr).AddrPort() }
+
+// needIPv6 skips the test where the machine has no IPv6.
+func needIPv6(t testing.TB) {
+	t.Helper()
+	l, err := net.Listen("tcp6", "[::1]:0")
+	if err != nil {
+		t.Skipf("no IPv6: %v", err)
+	}
+	l.Close()
+}

@@ -1,0 +1,523 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir"
+	"sniproxy/sni"
+)
+
+// hostDir returns the path of the directory of a host, without making it.
+func hostDir(hosts, name string) string {
+	return filepath.Join(hosts, string(hostdir.AppendName(nil, []byte(name))))
+}
+
+func (d *daemon) hostDir(name string) string { return hostDir(d.dir, name) }
+
+// badHosts are the ways in which a host cannot be connected to, each made at a path where
+// its directory would be.
+var badHosts = map[string]func(dir string) error{
+	"no directory":              func(string) error { return nil },
+	"file as directory":         func(dir string) error { return os.WriteFile(dir, nil, 0o644) },
+	"dangling symlink":          func(dir string) error { return os.Symlink("nowhere", dir) },
+	"symlink loop":              func(dir string) error { return os.Symlink(filepath.Base(dir), dir) },
+	"symlink to impossible":     func(dir string) error { return os.Symlink(strings.Repeat("a", 256), dir) },
+	"no socket":                 func(dir string) error { return os.Mkdir(dir, 0o755) },
+	"dangling socket symlink":   inDir(func(path string) error { return os.Symlink("nowhere", path) }),
+	"socket symlink loop":       inDir(func(path string) error { return os.Symlink("tls-socket", path) }),
+	"regular file as socket":    inDir(func(path string) error { return os.WriteFile(path, nil, 0o777) }),
+	"FIFO as socket":            inDir(func(path string) error { return unix.Mkfifo(path, 0o777) }),
+	"directory as socket":       inDir(func(path string) error { return os.Mkdir(path, 0o777) }),
+	"symlink to directory":      inDir(func(path string) error { return os.Symlink(".", path) }),
+	"socket that does not hear": inDir(func(path string) error { return bindUnix(path, unix.SOCK_STREAM) }),
+	"datagram socket":           inDir(func(path string) error { return bindUnix(path, unix.SOCK_DGRAM) }),
+	"seqpacket socket":          inDir(func(path string) error { return bindUnix(path, unix.SOCK_SEQPACKET) }),
+	"abandoned socket": inDir(func(path string) error {
+		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+		if err != nil {
+			return err
+		}
+		l.SetUnlinkOnClose(false)
+		return l.Close()
+	}),
+}
+
+// inDir makes something at tls-socket in the directory.
+func inDir(do func(path string) error) func(dir string) error {
+	return func(dir string) error {
+		return errors.Join(os.Mkdir(dir, 0o755), do(filepath.Join(dir, "tls-socket")))
+	}
+}
+
+// bindUnix makes a socket of any type, which stays open until the end of the tests, and
+// does not listen.
+func bindUnix(path string, kind int) error {
+	fd, err := unix.Socket(unix.AF_UNIX, kind, 0)
+	if errors.Is(err, unix.EPROTONOSUPPORT) {
+		return nil // then no such socket can be in the way
+	}
+	if err != nil {
+		return err
+	}
+	unix.CloseOnExec(fd)
+	return errors.Join(unix.Bind(fd, &unix.SockaddrUnix{Name: path}), os.Chmod(path, 0o777))
+}
+
+func TestBadHosts(t *testing.T) {
+	// Goal: whatever is wrong with a host, its clients get unrecognized_name, others are
+	// served, no descriptor is lost, and the host is served once it is right.
+	d := start(t)
+	d.serve("good.example", greet)
+	base := d.fds()
+	for what, do := range badHosts {
+		t.Run(what, func(t *testing.T) {
+			name := "bad.example"
+			dir := d.hostDir(name)
+			if err := do(dir); err != nil {
+				t.Fatal(err)
+			}
+			for range 3 {
+				got, err := d.exchange(hello(name))
+				expectRecord(t, got, err, sni.UnrecognizedName)
+			}
+			if err := os.RemoveAll(dir); err != nil {
+				t.Fatal(err)
+			}
+			l := listenHost(t, d.dir, name)
+			go func() {
+				if c, err := l.AcceptUnix(); err == nil {
+					greet(c)
+					c.Close()
+				}
+			}()
+			if err := d.greeted(name); err != nil {
+				t.Error(err)
+			}
+			l.Close()
+			if err := os.RemoveAll(dir); err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
+	if err := d.greeted("good.example"); err != nil {
+		t.Error(err)
+	}
+	d.awaitFds(base)
+}
+
+func TestNotPermitted(t *testing.T) {
+	// Goal: a directory or a socket that the daemon has no permission for gives
+	// unrecognized_name, and the host is served once there is permission.
+	d := start(t, ordinaryUser(t))
+	d.serve("good.example", greet)
+	if err := d.greeted("good.example"); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct{ name, file string }{
+		{"directory.example", "."},
+		{"socket.example", "tls-socket"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			d.serve(c.name, greet)
+			path := d.hostPath(c.name, c.file)
+			if err := os.Chmod(path, 0); err != nil {
+				t.Fatal(err)
+			}
+			got, err := d.exchange(hello(c.name))
+			expectRecord(t, got, err, sni.UnrecognizedName)
+			if err := os.Chmod(path, 0o777); err != nil {
+				t.Fatal(err)
+			}
+			if err := d.greeted(c.name); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// ordinaryUser runs the daemon as nobody if the test is run by root, for whom nothing is
+// forbidden.
+func ordinaryUser(t *testing.T) setup {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		return func(*exec.Cmd) {}
+	}
+	// The test binary is in a directory that only root can enter.
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	binary, err := os.ReadFile(self)
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(hostsDir(t), "sniproxy")
+	if err := os.WriteFile(path, binary, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return func(cmd *exec.Cmd) {
+		cmd.Path = path
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	}
+}
+
+func TestHostComesAndGoes(t *testing.T) {
+	// Goal: hosts and sockets that are made, removed and made again while the daemon runs
+	// are seen at once, in both directions.
+	d := start(t)
+	for range 3 {
+		d.expectAlert(hello("a.example"), sni.UnrecognizedName)
+		d.serve("a.example", greet)
+		if err := d.greeted("a.example"); err != nil {
+			t.Error(err)
+		}
+		socket := d.hostPath("a.example", "tls-socket")
+		if err := os.Rename(socket, socket+"~"); err != nil {
+			t.Fatal(err)
+		}
+		d.expectAlert(hello("a.example"), sni.UnrecognizedName)
+		if err := os.Rename(socket+"~", socket); err != nil {
+			t.Fatal(err)
+		}
+		if err := d.greeted("a.example"); err != nil {
+			t.Error(err)
+		}
+		if err := os.RemoveAll(filepath.Dir(socket)); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// saying is a backend that reads a hello and answers with a word.
+func saying(word string) func(*net.UnixConn) {
+	return func(c *net.UnixConn) {
+		if _, _, err := readHello(c); err == nil {
+			io.WriteString(c, word)
+		}
+	}
+}
+
+// expectWord fails the test unless a client that asks for name gets the word.
+func expectWord(t *testing.T, d *daemon, name, word string) {
+	t.Helper()
+	if got, err := d.exchange(record(22, shape{name: name}.message()...)); err != nil || string(got) != word {
+		t.Errorf("%q: got %q, error %v, want %q", name, got, err, word)
+	}
+}
+
+func TestSymlinks(t *testing.T) {
+	// Goal: symlinks are followed wherever they lead: relative or not, to a directory or a
+	// socket, inside or outside the hosts directory, through one another.
+	d := start(t)
+	elsewhere := hostsDir(t)
+	serveHost(t, elsewhere, "target", saying("outside"))
+	outside := hostDir(elsewhere, "target")
+	relative, err := filepath.Rel(d.dir, outside)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.serve("inside.example", saying("inside"))
+	inside := hostDir("", "inside.example")
+
+	for _, c := range []struct{ name, target, word string }{
+		{"absolute.example", outside, "outside"},
+		{"relative.example", relative, "outside"},
+		{"inner.example", inside, "inside"},
+		{"twice.example", hostDir("", "inner.example"), "inside"},
+	} {
+		if err := os.Symlink(c.target, d.hostDir(c.name)); err != nil {
+			t.Fatal(err)
+		}
+		expectWord(t, d, c.name, c.word)
+	}
+	for _, c := range []struct{ name, target, word string }{
+		{"absolute-socket.example", filepath.Join(outside, "tls-socket"), "outside"},
+		{"relative-socket.example", filepath.Join("..", relative, "tls-socket"), "outside"},
+		{"inner-socket.example", filepath.Join("..", inside, "tls-socket"), "inside"},
+	} {
+		if err := os.Symlink(c.target, d.hostPath(c.name, "tls-socket")); err != nil {
+			t.Fatal(err)
+		}
+		expectWord(t, d, c.name, c.word)
+	}
+}
+
+func TestAtomicSwitch(t *testing.T) {
+	// Goal: a host whose symlink is switched from one directory to another while it is in
+	// use, by renaming a new symlink over it, is served by one or the other at any time, and
+	// gets a PROXY header exactly where there is a marker beside the socket.
+	for _, marker := range []bool{false, true} {
+		t.Run(fmt.Sprintf("marker %v", marker), func(t *testing.T) {
+			d := start(t)
+			elsewhere := hostsDir(t)
+			backend := func(word, begin string) {
+				serveHost(t, elsewhere, word, func(c *net.UnixConn) {
+					got := make([]byte, len(begin))
+					if _, err := io.ReadFull(c, got); err == nil && string(got) != begin {
+						fmt.Fprintf(c, "%q for ", got)
+					}
+					io.Copy(io.Discard, c)
+					io.WriteString(c, word)
+				})
+			}
+			backend("green", "\x16")
+			if marker {
+				backend("blue", "PROXY ")
+				writeMarker(t, hostPath(t, elsewhere, "blue", "send-proxy-v1"))
+			} else {
+				backend("blue", "\x16")
+			}
+			point := func(word string) error {
+				next := filepath.Join(d.dir, "next")
+				return errors.Join(os.Symlink(hostDir(elsewhere, word), next), os.Rename(next, d.hostDir("a.example")))
+			}
+			if err := point("blue"); err != nil {
+				t.Fatal(err)
+			}
+
+			// The next switch is made when the last one has been seen by a client.
+			answers := make(chan string)
+			var clients sync.WaitGroup
+			for range 4 {
+				clients.Go(func() {
+					for range 500 {
+						got, err := d.tell(record(22, shape{name: "a.example"}.message()...), 1<<20, true)
+						if err != nil {
+							t.Error(err)
+						}
+						answers <- string(got)
+					}
+				})
+			}
+			go func() {
+				clients.Wait()
+				close(answers)
+			}()
+			now, next, switches := "blue", "green", 0
+			for got := range answers {
+				switch {
+				case got == now:
+					if err := point(next); err != nil {
+						t.Error(err)
+					}
+					now, next = next, now
+					switches++
+				case got != next:
+					t.Errorf("an answer is %q", got)
+				}
+			}
+			if switches < 10 {
+				t.Errorf("only %d switches", switches)
+			}
+		})
+	}
+}
+
+func writeMarker(t *testing.T, path string) {
+	t.Helper()
+	if err := os.WriteFile(path, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestNames(t *testing.T) {
+	// Goal: a name is looked up in lower case, may have underscores, and hyphens within
+	// and at the end of labels; the backend gets it as it was sent.
+	d := start(t)
+	for _, c := range []struct{ sent, canonical string }{
+		{"a", "a"},
+		{"127", "127"},
+		{"UPPER.Example", "upper.example"},
+		{"a_b.example", "a_b.example"},
+		{"_dmarc.example_", "_dmarc.example_"},
+		{"xn--fa-hia.de", "xn--fa-hia.de"},
+		{"a-.b--c.example", "a-.b--c.example"},
+		{strings.Repeat("a.", 25) + "example", strings.Repeat("a.", 25) + "example"},
+	} {
+		sent := record(22, shape{name: c.sent}.message()...)
+		d.serve(c.canonical, func(c *net.UnixConn) {
+			got := make([]byte, len(sent))
+			if _, err := io.ReadFull(c, got); err == nil && bytes.Equal(got, sent) {
+				io.WriteString(c, "unchanged")
+			}
+		})
+		expectWord(t, d, c.sent, "unchanged")
+	}
+}
+
+func TestForbiddenNames(t *testing.T) {
+	// Goal: a name that is not canonical, but for the case, never becomes a path, even if
+	// there is a socket at that path.
+	parent := hostsDir(t)
+	hosts := filepath.Join(parent, "hosts")
+	if err := os.Mkdir(hosts, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	d := startOn(t, listen(t, "tcp4", "127.0.0.1:0"), hosts)
+	d.serve("a", greet)
+	d.serve("a/b", greet)
+	for _, name := range []string{
+		".", "..", "a.", "a..b", ".a", "-a", "b.-a", "a b", "a\nb", "a\\b", "*.b", "a:443", "\xc3\xa9", "\xff",
+		"\u212a", "a,b", "a%00", "[::1]",
+	} {
+		d.serve(name, greet)
+	}
+	// A NUL would end the path here.
+	if err := os.Symlink(hostDir("", "a")+"/tls-socket", filepath.Join(hosts, "bare")); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{
+		"", ".", "..", "../hosts/a", "./a", "/a", "a/", "a/b", "/", parent + "/hosts/a",
+		"a.", "a..", "a..b", ".a", "-a", "b.-a", "a b", "a\nb", "a\\b", "*.b", "a:443", "\xc3\xa9", "\xff",
+		"\u212a", "a,b", "a%00", "[::1]", strings.Repeat("a.", 127) + "a",
+		"\x00", "a\x00", "a\x00.example", "\x00a", "a/tls-socket\x00", "bare\x00",
+		strings.Repeat("a", 256), strings.Repeat("a", 60_000),
+	} {
+		got, err := d.exchange(records(shape{name: name}.message(), 1<<14))
+		if err != nil || alert(got) != int(sni.UnrecognizedName) {
+			t.Errorf("%.80q: got %x, error %v", name, got, err)
+		}
+	}
+	if err := d.greeted("a"); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestLongNames(t *testing.T) {
+	// Goal: names of up to 254 bytes are served if the path of the socket fits into a socket
+	// address, as that of a hash always does; else they are unknown, although there is a
+	// directory.
+	d := start(t)
+	elsewhere := hostsDir(t)
+	serveHost(t, elsewhere, "target", saying("found"))
+	var address unix.RawSockaddrUnix
+	fits := len(address.Path) - 1 - len("/tls-socket")
+	for _, n := range []int{63, fits - 1, fits, fits + 1, fits + 2, 253, 254, 255} {
+		name := strings.Repeat("abcdefg.", 32)[:n]
+		name = strings.TrimSuffix(name, ".") + strings.Repeat("x", n-len(strings.TrimSuffix(name, ".")))
+		if err := os.Symlink(hostDir(elsewhere, "target"), d.hostDir(name)); err != nil {
+			t.Fatal(err)
+		}
+		if n <= fits || hostdir.Hashed && n <= 254 {
+			expectWord(t, d, name, "found")
+			continue
+		}
+		got, err := d.exchange(record(22, shape{name: name}.message()...))
+		expectRecord(t, got, err, sni.UnrecognizedName)
+	}
+}
+
+// firstRead is a backend that sends back what its first read gives, which is tried so often
+// that it can hardly find two writes at once.
+func firstRead(c *net.UnixConn) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return
+	}
+	b := make([]byte, 64<<10)
+	n, late := 0, time.Now().Add(patience)
+	raw.Control(func(fd uintptr) {
+		for err = unix.EAGAIN; err == unix.EAGAIN && time.Now().Before(late); {
+			n, err = unix.Read(int(fd), b)
+		}
+	})
+	if err == nil {
+		c.Write(b[:n])
+	}
+}
+
+func TestProxyHeader(t *testing.T) {
+	// Goal: with a marker, whatever it is, the backend gets the right header, and with it,
+	// in one write, the hello; without one, the hello alone.
+	markers := map[string]func(path string) error{
+		"none":             nil,
+		"empty file":       func(path string) error { return os.WriteFile(path, nil, 0) },
+		"directory":        func(path string) error { return os.Mkdir(path, 0) },
+		"dangling symlink": func(path string) error { return os.Symlink("nowhere", path) },
+		"symlink loop":     func(path string) error { return os.Symlink("send-proxy-v1", path) },
+		"FIFO":             func(path string) error { return unix.Mkfifo(path, 0) },
+	}
+	for _, c := range []struct{ network, listener, client, family string }{
+		{"tcp4", "127.0.0.1:0", "127.0.0.1", "TCP4"},
+		{"tcp4", "0.0.0.0:0", "127.0.0.1", "TCP4"},
+		{"tcp6", "[::1]:0", "::1", "TCP6"},
+		{"tcp6", "[::]:0", "::1", "TCP6"},
+		{"tcp", "[::]:0", "127.0.0.1", "TCP4"},
+		{"tcp", "[::]:0", "::1", "TCP6"},
+	} {
+		t.Run(fmt.Sprintf("%s %s from %s", c.network, c.listener, c.client), func(t *testing.T) {
+			if c.network != "tcp4" {
+				needIPv6(t)
+			}
+			l := listen(t, c.network, c.listener)
+			d := startOn(t, l, hostsDir(t))
+			port := l.Addr().(*net.TCPAddr).Port
+			d.addr = net.JoinHostPort(c.client, fmt.Sprint(port))
+			for what, mark := range markers {
+				name := strings.ToLower(strings.ReplaceAll(what, " ", "-")) + ".example"
+				d.serve(name, firstRead)
+				if mark != nil {
+					if err := mark(d.hostPath(name, "send-proxy-v1")); err != nil {
+						t.Fatal(err)
+					}
+				}
+				sent := record(22, shape{name: name}.message()...)
+				for range 20 {
+					client := d.dial()
+					if _, err := client.Write(sent); err != nil {
+						t.Fatal(err)
+					}
+					got, err := io.ReadAll(client)
+					client.Close()
+					want := string(sent)
+					if mark != nil {
+						want = fmt.Sprintf("PROXY %s %s %s %d %d\r\n%s", c.family, c.client, c.client,
+							localAddr(client).Port(), port, sent)
+					}
+					if err != nil || string(got) != want {
+						t.Fatalf("%s: the first read gave %q, error %v, want %q", what, got, err, want)
+					}
+				}
+			}
+		})
+	}
+}
+
+func TestProxyHeaderFirst(t *testing.T) {
+	// Goal: the header comes once, before all bytes of the client, however the hello is cut
+	// and whatever follows it.
+	d := start(t)
+	d.serve("a.example", func(c *net.UnixConn) { io.Copy(c, c) })
+	writeMarker(t, d.hostPath("a.example", "send-proxy-v1"))
+	sent := append(records(shape{name: "a.example"}.message(), 10), "and more"...)
+	for _, piece := range []int{1 << 20, 1} {
+		c := d.dial()
+		go func() {
+			for i := 0; i < len(sent); i += piece {
+				c.Write(sent[i:min(i+piece, len(sent))])
+			}
+			c.CloseWrite()
+		}()
+		got, err := io.ReadAll(c)
+		addr := localAddr(c)
+		want := fmt.Sprintf("PROXY TCP4 127.0.0.1 127.0.0.1 %d %s\r\n%s", addr.Port(), d.addr[len("127.0.0.1:"):], sent)
+		if err != nil || string(got) != want {
+			t.Errorf("pieces of %d: got %q, error %v, want %q", piece, got, err, want)
+		}
+		c.Close()
+	}
+}

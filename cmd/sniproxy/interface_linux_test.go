@@ -1,0 +1,39 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+func TestWrongStdinLinux(t *testing.T) {
+	// Goal: as TestWrongStdin, for what is opened in another way elsewhere.
+	t.Run("terminal", func(t *testing.T) {
+		master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
+		if err != nil {
+			t.Skipf("no terminals: %v", err)
+		}
+		defer master.Close()
+		if err := unix.IoctlSetPointerInt(int(master.Fd()), unix.TIOCSPTLCK, 0); err != nil {
+			t.Fatal(err)
+		}
+		n, err := unix.IoctlGetInt(int(master.Fd()), unix.TIOCGPTN)
+		if err != nil {
+			t.Fatal(err)
+		}
+		terminal, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
+		if err != nil {
+			t.Skipf("no terminals: %v", err)
+		}
+		defer terminal.Close()
+		launch(t, terminal, hostsDir(t)).expectRefusal("a terminal")
+	})
+	t.Run("seqpacket", func(t *testing.T) {
+		launch(t, socketFD(t, unix.AF_UNIX, unix.SOCK_SEQPACKET, nil), hostsDir(t)).expectRefusal("Unix socket")
+	})
+	t.Run("netlink", func(t *testing.T) {
+		launch(t, socketFD(t, unix.AF_NETLINK, unix.SOCK_RAW, nil), hostsDir(t)).expectRefusal("another kind")
+	})
+}

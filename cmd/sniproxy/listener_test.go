@@ -1,0 +1,369 @@
+package main
+
+import (
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// A sharer is another process that has a descriptor of the daemon's: this one.
+type sharer struct {
+	t    testing.TB
+	file *os.File
+}
+
+func share(t testing.TB, l *net.TCPListener) sharer {
+	t.Helper()
+	f, err := l.File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return sharer{t, f}
+}
+
+// do calls a function with the descriptor.
+func (s sharer) do(call func(fd int) error) {
+	s.t.Helper()
+	raw, err := s.file.SyscallConn()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	if failed := raw.Control(func(fd uintptr) { err = call(int(fd)) }); failed != nil || err != nil {
+		s.t.Fatal(failed, err)
+	}
+}
+
+// block clears O_NONBLOCK, for all who share the socket.
+func (s sharer) block() {
+	s.t.Helper()
+	s.do(func(fd int) error { return unix.SetNonblock(fd, false) })
+}
+
+// keepBlocking clears O_NONBLOCK over and over until stop is called.
+func (s sharer) keepBlocking() (stop func()) {
+	over := make(chan struct{})
+	var blocking sync.WaitGroup
+	blocking.Go(func() {
+		tick := time.NewTicker(time.Millisecond)
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+				s.block()
+			case <-over:
+				return
+			}
+		}
+	})
+	return sync.OnceFunc(func() {
+		close(over)
+		blocking.Wait()
+	})
+}
+
+// Goal: a listening socket that is handed over blocking is served like any other, and the
+// stop stops although somebody else still has the socket.
+func TestListenerBlocking(t *testing.T) {
+	l := listen(t, "tcp4", "127.0.0.1:0")
+	s := share(t, l)
+	d := startOn(t, l, hostsDir(t), func(*exec.Cmd) { s.block() })
+	d.serve("a.example", greet)
+	host := d.host("live.example")
+	client, backend := d.pair(host, "live.example")
+	for range 20 {
+		if err := d.greeted("a.example"); err != nil {
+			t.Fatal(err)
+		}
+		s.block()
+		ping(t, client, backend) // with accept at rest
+	}
+	s.block()
+	client.Close()
+	backend.Close()
+	d.signal(syscall.SIGHUP)
+	d.expectExit(0)
+}
+
+// Goal: a listening socket that somebody makes blocking over and over stalls neither new
+// connections nor old ones, and the stop stops.
+func TestListenerMadeBlocking(t *testing.T) {
+	l := listen(t, "tcp4", "127.0.0.1:0")
+	d := startOn(t, l, hostsDir(t))
+	d.serve("a.example", greet)
+	host := d.host("live.example")
+	client, backend := d.pair(host, "live.example")
+	stop := share(t, l).keepBlocking()
+	defer stop()
+	served, stopLoad := d.load("a.example")
+	defer stopLoad()
+	for range 20 {
+		awaitMore(t, served, 50)
+		ping(t, client, backend)
+		ping(t, backend, client)
+	}
+	stopLoad()
+	d.signal(syscall.SIGHUP)
+	// The end of the last connection is the end of the daemon, so it has noticed the stop
+	// by then, although no client comes that could wake a blocked accept.
+	ping(t, client, backend)
+	client.Close()
+	backend.Close()
+	d.expectExit(0)
+}
+
+// Goal: another process that accepts from the same socket, and so takes clients away which
+// the daemon was woken up for, stalls nothing, and the stop stops.
+func TestListenerShared(t *testing.T) {
+	l := listen(t, "tcp4", "127.0.0.1:0")
+	d := startOn(t, l, hostsDir(t))
+	d.serve("a.example", greet)
+	host := d.host("live.example")
+	client, backend := d.pair(host, "live.example")
+
+	// The other process is one of the simplest kind: accept blocks.
+	s := share(t, l)
+	var over atomic.Bool
+	var taken atomic.Int64
+	var thief sync.WaitGroup
+	thief.Go(func() {
+		for !over.Load() {
+			s.block()
+			var fd int
+			var err error
+			s.do(func(listener int) error {
+				fd, _, err = unix.Accept(listener)
+				return nil
+			})
+			if err != nil {
+				continue // as when the daemon has set a time limit, or the flag
+			}
+			taken.Add(1)
+			unix.Write(fd, []byte("taken"))
+			unix.Close(fd)
+		}
+	})
+	stopThief := sync.OnceFunc(func() {
+		over.Store(true)
+		if c, err := net.Dial("tcp", d.addr); err == nil { // it may be in accept
+			defer c.Close()
+		}
+		thief.Wait()
+	})
+	defer stopThief()
+
+	var served atomic.Int64
+	var stopLoad atomic.Bool
+	var clients sync.WaitGroup
+	for range 8 {
+		clients.Go(func() {
+			for !stopLoad.Load() {
+				c, err := net.DialTimeout("tcp", d.addr, patience)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				c.SetDeadline(time.Now().Add(patience))
+				c.Write(hello("a.example"))
+				got, err := io.ReadAll(c)
+				c.Close()
+				switch {
+				case string(got) == "this is a.example":
+					served.Add(1)
+				case string(got) == "taken" || len(got) == 0 && isReset(err): // by the other, who leaves the hello unread
+				default:
+					t.Errorf("got %q, error %v", got, err)
+					return
+				}
+			}
+		})
+	}
+	for range 20 {
+		before := taken.Load()
+		awaitMore(t, &served, 20)
+		await(t, "clients to be taken away", func() bool { return taken.Load() >= before+20 || t.Failed() })
+		ping(t, client, backend)
+		ping(t, backend, client)
+	}
+	stopLoad.Store(true)
+	clients.Wait()
+	d.signal(syscall.SIGHUP)
+	client.Close()
+	backend.Close()
+	d.expectExit(0)
+}
+
+// Goal: two daemons on one socket, which somebody makes blocking all the time, take the
+// clients from each other without a stall, and each stops when it is told to.
+func TestListenerTwoCopies(t *testing.T) {
+	l := listen(t, "tcp4", "127.0.0.1:0")
+	hosts := hostsDir(t)
+	serveHost(t, hosts, "a.example", greet)
+	serveHost(t, hosts, "echo.example", echo)
+	stop := share(t, l).keepBlocking()
+	defer stop()
+	first := startOn(t, l, hosts)
+	second := startOn(t, l, hosts)
+	// It is not known which of the two has which connection.
+	var conns []net.Conn
+	for range 20 {
+		c := first.dial()
+		c.Write(hello("echo.example"))
+		ping(t, c, c)
+		conns = append(conns, c)
+	}
+	served, stopLoad := first.load("a.example")
+	defer stopLoad()
+	for range 10 {
+		awaitMore(t, served, 50)
+		for _, c := range conns {
+			ping(t, c, c)
+		}
+	}
+	first.signal(syscall.SIGHUP)
+	first.out.await(t, "shutting down")
+	awaitMore(t, served, 200)
+	for _, c := range conns {
+		ping(t, c, c)
+		c.Close()
+	}
+	first.expectExit(0)
+	awaitMore(t, served, 200)
+	stopLoad()
+	second.signal(syscall.SIGHUP)
+	second.expectExit(0)
+}
+
+// Goal: with the listening socket on 0, 1 and 2, where nothing can be written to, the
+// daemon serves, no client ever gets what is meant for the log, and the stop is clean.
+func TestListenerOnAll(t *testing.T) {
+	d := startInetd(t)
+	d.serve("a.example", greet)
+	l := d.host("live.example")
+	var clients []*net.TCPConn
+	var backends []*net.UnixConn
+	for range 10 {
+		client, backend := d.pair(l, "live.example")
+		clients, backends = append(clients, client), append(backends, backend)
+	}
+	for range 50 {
+		if err := d.greeted("a.example"); err != nil {
+			t.Fatal(err)
+		}
+		d.expectAlert(hello("unknown.example"), 112)
+	}
+	silent := d.dial()
+	d.signal(syscall.SIGHUP)
+	d.awaitFree()
+	for i, client := range clients {
+		ping(t, backends[i], client)
+		backends[i].CloseWrite()
+		if got, err := io.ReadAll(client); len(got) > 0 || err != nil {
+			t.Errorf("a client got %q, error %v, want the end", got, err)
+		}
+		client.Close()
+	}
+	silent.CloseWrite()
+	// If it came in before the stop, it gets an alert, and if not, a reset.
+	if got, err := io.ReadAll(silent); !isReset(err) && alert(got) != 50 {
+		t.Errorf("a client got %q, error %v", got, err)
+	}
+	silent.Close()
+	d.expectExit(0)
+}
+
+// Goal: whatever is the matter with standard output and error, the daemon serves on, also
+// when it has something to say, and stops properly.
+func TestOutputBroken(t *testing.T) {
+	use := func(t *testing.T, d *daemon) {
+		d.serve("a.example", greet)
+		host := d.host("live.example")
+		client, backend := d.pair(host, "live.example")
+		for range 2 {
+			for range 20 {
+				if err := d.greeted("a.example"); err != nil {
+					t.Fatal(err)
+				}
+				d.expectAlert(hello("unknown.example"), 112)
+			}
+			ping(t, client, backend)
+			d.exhaust()
+		}
+		d.signal(syscall.SIGHUP)
+		d.awaitFree()
+		ping(t, backend, client)
+		client.Close()
+		backend.Close()
+		d.expectExit(0)
+	}
+	run := func(t *testing.T, output *os.File, setups ...setup) *daemon {
+		l := listen(t, "tcp4", "127.0.0.1:0")
+		defer l.Close()
+		return startOn(t, l, hostsDir(t), append([]setup{output1(output), output2(output)}, setups...)...)
+	}
+	t.Run("reader gone", func(t *testing.T) {
+		r, w := pipe(t)
+		r.Close()
+		use(t, run(t, w, limitFiles(64)))
+	})
+	t.Run("full", func(t *testing.T) {
+		_, w := pipe(t)
+		fill(t, w)
+		use(t, run(t, w, limitFiles(64)))
+	})
+	t.Run("full and non-blocking", func(t *testing.T) {
+		_, w := pipe(t)
+		fill(t, w)
+		d := run(t, w, limitFiles(64)) // which makes it blocking
+		sharer{t, w}.do(func(fd int) error { return unix.SetNonblock(fd, true) })
+		use(t, d)
+	})
+	t.Run("closed", func(t *testing.T) {
+		_, w := pipe(t)
+		use(t, run(t, w, func(cmd *exec.Cmd) {
+			cmd.Args = []string{"sh", "-c", `ulimit -n 64; exec "$0" >&- 2>&-`, cmd.Path}
+			cmd.Path = "/bin/sh"
+		}))
+	})
+}
+
+func pipe(t *testing.T) (r, w *os.File) {
+	t.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		r.Close()
+		w.Close()
+	})
+	return r, w
+}
+
+// fill writes to a pipe until it is full.
+func fill(t *testing.T, w *os.File) {
+	t.Helper()
+	sharer{t, w}.do(func(fd int) error {
+		if err := unix.SetNonblock(fd, true); err != nil {
+			return err
+		}
+		for _, size := range []int{4096, 1} { // single bytes at the end
+			var err error
+			for b := make([]byte, size); err == nil; {
+				_, err = unix.Write(fd, b)
+			}
+			if err != unix.EAGAIN {
+				return err
+			}
+		}
+		return nil
+	})
+}
