@@ -107,7 +107,7 @@ func run(ctx context.Context, checkOnly bool) error {
 // listen binds port 8443 of 127.0.0.1 or, if that is taken, the next one that is free.
 func listen(ctx context.Context) (*net.TCPListener, error) {
 	var config net.ListenConfig
-	config.SetMultipathTCP(false) // plain TCP is what sniproxy expects
+	config.SetMultipathTCP(false) // as every supervisor does; Go would choose MPTCP
 	for port := 8443; ; port++ {
 		l, err := config.Listen(ctx, "tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
 		if err == nil {

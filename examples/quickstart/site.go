@@ -136,7 +136,7 @@ func (s *site) check(ctx context.Context, addr string) (page string, err error) 
 }
 
 // A proxyListener accepts connections that begin with a line of version 1 of the PROXY protocol,
-// https://www.haproxy.org/download/3.2/doc/proxy-protocol.txt.
+// https://www.haproxy.org/download/3.0/doc/proxy-protocol.txt.
 type proxyListener struct{ net.Listener }
 
 func (l proxyListener) Accept() (net.Conn, error) {
