@@ -132,6 +132,9 @@ func (e *engine) acceptOne() (fd int, addr unix.Sockaddr, err error) {
 		for err == unix.EINTR {
 			fd, addr, err = e.listener.accept()
 		}
+		if (err == unix.EMFILE || err == unix.ENFILE) && !e.listener.pending() {
+			err = unix.EAGAIN // it is said before anybody is looked for
+		}
 		return err != unix.EAGAIN
 	})
 	if closed != nil {
@@ -177,10 +180,14 @@ func (e *engine) remove(c *conn) bool {
 }
 
 // makeRoom drops the connection that waits longest for its relay to begin, other than c,
-// which needs a descriptor. It reports whether there was one.
+// which needs a descriptor. It reports whether there was one. A c that was dropped itself has
+// no claim to room.
 func (e *engine) makeRoom(c *conn) bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	if c != nil && c.place == nil {
+		return false
+	}
 	for place := e.waiting.Front(); place != nil; place = place.Next() {
 		if oldest := place.Value.(*conn); oldest != c {
 			e.waiting.Remove(place)
@@ -190,6 +197,13 @@ func (e *engine) makeRoom(c *conn) bool {
 		}
 	}
 	return false
+}
+
+// dropped reports whether c was dropped to make room.
+func (e *engine) dropped(c *conn) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return c.place == nil
 }
 
 // leave is the end of c, whatever way it went.
@@ -272,7 +286,7 @@ func (e *engine) dial(c *conn, name []byte) (backend *os.File, proxyV1 bool, err
 			return f, proxyV1, nil
 		case noRoom(err) && e.makeRoom(c):
 			continue
-		case !backlogFull(err) || time.Now().Add(wait).After(c.deadline):
+		case !backlogFull(err) || time.Now().Add(wait).After(c.deadline) || e.dropped(c):
 			return nil, false, err
 		}
 		time.Sleep(wait)

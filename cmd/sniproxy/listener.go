@@ -111,6 +111,13 @@ func (l *listener) stillListens() bool {
 	return err == nil && listens != 0
 }
 
+// pending tells whether there is a connection to accept.
+func (l *listener) pending() bool {
+	p := []unix.PollFd{{Fd: int32(l.fd), Events: unix.POLLIN}}
+	n, err := unix.Poll(p, 0)
+	return err == nil && n > 0
+}
+
 // addrPort returns the address in sa, not valid if it is of another family than IP.
 func addrPort(sa unix.Sockaddr) netip.AddrPort {
 	switch sa := sa.(type) {

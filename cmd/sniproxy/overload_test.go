@@ -170,6 +170,15 @@ func TestOverloadDescriptors(t *testing.T) {
 	}
 }
 
+// Goal: of a burst of clients for which there are not enough descriptors, as many are served
+// as there is room for; making room for one does not cost all others their place.
+func TestOverloadBurst(t *testing.T) {
+	d := start(t, limitFiles(64))
+	for range 20 {
+		d.exhaust()
+	}
+}
+
 // Goal: silent clients that hold all descriptors do not lock out those who say what they
 // want, since the oldest of them makes room.
 func TestOverloadSilentClients(t *testing.T) {
