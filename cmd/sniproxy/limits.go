@@ -22,19 +22,15 @@ const (
 	redialMin = time.Millisecond
 	redialMax = 64 * time.Millisecond
 
-	// While a backend takes nothing, its client, which is not read then, is looked at for
-	// a reset every stallCheck.
-	stallCheck = 500 * time.Millisecond
-
 	// acceptPause is how long accept rests after a failure that does not pass by
 	// itself, unless a connection ends before.
 	acceptPause = 100 * time.Millisecond
 )
 
-// Keepalive, which sniproxy-rs does not set, finds clients that vanished without a word: after keepaliveIdle of
-// silence they are probed every keepaliveInterval and given up after keepaliveCount
-// probes. The first is long enough not to wake up sleeping phones all the time and
-// shorter than what middleboxes commonly remember a connection for.
+// Keepalive, which sniproxy-rs does not set, finds clients that vanished without a word:
+// after keepaliveIdle of silence they are probed every keepaliveInterval and given up after
+// keepaliveCount probes. The first is long enough not to wake up sleeping phones all the
+// time and shorter than what middleboxes commonly remember a connection for.
 const (
 	keepaliveIdle     = 4 * time.Minute
 	keepaliveInterval = 30 * time.Second

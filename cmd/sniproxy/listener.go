@@ -9,7 +9,7 @@ import (
 
 // A listener is the socket that was inherited. Its open file description is shared:
 // other processes may accept from it and change its flags at any time. So O_NONBLOCK,
-// although it is set here, is not to be relied upon; see [listener.accept]. (sniproxy-rs
+// although it is set here, is not to be relied upon: it is set anew before each accept. (sniproxy-rs
 // checks only that there is a TCP socket, and relies on the flag.)
 type listener struct {
 	fd   int

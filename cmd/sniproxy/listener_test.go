@@ -310,24 +310,24 @@ func TestOutputBroken(t *testing.T) {
 		return startOn(t, l, hostsDir(t), append([]setup{output1(output), output2(output)}, setups...)...)
 	}
 	t.Run("reader gone", func(t *testing.T) {
-		r, w := pipe(t)
+		r, w := openPipe(t)
 		r.Close()
 		use(t, run(t, w, limitFiles(64)))
 	})
 	t.Run("full", func(t *testing.T) {
-		_, w := pipe(t)
+		_, w := openPipe(t)
 		fill(t, w)
 		use(t, run(t, w, limitFiles(64)))
 	})
 	t.Run("full and non-blocking", func(t *testing.T) {
-		_, w := pipe(t)
+		_, w := openPipe(t)
 		fill(t, w)
 		d := run(t, w, limitFiles(64)) // which makes it blocking
 		sharer{t, w}.do(func(fd int) error { return unix.SetNonblock(fd, true) })
 		use(t, d)
 	})
 	t.Run("closed", func(t *testing.T) {
-		_, w := pipe(t)
+		_, w := openPipe(t)
 		use(t, run(t, w, func(cmd *exec.Cmd) {
 			cmd.Args = []string{"sh", "-c", `ulimit -n 64; exec "$0" >&- 2>&-`, cmd.Path}
 			cmd.Path = "/bin/sh"
@@ -335,7 +335,7 @@ func TestOutputBroken(t *testing.T) {
 	})
 }
 
-func pipe(t *testing.T) (r, w *os.File) {
+func openPipe(t *testing.T) (r, w *os.File) {
 	t.Helper()
 	r, w, err := os.Pipe()
 	if err != nil {
@@ -366,4 +366,39 @@ func fill(t *testing.T, w *os.File) {
 		}
 		return nil
 	})
+}
+
+// Goal: two copies on one socket that is made blocking all the time serve thousands of clients
+// without a failure, and each stops when it is told. How long the slowest had to wait is
+// reported; it is nowhere near as long as a stall would be.
+func TestListenerManyClients(t *testing.T) {
+	clients := 20_000
+	if testing.Short() || raceEnabled {
+		clients = 4_000
+	}
+	l := listen(t, "tcp4", "127.0.0.1:0")
+	hosts := hostsDir(t)
+	serveHost(t, hosts, "a.example", greet)
+	stop := share(t, l).keepBlocking()
+	defer stop()
+	several := func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, "GOMAXPROCS=3") }
+	first := startOn(t, l, hosts, several)
+	second := startOn(t, l, hosts, several)
+	var longest atomic.Int64
+	inParallel(clients, 16, func(int) {
+		begin := time.Now()
+		if err := first.greeted("a.example"); err != nil { // or the second, on the same address
+			t.Error(err)
+		}
+		for took := int64(time.Since(begin)); ; {
+			if old := longest.Load(); took <= old || longest.CompareAndSwap(old, took) {
+				break
+			}
+		}
+	})
+	t.Logf("the slowest of %d clients was served within %v", clients, time.Duration(longest.Load()))
+	for _, d := range []*daemon{first, second} {
+		d.signal(syscall.SIGHUP)
+		d.expectExit(0)
+	}
 }

@@ -31,9 +31,12 @@
 //
 // # Files of the program
 //
-// A connection flows through the engine: accept, hello, dial, relay, end. What goes
-// before and beside it is in main.go, listener.go, output.go and refusal.go, and the
-// limits that it keeps to are in limits.go.
+// A connection flows through an engine: accept, hello, dial, relay, end. There are two, with
+// one behaviour. That for Linux is a number of event loops: engine_linux.go, conn_linux.go,
+// flow_linux.go and share_linux.go. The portable engine, for other systems and for the build
+// tag portable, has a goroutine for each direction: engine_portable.go and relay_portable.go.
+// What goes before and beside them is in main.go, listener.go, output.go and refusal.go, and
+// the limits that they keep to are in limits.go.
 package main
 
 import (

@@ -77,6 +77,15 @@ func flushOutput() {
 	}
 }
 
+// acceptTrouble rations what is said about accept.
+var acceptTrouble = ration{period: 10 * time.Second}
+
+func complainAccept(err error) {
+	if acceptTrouble.take() {
+		complain("cannot accept connections for the moment: %v", err)
+	}
+}
+
 // A ration lets something through once per period.
 type ration struct {
 	period time.Duration

@@ -542,14 +542,14 @@ func TestOverloadIdle(t *testing.T) {
 			clients = append(clients, c)
 		}
 	}
+	fds := d.fds()
 	add(10)
-	fds, base := d.fds(), d.rss()
+	base := d.rss()
 	for range 10 {
 		add(conns / 10)
 	}
-	if got, want := d.fds(), fds+2*conns; got != want {
-		t.Errorf("the daemon has %d descriptors, want %d", got, want)
-	}
+	want := fds + 2*(10+conns)
+	await(t, fmt.Sprintf("the daemon to have %d descriptors", want), func() bool { return d.fds() == want })
 	d.expectGrowth(base, conns*32<<10)
 	for _, c := range clients {
 		ping(t, c, c)

@@ -237,3 +237,17 @@ func TestStopRestart(t *testing.T) {
 	}
 	awaitMore(t, served, 100)
 }
+
+// Goal: the program stops gracefully also while it has no descriptor left.
+func TestStopWithoutDescriptors(t *testing.T) {
+	d := start(t, limitFiles(64))
+	d.serve("hold.example", func(c *net.UnixConn) { io.Copy(io.Discard, c) })
+	clients := d.crowd(100, hello("hold.example"))
+	d.awaitFull()
+	d.signal(syscall.SIGHUP)
+	d.out.await(t, "shutting down")
+	for _, c := range clients {
+		c.Close()
+	}
+	d.expectExit(0)
+}

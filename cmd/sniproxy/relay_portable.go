@@ -1,3 +1,5 @@
+//go:build portable || !linux
+
 package main
 
 import (
@@ -13,31 +15,55 @@ import (
 	"sniproxy/sni"
 )
 
+// While a backend takes nothing, its client, which is not read then, is looked at for a reset
+// every stallCheck.
+const stallCheck = 500 * time.Millisecond
+
 // relay sends the backend the hello, then forwards bytes both ways until both directions
 // have ended, or one has failed.
 func relay(client, backend *os.File, hello []byte) {
 	var flows sync.WaitGroup
-	var broken, cut bool // the backend does not read any more; in the middle of a write
+	var sending sync.Mutex // to the backend
+	var broken, cut bool   // the backend does not read any more; in the middle of a write
+	up := func(b []byte) error {
+		sending.Lock()
+		defer sending.Unlock()
+		n, err := send(backend, b, client)
+		broken = errors.Is(err, unix.EPIPE)
+		cut = broken && n > 0
+		return err
+	}
 	flows.Go(func() {
-		n, err := send(backend, hello, client)
+		err := up(hello)
 		hello = nil
 		if err == nil {
-			n, err = forward(backend, client, client)
+			err = forward(up, client)
 		}
 		switch {
 		case err == nil:
 			shutdown(backend, unix.SHUT_WR)
-		case errors.Is(err, unix.EPIPE):
+		case broken:
 			// What the backend has said before is forwarded still; then its side
 			// ends too. If it was reset, Linux says so once: to who reads, or in
 			// place of the rest of a write that was done in part.
-			broken, cut = true, n > 0
 			shutdown(backend, unix.SHUT_RD)
 		default:
 			reset(client, backend)
 		}
 	})
-	if _, err := forward(client, backend, nil); err != nil {
+	err := forward(func(b []byte) error {
+		_, err := send(client, b, nil)
+		return err
+	}, backend)
+	if err == nil && poll(backend)&unix.POLLHUP != 0 {
+		// If something is being sent to it just now, that fails, and tells how it ended.
+		sending.Lock()
+		if cut {
+			err = unix.ECONNRESET
+		}
+		sending.Unlock()
+	}
+	if err != nil {
 		reset(client, backend)
 	} else {
 		shutdown(client, unix.SHUT_WR)
@@ -51,29 +77,29 @@ func relay(client, backend *os.File, hello []byte) {
 	}
 }
 
-// forward copies from src to dst until src ends. If a write fails, n is how much of it was
-// done. For watched, see send.
-func forward(dst, src, watched *os.File) (n int, err error) {
+// forward calls send with all that comes from src, until that ends.
+func forward(send func([]byte) error, src *os.File) error {
 	in := newSource(src)
 	for {
 		b, err := in.read(sni.MaxHello)
 		switch err {
 		case nil:
 		case io.EOF:
-			return 0, nil
+			return nil
 		default:
-			return 0, err
+			return err
 		}
-		n, err := send(dst, b, watched)
+		err = send(b)
 		in.release()
 		if err != nil {
-			return n, err
+			return err
 		}
 	}
 }
 
-// send writes b to dst. While dst takes nothing, nobody reads from the client; if it is
-// watched, its reset is noticed all the same, and fails the write.
+// send writes b to dst, and returns how much of it was written. While dst takes nothing, nobody
+// reads from the client; if it is watched, its reset is noticed all the same, and fails the
+// write.
 func send(dst *os.File, b []byte, watched *os.File) (n int, err error) {
 	for {
 		if err := dst.SetWriteDeadline(time.Now().Add(stallCheck)); err != nil {
@@ -84,20 +110,21 @@ func send(dst *os.File, b []byte, watched *os.File) (n int, err error) {
 		if !errors.Is(err, os.ErrDeadlineExceeded) {
 			return n, err
 		}
-		if watched != nil && wasReset(watched) {
+		if watched != nil && poll(watched)&unix.POLLERR != 0 {
 			return n, unix.ECONNRESET
 		}
 	}
 }
 
-// wasReset tells whether the connection f is to an end that has reset it.
-func wasReset(f *os.File) (yes bool) {
-	err := control(f, func(fd int) {
+// poll returns what poll(2) tells of f unasked: POLLERR after a reset, POLLHUP after the end
+// of both directions.
+func poll(f *os.File) (events int16) {
+	control(f, func(fd int) {
 		p := []unix.PollFd{{Fd: int32(fd)}}
 		unix.Poll(p, 0)
-		yes = p[0].Revents&unix.POLLERR != 0
+		events = p[0].Revents
 	})
-	return yes || err != nil
+	return events
 }
 
 // linger ends the sending side of client, and reads and drops, within bounds, what it has

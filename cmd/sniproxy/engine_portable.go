@@ -1,3 +1,5 @@
+//go:build portable || !linux
+
 package main
 
 import (
@@ -16,7 +18,7 @@ import (
 	"sniproxy/sni"
 )
 
-// An engine accepts connections and serves them, with a goroutine for each direction of
+// The portable engine accepts connections and serves them, with a goroutine for each direction of
 // each connection, on Go's own poller. It is the plain statement of what the program
 // does.
 type engine struct {
@@ -143,15 +145,10 @@ func (e *engine) acceptOne() (fd int, addr unix.Sockaddr, err error) {
 	return fd, addr, err
 }
 
-// acceptTrouble rations what is said about accept.
-var acceptTrouble = ration{period: 10 * time.Second}
-
 // pause waits after a failure of accept that has a cause outside of the connection, for
 // one to end or for acceptPause. The clients wait in the backlog.
 func (e *engine) pause(err error) {
-	if acceptTrouble.take() {
-		complain("cannot accept connections for the moment: %v", err)
-	}
+	complainAccept(err)
 	select {
 	case <-e.ended:
 	case <-time.After(acceptPause):

@@ -1,0 +1,386 @@
+//go:build !portable
+
+package main
+
+import (
+	"slices"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir"
+	"sniproxy/proxyproto"
+	"sniproxy/sni"
+)
+
+// A conn is a connection: accept, hello, dial, relay, end. What it goes through is in this
+// file in that order, the relay in flow_linux.go.
+type conn struct {
+	number  int32
+	phase   phase
+	sockets [2]socket
+	flows   [2]flow
+
+	broken bool // the backend does not read any more
+	cut    bool // it stopped in the middle of a write
+
+	early *early // while the hello is not complete, or the backend not connected
+
+	queue      *queue // that it is in
+	prev, next *conn
+	deadline   int64
+	lingered   int   // bytes read and dropped
+	begun      int32 // when the relay began, in measurements of the loop
+}
+
+// The sides of a connection. The flow with the number of a side comes from there.
+const (
+	client  = 0
+	backend = 1
+)
+
+type phase uint8
+
+const (
+	greeting  phase = iota // the server name is not known yet
+	redialing              // the backend's backlog is full
+	relaying
+	lingering // refused: waits for the client to end
+	closed
+)
+
+type socket struct {
+	fd         int32
+	registered uint32 // events that epoll tells of, 0 if not registered
+	hup        bool   // its peer has ended: there is an EOF, or an error, to read
+	gone       bool   // and takes nothing any more
+}
+
+// early is what a connection needs only while it has no backend, and only if the hello did
+// not come in one piece or the backend is not ready.
+type early struct {
+	parser sni.Parser
+	name   []byte
+	hello  []byte // all bytes read so far, behind headroom
+}
+
+// accept accepts one connection. If there are more, the next wait says so.
+func (l *loop) accept() {
+	// Whoever shares the socket may have made it blocking, as systemd does whenever it
+	// starts something with it. So the flag is set anew each time, and should it be gone
+	// again before the next instruction, SO_RCVTIMEO bounds the wait.
+	listener := uintptr(l.engine.listener.fd)
+	syscall.RawSyscall(unix.SYS_FCNTL, listener, unix.F_SETFL, unix.O_RDWR|unix.O_NONBLOCK)
+	fd, _, errno := syscall.RawSyscall6(unix.SYS_ACCEPT4, listener, 0, 0, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0, 0)
+	switch errno {
+	case 0:
+		l.readHello(l.add(int32(fd)))
+	case unix.EAGAIN, unix.EINTR, unix.ECONNABORTED:
+		// Somebody else was quicker, or the client is gone.
+	case unix.EMFILE, unix.ENFILE:
+		// It is said before anybody is looked for.
+		if l.engine.listener.pending() && !l.makeRoom(nil) {
+			l.pause(errno)
+		}
+	default:
+		if l.engine.listener.stillListens() {
+			l.pause(errno)
+			return
+		}
+		l.rest = now() + int64(time.Hour)
+		l.engine.fail("the listening socket was shut down by another process that shares it")
+	}
+}
+
+// pause stops accepting for acceptPause, after a failure that has a cause outside of the
+// connection. The clients wait in the backlog.
+func (l *loop) pause(errno unix.Errno) {
+	complainAccept(errno)
+	l.rest = now() + int64(acceptPause)
+}
+
+// readHello reads what has come of the hello.
+func (l *loop) readHello(c *conn) {
+	s := &c.sockets[client]
+	for {
+		limit := sni.MaxHello
+		if c.early != nil {
+			limit -= len(c.early.hello) - headroom
+		}
+		room := l.buffer[headroom:]
+		room = room[:min(limit, len(room))]
+		n, errno := read(s.fd, room)
+		switch {
+		case errno == unix.EAGAIN:
+			l.awaitHello(c)
+			return
+		case errno != 0:
+			l.close(c) // the client is gone
+			return
+		case n == 0:
+			l.refuse(c, errEOF)
+			return
+		}
+		parser := &l.parser
+		if c.early == nil {
+			*parser = sni.Parser{}
+		} else {
+			parser = &c.early.parser
+		}
+		name, err := parser.Parse(room[:n])
+		switch {
+		case err != nil:
+			l.refuse(c, err)
+			return
+		case name != nil:
+			hello := l.buffer[:headroom+n]
+			if c.early != nil {
+				c.early.hello = append(c.early.hello, room[:n]...)
+				hello = c.early.hello
+			}
+			l.dial(c, name, hello)
+			return
+		}
+		if c.early == nil {
+			c.early = &early{parser: *parser, hello: slices.Clone(l.buffer[:headroom])}
+		}
+		c.early.hello = append(c.early.hello, room[:n]...)
+		if n < len(room) && !s.hup {
+			l.awaitHello(c)
+			return
+		}
+	}
+}
+
+func (l *loop) awaitHello(c *conn) {
+	if c.queue == nil {
+		c.deadline = now() + int64(helloTimeout)
+		l.hellos.push(c)
+	}
+	l.register(c, client, unix.EPOLLIN)
+}
+
+// register has epoll tell of events on a side of c, as soon as there are any and then
+// whenever there are new ones (EPOLLET). If it fails, that is the end of c.
+func (l *loop) register(c *conn, side int, events uint32) bool {
+	s := &c.sockets[side]
+	if s.registered&events == events {
+		return true
+	}
+	op := unix.EPOLL_CTL_MOD
+	if s.registered == 0 {
+		op = unix.EPOLL_CTL_ADD
+	}
+	s.registered |= events
+	event := unix.EpollEvent{Events: s.registered | unix.EPOLLRDHUP | unix.EPOLLET, Fd: c.number, Pad: int32(side)}
+	if errno := epollCtl(l.epoll, op, s.fd, &event); errno != 0 {
+		// The kernel is out of memory, or of what it grants a user.
+		complain("cannot watch a connection: %v", errno)
+		l.abort(c)
+		return false
+	}
+	return true
+}
+
+// event deals with an event on a side of c.
+func (l *loop) event(c *conn, side int, events uint32) {
+	s := &c.sockets[side]
+	if events&(unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
+		s.hup = true
+		s.gone = s.gone || events&unix.EPOLLHUP != 0
+	}
+	switch c.phase {
+	case greeting:
+		l.readHello(c)
+	case redialing, closed:
+		// A client that has ended is found out when there is a backend.
+	case lingering:
+		l.drop(c)
+	case relaying:
+		l.relay(c, side, events)
+	}
+}
+
+// dial connects to the backend, and begins the relay. hello is all that was read so far,
+// behind headroom.
+func (l *loop) dial(c *conn, name, hello []byte) {
+	fd, proxyV1, err := l.dialer.Dial(name)
+	for noRoom(err) && l.makeRoom(c) {
+		fd, proxyV1, err = l.dialer.Dial(name)
+	}
+	switch {
+	case err == nil:
+		l.begin(c, int32(fd), proxyV1, hello)
+	case backlogFull(err):
+		if c.phase == redialing {
+			return
+		}
+		c.phase = redialing
+		if c.early == nil {
+			c.early = &early{hello: slices.Clone(hello)}
+		}
+		c.early.name = slices.Clone(name)
+		if c.queue == nil {
+			c.deadline = now() + int64(helloTimeout)
+			l.hellos.push(c)
+		}
+		if l.redial == 0 {
+			l.redialWait = redialMin
+			l.redial = now() + int64(redialMin)
+		}
+	default:
+		l.refuse(c, err)
+	}
+}
+
+// redialAll tries again to connect to backends whose backlog was full.
+func (l *loop) redialAll() {
+	var full []*conn
+	for c := l.hellos.first; c != nil; c = c.next {
+		if c.phase == redialing {
+			full = append(full, c)
+		}
+	}
+	l.redialWait = min(2*l.redialWait, redialMax)
+	left := false
+	for _, c := range full {
+		if c.phase == redialing { // otherwise it was dropped to make room
+			l.dial(c, c.early.name, c.early.hello)
+		}
+		if c.phase == redialing {
+			left = true
+		} else {
+			l.redialWait = redialMin
+		}
+	}
+	l.redial = 0
+	if left {
+		l.redial = now() + int64(l.redialWait)
+	}
+}
+
+// begin begins the relay: a header, if asked for, and all bytes read so far go to the
+// backend in one write.
+func (l *loop) begin(c *conn, fd int32, proxyV1 bool, hello []byte) {
+	c.leave()
+	c.phase = relaying
+	c.early = nil
+	c.sockets[backend].fd = fd
+	c.flows[client].size, c.flows[backend].size = readMin, readMin
+	c.begun = l.measured
+	first := hello[headroom:]
+	if proxyV1 {
+		header, err := l.proxyHeader(c)
+		if err != nil {
+			l.abort(c)
+			return
+		}
+		first = hello[headroom-len(header):]
+		copy(first, header)
+	}
+	known := c.sockets[client].registered != 0
+	sent := l.register(c, backend, unix.EPOLLIN) && l.send(c, client, first)
+	if c.phase != relaying || !l.register(c, client, unix.EPOLLIN) {
+		return
+	}
+	if known && sent {
+		// What came while the backend was looked for was told of already.
+		l.pump(c, client)
+	}
+}
+
+func (l *loop) proxyHeader(c *conn) ([]byte, error) {
+	fd := int(c.sockets[client].fd)
+	remote, err := unix.Getpeername(fd)
+	if err != nil {
+		return nil, err
+	}
+	local, err := unix.Getsockname(fd)
+	if err != nil {
+		return nil, err
+	}
+	return proxyproto.AppendV1(make([]byte, 0, proxyproto.MaxV1), addrPort(remote), addrPort(local)), nil
+}
+
+// refuse tells the client with an alert why it is not served, and sees to it that the
+// alert arrives.
+func (l *loop) refuse(c *conn, err error) {
+	record := refusal(err).Description.Record()
+	if _, errno := write(c.sockets[client].fd, record[:]); errno != 0 {
+		l.close(c)
+		return
+	}
+	l.linger(c)
+}
+
+// linger ends the sending side of the client, and reads and drops, within bounds, what it
+// has still to say: closing with input unread would send a reset, which can overtake what
+// was sent before.
+func (l *loop) linger(c *conn) {
+	c.leave()
+	c.phase = lingering
+	c.early = nil
+	l.closeBackend(c)
+	s := &c.sockets[client]
+	unix.Shutdown(int(s.fd), unix.SHUT_WR)
+	c.deadline = now() + int64(lingerTimeout)
+	l.lingers.push(c)
+	known := s.registered != 0
+	l.register(c, client, unix.EPOLLIN)
+	if known && c.phase == lingering {
+		l.drop(c)
+	}
+}
+
+// drop reads and drops what a refused client sends, until it ends.
+func (l *loop) drop(c *conn) {
+	for c.lingered < lingerSize {
+		n, errno := read(c.sockets[client].fd, l.buffer[:])
+		if errno == unix.EAGAIN {
+			return
+		}
+		if errno != 0 || n == 0 {
+			break
+		}
+		c.lingered += n
+	}
+	l.close(c)
+}
+
+// abort closes both connections at once, that of the client with a reset, so that it does
+// not mistake what it has for all there is.
+func (l *loop) abort(c *conn) {
+	unix.SetsockoptLinger(int(c.sockets[client].fd), unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1, Linger: 0})
+	l.close(c)
+}
+
+// close is the end of c, whatever way it went.
+func (l *loop) close(c *conn) {
+	c.leave()
+	c.phase = closed
+	closeFd(c.sockets[client].fd)
+	l.closeBackend(c)
+	l.ended = append(l.ended, c)
+	l.open.Add(-1)
+}
+
+// closeBackend closes the connection to the backend, if there is one, and what was on its
+// way to or from it.
+func (l *loop) closeBackend(c *conn) {
+	s := &c.sockets[backend]
+	if s.fd == 0 {
+		return
+	}
+	closeFd(s.fd)
+	*s = socket{}
+	for i := range c.flows {
+		if c.flows[i].held > 0 {
+			l.dropPipe(&c.flows[i].pipe)
+		}
+	}
+	c.flows = [2]flow{}
+}
+
+// errBacklog is for a backend whose backlog was full until the client's time was over.
+var errBacklog = &hostdir.Error{Problem: hostdir.BacklogFull, Errno: unix.EAGAIN}

@@ -1,0 +1,392 @@
+//go:build !portable
+
+package main
+
+import (
+	"errors"
+	"fmt"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir"
+	"sniproxy/sni"
+)
+
+// An engine is a number of loops, one for each processor that the program may use. They
+// share nothing but the listening socket: a connection is in one loop, without a lock, a
+// goroutine or a timer of its own.
+//
+// Only the first loop listens always. Each has the next one listen as well while it is busy:
+// when one loop can do the work, two would do it with a sixth more processor time, since both
+// fall asleep and are woken up more often. Relays that stay are another matter: a busy loop
+// hands some of them over to the next; see share_linux.go.
+type engine struct {
+	listener *listener
+	loops    []*loop
+
+	failed  chan error    // gets the reason if the engine cannot go on
+	drained chan struct{} // closed when the last connection has ended after stop
+
+	accepting, running sync.WaitGroup // loops that may accept, loops
+}
+
+func startEngine(l *listener) (*engine, error) {
+	e := &engine{
+		listener: l,
+		failed:   make(chan error, 1),
+		drained:  make(chan struct{}),
+	}
+	// Go's runtime opens two descriptors for a poller of its own when the first timer is
+	// set, and ends the program if none are left then: so now, while there are some.
+	time.AfterFunc(time.Hour, func() {}).Stop()
+	processors := runtime.GOMAXPROCS(0)
+	// Loops do not give their processors back; the rest of the program has one of its own.
+	runtime.GOMAXPROCS(processors + 1)
+	for range processors {
+		lp, err := newLoop(e)
+		if err != nil {
+			return nil, err
+		}
+		e.loops = append(e.loops, lp)
+	}
+	for i, lp := range e.loops {
+		lp.next = e.loops[(i+1)%processors]
+	}
+	e.loops[0].invited.Store(true)
+	for _, lp := range e.loops {
+		e.accepting.Add(1)
+		e.running.Go(lp.run)
+	}
+	return e, nil
+}
+
+// stop ends accepting, and lets go of the listening socket. It returns when that is done.
+func (e *engine) stop() {
+	for _, lp := range e.loops {
+		lp.stopping.Store(true)
+		lp.wakeUp()
+	}
+	e.accepting.Wait()
+	unix.Close(e.listener.fd)
+	go func() {
+		e.running.Wait()
+		close(e.drained)
+	}()
+}
+
+// open returns how many connections there are.
+func (e *engine) open() (n int64) {
+	for _, lp := range e.loops {
+		n += lp.open.Load()
+	}
+	return n
+}
+
+// A loop waits for events on its connections, and on the listening socket, and deals with
+// one after the other. Nothing that it does waits for anything else.
+type loop struct {
+	engine   *engine
+	epoll    int
+	wake     int32 // an eventfd
+	stopping atomic.Bool
+	open     atomic.Int64 // connections, for others to read
+
+	dialer *hostdir.Dialer
+
+	next      *loop       // the one that this one has help with its work
+	invited   atomic.Bool // to listen, by the one before
+	listening bool        // whether the listening socket is among what is waited for
+	rest      int64       // not to listen before, after a failure
+
+	// For measuring how busy the loop is: the rounds that it made, how often they were
+	// measured, and the time and the processor time when they were last.
+	rounds    int
+	measured  int32
+	wall, cpu int64
+
+	handedMu sync.Mutex
+	handed   []*conn // relays that another loop has handed over
+	over     bool    // too late for that
+
+	conns []*conn // by the number that epoll knows them by
+	free  []*conn // those that can be used again
+	ended []*conn // those that ended while this batch of events is dealt with
+
+	// Connections that are not relays. The one that waits longest is first.
+	hellos  queue // those without a backend yet, until helloTimeout
+	lingers queue // those refused, until lingerTimeout
+
+	// When to try again to connect to backends whose backlog was full, 0 if there are
+	// none, and how long after the last time that is.
+	redial     int64
+	redialWait time.Duration
+
+	busy, spare []turn // flows to go on with, although no event will tell so
+
+	pipes     []pipe // empty ones
+	pipesUsed int    // how many others there are
+	pipesIdle int64  // since when none was used, 0 if one was used just now
+
+	parser sni.Parser
+	events [128]unix.EpollEvent
+	// What was read is dealt with before anything else is, so one buffer serves
+	// all. In front of it is room for a PROXY protocol header.
+	buffer [headroom + readMax]byte
+}
+
+// What epoll reports events with: the number of a connection and a side of it, or these.
+const (
+	listenerEvent = -1
+	wakeEvent     = -2
+)
+
+func newLoop(e *engine) (*loop, error) {
+	epoll, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("epoll_create1: %w", err)
+	}
+	wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err != nil {
+		return nil, fmt.Errorf("eventfd: %w", err)
+	}
+	l := &loop{engine: e, epoll: epoll, wake: int32(wake)}
+	if errno := epollCtl(epoll, unix.EPOLL_CTL_ADD, l.wake, &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET, Fd: wakeEvent}); errno != 0 {
+		return nil, fmt.Errorf("epoll_ctl: %w", errno)
+	}
+	return l, nil
+}
+
+// listen adds the listening socket to what is waited for, or takes it away. Of all loops that
+// wait for it, of this program and others, one is woken up for a client (EPOLLEXCLUSIVE).
+func (l *loop) listen(yes bool) {
+	if l.listening == yes {
+		return
+	}
+	op := unix.EPOLL_CTL_DEL
+	if yes {
+		op = unix.EPOLL_CTL_ADD
+	}
+	event := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLEXCLUSIVE, Fd: listenerEvent}
+	if errno := epollCtl(l.epoll, op, int32(l.engine.listener.fd), &event); errno != 0 {
+		l.engine.fail(fmt.Sprintf("epoll_ctl: %v", errno))
+	}
+	l.listening = yes
+}
+
+// wakeUp has the loop come round. What is added to its eventfd is small in either byte order,
+// since nobody reads it: that would take a call more.
+func (l *loop) wakeUp() { write(l.wake, []byte{0, 0, 0, 1, 0, 0, 0, 0}) }
+
+func (l *loop) run() {
+	runtime.LockOSThread() // for the dialer
+	l.dialer = hostdir.NewDialer()
+	accepting := true
+	for {
+		if accepting {
+			l.listen(l.invited.Load() && l.rest == 0)
+			l.measure()
+		}
+		n := l.await()
+		for i := range n {
+			l.dispatch(&l.events[i])
+		}
+		if accepting && l.stopping.Load() {
+			accepting = false
+			l.listen(false)
+			l.engine.accepting.Done()
+		}
+		l.takeTurns()
+		l.expire()
+		l.reuse()
+		if !accepting && l.done() {
+			return
+		}
+	}
+}
+
+// await waits for events, and returns their number.
+func (l *loop) await() int {
+	timeout := l.timeout()
+	short := timeout
+	if short < 0 || short > shortWait {
+		short = shortWait
+	}
+	// A wait that the scheduler knows of is dear when there are many: its monitor takes the
+	// processor away from this thread, and runs all the time to find such. So only those
+	// who have nothing to do for some time tell it.
+	n, errno := epollWait(l.epoll, l.events[:], short)
+	if errno == 0 && n == 0 && short != timeout {
+		l.dialer.Leave()
+		n, errno = epollWaitLong(l.epoll, l.events[:], timeout)
+	}
+	if errno != 0 {
+		return 0 // EINTR
+	}
+	return n
+}
+
+func (l *loop) dispatch(event *unix.EpollEvent) {
+	switch event.Fd {
+	case listenerEvent:
+		if !l.stopping.Load() {
+			l.accept()
+		}
+	case wakeEvent:
+		l.adoptHanded()
+	default:
+		l.event(l.conns[event.Fd], int(event.Pad), event.Events)
+	}
+}
+
+// timeout returns how many milliseconds to wait for events.
+func (l *loop) timeout() int {
+	if len(l.busy) > 0 {
+		return 0
+	}
+	next := int64(-1)
+	sooner := func(t int64) {
+		if next < 0 || t < next {
+			next = t
+		}
+	}
+	for _, q := range []*queue{&l.hellos, &l.lingers} {
+		if q.first != nil {
+			sooner(q.first.deadline)
+		}
+	}
+	if l.redial != 0 {
+		sooner(l.redial)
+	}
+	if l.rest != 0 {
+		sooner(l.rest)
+	}
+	if len(l.pipes) > 0 {
+		sooner(l.pipesIdle + int64(pipeTimeout))
+	}
+	if next < 0 {
+		return -1
+	}
+	return int(max(0, next-now()+int64(time.Millisecond)-1) / int64(time.Millisecond))
+}
+
+// expire deals with what is due.
+func (l *loop) expire() {
+	if l.hellos.first == nil && l.lingers.first == nil && l.redial == 0 && len(l.pipes) == 0 && l.rest == 0 {
+		return // the common case needs no clock
+	}
+	t := now()
+	for c := l.hellos.first; c != nil && c.deadline <= t; c = l.hellos.first {
+		if c.phase == redialing {
+			l.refuse(c, errBacklog)
+		} else {
+			l.refuse(c, errTimeout)
+		}
+	}
+	for c := l.lingers.first; c != nil && c.deadline <= t; c = l.lingers.first {
+		l.close(c)
+	}
+	if l.redial != 0 && l.redial <= t {
+		l.redialAll()
+	}
+	if len(l.pipes) > 0 {
+		l.expirePipes(t)
+	}
+	if l.rest <= t {
+		l.rest = 0
+	}
+}
+
+// add returns a new connection.
+func (l *loop) add(fd int32) *conn {
+	var c *conn
+	if n := len(l.free); n > 0 {
+		c = l.free[n-1]
+		l.free = l.free[:n-1]
+	} else {
+		c = &conn{number: int32(len(l.conns))}
+		l.conns = append(l.conns, c)
+	}
+	c.phase = greeting
+	c.sockets[client].fd = fd
+	l.open.Add(1)
+	return c
+}
+
+// reuse makes the connections that have ended available for new ones. Not before all
+// events of a batch are dealt with: there may be one for them among the rest.
+func (l *loop) reuse() {
+	for i, c := range l.ended {
+		*c = conn{number: c.number}
+		l.free = append(l.free, c)
+		l.ended[i] = nil
+	}
+	l.ended = l.ended[:0]
+}
+
+// makeRoom drops a connection, since no descriptor is left: one that was refused already,
+// otherwise the one, other than c, that waits longest for its relay to begin. It reports
+// whether there was one.
+func (l *loop) makeRoom(c *conn) bool {
+	drop := l.lingers.first
+	if drop == nil {
+		drop = l.hellos.first
+	}
+	if drop != nil && drop == c {
+		drop = c.next
+	}
+	if drop == nil {
+		return false
+	}
+	l.close(drop)
+	return true
+}
+
+// A queue is a list of connections in the order of their deadlines, which is the order that
+// they come in, since all have the same time.
+type queue struct{ first, last *conn }
+
+func (q *queue) push(c *conn) {
+	c.queue, c.prev, c.next = q, q.last, nil
+	if q.last == nil {
+		q.first = c
+	} else {
+		q.last.next = c
+	}
+	q.last = c
+}
+
+// leave takes c out of the queue that it is in, if any.
+func (c *conn) leave() {
+	q := c.queue
+	if q == nil {
+		return
+	}
+	if c.prev == nil {
+		q.first = c.next
+	} else {
+		c.prev.next = c.next
+	}
+	if c.next == nil {
+		q.last = c.prev
+	} else {
+		c.next.prev = c.prev
+	}
+	c.queue, c.prev, c.next = nil, nil, nil
+}
+
+var epoch = time.Now()
+
+// now returns the time, in nanoseconds from the start of the program.
+func now() int64 { return int64(time.Since(epoch)) }
+
+// fail tells the engine that it cannot go on.
+func (e *engine) fail(reason string) {
+	select {
+	case e.failed <- errors.New(reason):
+	default:
+	}
+}

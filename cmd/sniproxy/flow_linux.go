@@ -1,0 +1,328 @@
+//go:build !portable
+
+package main
+
+import (
+	"golang.org/x/sys/unix"
+)
+
+// A flow is one direction of a relay. It reads only while it holds nothing: so what it holds
+// is always less than one read, and an end is read only after all before it was sent on.
+type flow struct {
+	ended bool // the EOF was passed on
+	bulk  bool // the last read was full, so splice(2) is tried
+	plain bool // splice(2) does not work with these sockets
+	turn  bool // it is among those with a turn to take
+	part  bool // a part of what was read last was sent
+
+	size int32 // how much to read at once
+
+	// What was read and could not be sent yet: in buf, or held bytes in the pipe.
+	buf  []byte
+	held int
+	pipe pipe
+}
+
+func (f *flow) stalled() bool { return f.buf != nil || f.held > 0 }
+
+// A turn is what a flow takes when it has used up what it may move at once.
+type turn struct {
+	c    *conn
+	from int
+}
+
+// takeTurns goes on with flows whose turn was over before there was nothing left to move.
+func (l *loop) takeTurns() {
+	turns := l.busy
+	l.busy = l.spare[:0]
+	for _, t := range turns {
+		f := &t.c.flows[t.from]
+		f.turn = false
+		if t.c.phase == relaying && !f.ended && !f.stalled() {
+			l.pump(t.c, t.from)
+		}
+	}
+	clear(turns)
+	l.spare = turns
+}
+
+// relay deals with an event on a side of a relay.
+func (l *loop) relay(c *conn, side int, events uint32) {
+	if side == client && events&unix.EPOLLERR != 0 {
+		l.abort(c) // a reset, whatever else there is to read or send
+		return
+	}
+	if to := &c.flows[1-side]; to.stalled() && !to.ended && events&(unix.EPOLLOUT|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
+		l.resume(c, 1-side)
+	}
+	if c.phase != relaying || events&^unix.EPOLLOUT == 0 {
+		return
+	}
+	if from := &c.flows[side]; !from.ended && !from.stalled() {
+		l.pump(c, side)
+	}
+}
+
+// pump moves bytes of a flow that holds nothing, until there is nothing to read, or the
+// other side takes no more, or the turn is over.
+func (l *loop) pump(c *conn, from int) {
+	f := &c.flows[from]
+	for moved := 0; moved < turnSize; {
+		move := l.copy
+		if f.bulk {
+			move = l.splice
+		}
+		n, more := move(c, from)
+		if !more {
+			return
+		}
+		moved += n
+	}
+	if !f.turn {
+		f.turn = true
+		l.busy = append(l.busy, turn{c, from})
+	}
+}
+
+// copy moves what one read gives. It reports how much that was, and whether there may be more.
+//
+// While reads are full there is much on its way. From TCP to a Unix socket it is then spliced,
+// which takes a third of the time. The other way splicing takes twice as long as copying in
+// large pieces, so those grow. With a client that does not take all they shrink again: what
+// it does not take has to be kept.
+func (l *loop) copy(c *conn, from int) (n int, more bool) {
+	f, src := &c.flows[from], &c.sockets[from]
+	b := l.buffer[headroom:][:f.size]
+	n, errno := read(src.fd, b)
+	if !l.got(c, from, n, errno) {
+		return 0, false
+	}
+	full := n == len(b)
+	if full && from == client {
+		f.bulk = !f.plain
+	} else if full {
+		f.size = min(2*f.size, readMax)
+	}
+	if !l.send(c, from, b[:n]) {
+		f.size = max(f.size/2, readMin)
+		return n, false
+	}
+	// After a short read there is no more, but with an end in sight there is still that,
+	// or the error, to read.
+	return n, full || src.hup
+}
+
+// splice is like copy, but moves what one splice(2) gives, through a pipe.
+func (l *loop) splice(c *conn, from int) (n int, more bool) {
+	f := &c.flows[from]
+	if !l.takePipe(&f.pipe) {
+		f.bulk = false
+		return 0, true
+	}
+	n, errno := splice(c.sockets[from].fd, f.pipe.in, turnSize)
+	if errno != 0 || n == 0 {
+		l.givePipe(&f.pipe)
+	}
+	if errno == unix.EINVAL {
+		f.plain, f.bulk = true, false
+		return 0, true
+	}
+	if !l.got(c, from, n, errno) {
+		return 0, false
+	}
+	f.held = n
+	f.bulk = n >= readMin/2
+	return n, l.sendPipe(c, from)
+}
+
+// got deals with the outcome of a read. It reports whether there is something to send on.
+func (l *loop) got(c *conn, from, n int, errno unix.Errno) bool {
+	switch {
+	case errno == unix.EAGAIN:
+	case errno != 0:
+		l.abort(c)
+	case n == 0:
+		l.finish(c, from)
+	default:
+		return true
+	}
+	return false
+}
+
+// send sends b on. What the other side does not take now is kept. It reports whether all
+// was taken.
+func (l *loop) send(c *conn, from int, b []byte) bool {
+	n, errno := write(c.sockets[1-from].fd, b)
+	if errno != 0 {
+		if errno != unix.EAGAIN {
+			l.unsendable(c, from, errno)
+			return false
+		}
+		n = 0
+	}
+	f := &c.flows[from]
+	if n == len(b) {
+		f.part = false
+		return true
+	}
+	f.buf = append([]byte(nil), b[n:]...)
+	f.part = f.part || n > 0
+	l.register(c, 1-from, unix.EPOLLOUT)
+	return false
+}
+
+// sendPipe sends on what a flow holds in its pipe, and gives the pipe back when it is empty.
+// It reports whether it is.
+func (l *loop) sendPipe(c *conn, from int) bool {
+	f := &c.flows[from]
+	for f.held > 0 {
+		n, errno := splice(f.pipe.out, c.sockets[1-from].fd, f.held)
+		switch errno {
+		case 0:
+			f.held -= n
+			f.part = f.held > 0
+		case unix.EAGAIN:
+			l.register(c, 1-from, unix.EPOLLOUT)
+			return false
+		default:
+			l.unsendable(c, from, errno)
+			return false
+		}
+	}
+	l.givePipe(&f.pipe)
+	return true
+}
+
+// resume goes on with a flow that is stalled, now that there may be room.
+func (l *loop) resume(c *conn, from int) {
+	f := &c.flows[from]
+	if f.held > 0 {
+		if l.sendPipe(c, from) {
+			l.pump(c, from)
+		}
+		return
+	}
+	b := f.buf
+	f.buf = nil
+	if l.send(c, from, b) {
+		l.pump(c, from)
+	}
+}
+
+// unsendable deals with a failure to send. What a backend that does not read any more has
+// said before is forwarded still; then its side ends too. If it was reset, Linux says so
+// once: to who reads, or in place of the rest of a write that was done in part.
+func (l *loop) unsendable(c *conn, from int, errno unix.Errno) {
+	if from != client || errno != unix.EPIPE {
+		l.abort(c)
+		return
+	}
+	up, down := &c.flows[client], &c.flows[backend]
+	up.ended = true
+	c.broken, c.cut = true, up.part
+	if down.ended {
+		l.end(c)
+		return
+	}
+	unix.Shutdown(int(c.sockets[backend].fd), unix.SHUT_RD)
+	c.sockets[backend].hup = true
+	if !down.stalled() {
+		l.pump(c, backend)
+	}
+}
+
+// finish passes the end of a flow on, or ends the connection if there is nothing more to come.
+func (l *loop) finish(c *conn, from int) {
+	c.flows[from].ended = true
+	switch {
+	case c.flows[1-from].ended:
+		l.end(c)
+	case from == backend && c.sockets[backend].gone && l.settled(c):
+		// The backend has closed its socket, so nothing can flow to it any more. The
+		// client has all that came from it, and sent nothing that would make closing
+		// a reset. So its connection is closed as well.
+		l.close(c)
+	default:
+		unix.Shutdown(int(c.sockets[1-from].fd), unix.SHUT_WR)
+	}
+}
+
+// settled tells whether the client has acknowledged all that was sent to it, and has sent
+// nothing that was not forwarded.
+func (l *loop) settled(c *conn) bool {
+	fd := c.sockets[client].fd
+	if c.flows[client].stalled() || unsent(fd) != 0 {
+		return false
+	}
+	_, errno := recv(fd, l.buffer[:1], unix.MSG_PEEK)
+	return errno == unix.EAGAIN
+}
+
+// end is the end of a relay both of whose flows have ended.
+func (l *loop) end(c *conn) {
+	switch {
+	case c.cut:
+		l.abort(c)
+	case c.broken:
+		l.linger(c)
+	default:
+		l.close(c)
+	}
+}
+
+// A pipe is what splice(2) moves bytes through, without copying them.
+type pipe struct{ out, in int32 }
+
+// takePipe gets an empty pipe. It fails if the loop has too many in use, or if no descriptor
+// is left for one.
+func (l *loop) takePipe(p *pipe) bool {
+	if l.pipesUsed >= maxPipes {
+		return false
+	}
+	if n := len(l.pipes); n > 0 {
+		*p = l.pipes[n-1]
+		l.pipes = l.pipes[:n-1]
+	} else {
+		var fds [2]int
+		if unix.Pipe2(fds[:], unix.O_NONBLOCK|unix.O_CLOEXEC) != nil {
+			return false
+		}
+		// An ordinary user may be refused this; then it is as large as it is.
+		unix.FcntlInt(uintptr(fds[0]), unix.F_SETPIPE_SZ, pipeSize)
+		*p = pipe{int32(fds[0]), int32(fds[1])}
+	}
+	l.pipesUsed++
+	return true
+}
+
+// givePipe gives an empty pipe back.
+func (l *loop) givePipe(p *pipe) {
+	l.pipes = append(l.pipes, *p)
+	l.pipesUsed--
+	l.pipesIdle = 0
+	*p = pipe{}
+}
+
+// dropPipe closes a pipe with something in it.
+func (l *loop) dropPipe(p *pipe) {
+	p.close()
+	l.pipesUsed--
+}
+
+// expirePipes closes the pipes that nobody used for a while.
+func (l *loop) expirePipes(now int64) {
+	switch {
+	case l.pipesIdle == 0:
+		l.pipesIdle = now
+	case now-l.pipesIdle >= int64(pipeTimeout):
+		for _, p := range l.pipes {
+			p.close()
+		}
+		l.pipes = l.pipes[:0]
+	}
+}
+
+func (p pipe) close() {
+	closeFd(p.in)
+	closeFd(p.out)
+}

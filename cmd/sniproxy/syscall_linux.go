@@ -1,0 +1,74 @@
+//go:build !portable
+
+package main
+
+import (
+	"syscall"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// The system calls that a connection is made of. They never block, on the non-blocking
+// descriptors that they are used with, so the scheduler is not told of them: that is what
+// RawSyscall saves. Those that are interrupted before they did anything are made again.
+
+func read(fd int32, b []byte) (int, unix.Errno) {
+	for {
+		n, _, errno := syscall.RawSyscall(unix.SYS_READ, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
+		if errno != unix.EINTR {
+			return int(n), errno
+		}
+	}
+}
+
+func write(fd int32, b []byte) (int, unix.Errno) {
+	for {
+		n, _, errno := syscall.RawSyscall(unix.SYS_WRITE, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
+		if errno != unix.EINTR {
+			return int(n), errno
+		}
+	}
+}
+
+// recv is read, with flags.
+func recv(fd int32, b []byte, flags int) (int, unix.Errno) {
+	n, _, errno := syscall.RawSyscall6(unix.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)), uintptr(flags), 0, 0)
+	return int(n), errno
+}
+
+// unsent returns how many bytes a TCP socket has that its peer did not acknowledge.
+func unsent(fd int32) int32 {
+	var n int32
+	syscall.RawSyscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCOUTQ, uintptr(unsafe.Pointer(&n)))
+	return n
+}
+
+func splice(from, to int32, size int) (int, unix.Errno) {
+	for {
+		n, _, errno := syscall.RawSyscall6(unix.SYS_SPLICE, uintptr(from), 0, uintptr(to), 0, uintptr(size), unix.SPLICE_F_MOVE|unix.SPLICE_F_NONBLOCK)
+		if errno != unix.EINTR {
+			return int(n), errno
+		}
+	}
+}
+
+func closeFd(fd int32) { syscall.RawSyscall(unix.SYS_CLOSE, uintptr(fd), 0, 0) }
+
+func epollCtl(epoll, op int, fd int32, event *unix.EpollEvent) unix.Errno {
+	_, _, errno := syscall.RawSyscall6(unix.SYS_EPOLL_CTL, uintptr(epoll), uintptr(op), uintptr(fd), uintptr(unsafe.Pointer(event)), 0, 0)
+	return errno
+}
+
+// epollWait waits for events for at most the given number of milliseconds.
+func epollWait(epoll int, events []unix.EpollEvent, msec int) (int, unix.Errno) {
+	n, _, errno := syscall.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(epoll), uintptr(unsafe.Pointer(unsafe.SliceData(events))), uintptr(len(events)), uintptr(msec), 0, 0)
+	return int(n), errno
+}
+
+// epollWaitLong is like epollWait, but the scheduler is told, and there may be no limit: a
+// negative number.
+func epollWaitLong(epoll int, events []unix.EpollEvent, msec int) (int, unix.Errno) {
+	n, _, errno := syscall.Syscall6(unix.SYS_EPOLL_PWAIT, uintptr(epoll), uintptr(unsafe.Pointer(unsafe.SliceData(events))), uintptr(len(events)), uintptr(msec), 0, 0)
+	return int(n), errno
+}
