@@ -543,8 +543,11 @@ func (v *conversation) verdict(c, b *chaosReport) string {
 
 // unserved is the verdict on a client that no backend knows.
 func (v *conversation) unserved(c *chaosReport) string {
+	// What follows a hello that is cut short is read as if it belonged to it.
+	sent := make([]byte, min(c.sent, sni.MaxHello))
+	newChaosStream(v.begin, v.seed, 0).next(sent)
 	var p sni.Parser
-	name, err := p.Parse(v.begin[:min(c.sent, len(v.begin))])
+	name, err := p.Parse(sent)
 	got := alert(c.head)
 	want := -1
 	switch {
