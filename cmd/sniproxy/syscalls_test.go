@@ -88,6 +88,8 @@ var goroutineCalls = map[string]bound{
 	"fcntl":       {2, 8, 0},
 	"getsockopt":  {0, 2, 0},
 	"newfstatat":  {5, 5, 0},
+	"poll":        {0, 1, 0}, // or ppoll, by the architecture
+	"ppoll":       {0, 1, 0},
 	"read":        {4, 10, 0},
 	"shutdown":    {2, 2, 0},
 	"socket":      {1, 1, 0},
