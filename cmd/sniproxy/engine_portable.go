@@ -32,6 +32,8 @@ type engine struct {
 	count atomic.Int64
 	ended chan struct{} // gets something when a connection has ended
 
+	taking sync.Mutex // held to accept, and to make room and use it
+
 	mu      sync.Mutex
 	waiting list.List // of *conn: those that are not relays yet, in order of arrival
 }
@@ -130,6 +132,8 @@ func (e *engine) acceptOne() (fd int, addr unix.Sockaddr, err error) {
 		return -1, nil, os.ErrClosed
 	}
 	closed := raw.Read(func(uintptr) bool {
+		e.taking.Lock()
+		defer e.taking.Unlock()
 		fd, addr, err = e.listener.accept()
 		for err == unix.EINTR {
 			fd, addr, err = e.listener.accept()
@@ -273,6 +277,9 @@ func (c *conn) hello(parser *sni.Parser) (hello, name []byte, err error) {
 func (e *engine) dial(c *conn, name []byte) (backend *os.File, proxyV1 bool, err error) {
 	for wait := redialMin; ; wait = min(2*wait, redialMax) {
 		fd, proxyV1, err := hostdir.Dial(name)
+		if noRoom(err) {
+			fd, proxyV1, err = e.dialWithRoom(c, name)
+		}
 		switch {
 		case err == nil:
 			f := os.NewFile(uintptr(fd), "backend")
@@ -281,12 +288,23 @@ func (e *engine) dial(c *conn, name []byte) (backend *os.File, proxyV1 bool, err
 				return nil, false, err
 			}
 			return f, proxyV1, nil
-		case noRoom(err) && e.makeRoom(c):
-			continue
 		case !backlogFull(err) || time.Now().Add(wait).After(c.deadline) || e.dropped(c):
 			return nil, false, err
 		}
 		time.Sleep(wait)
+	}
+}
+
+// dialWithRoom is like Dial, but makes room for the descriptor that it needs, and keeps accept
+// from taking it.
+func (e *engine) dialWithRoom(c *conn, name []byte) (fd int, proxyV1 bool, err error) {
+	e.taking.Lock()
+	defer e.taking.Unlock()
+	for {
+		fd, proxyV1, err = hostdir.Dial(name)
+		if !noRoom(err) || !e.makeRoom(c) {
+			return fd, proxyV1, err
+		}
 	}
 }
 
