@@ -553,6 +553,8 @@ func (v *conversation) unserved(c *chaosReport) string {
 	switch {
 	case err != nil:
 		want = int(err.(sni.Alert).Description)
+	case name == nil && v.took >= helloTimeout:
+		want = int(sni.UserCanceled) // it waited for an answer before it ended
 	case name == nil:
 		want = int(sni.DecodeError)
 	case v.fate == refused, v.fate == relayedOrRefused && got >= 0:
