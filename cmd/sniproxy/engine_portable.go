@@ -93,6 +93,7 @@ type conn struct {
 	addr     unix.Sockaddr // the client's
 	deadline time.Time     // for the relay to begin
 	place    *list.Element // among those waiting
+	dialling bool          // not to be dropped: its hello is there, and it is being dealt with
 }
 
 // accept accepts connections until the listener is closed. No failure ends it, as any
@@ -190,7 +191,7 @@ func (e *engine) makeRoom(c *conn) bool {
 		return false
 	}
 	for place := e.waiting.Front(); place != nil; place = place.Next() {
-		if oldest := place.Value.(*conn); oldest != c {
+		if oldest := place.Value.(*conn); oldest != c && !oldest.dialling {
 			e.waiting.Remove(place)
 			oldest.place = nil
 			oldest.client.Close()
@@ -198,6 +199,13 @@ func (e *engine) makeRoom(c *conn) bool {
 		}
 	}
 	return false
+}
+
+// setDialling says whether c is being dealt with, rather than waiting for something.
+func (e *engine) setDialling(c *conn, yes bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	c.dialling = yes
 }
 
 // dropped reports whether c was dropped to make room.
@@ -275,7 +283,9 @@ func (c *conn) hello(parser *sni.Parser) (hello, name []byte, err error) {
 // dial connects to the backend of a host. While its backlog is full it tries again, until
 // the deadline of c; sniproxy-rs gives up.
 func (e *engine) dial(c *conn, name []byte) (backend *os.File, proxyV1 bool, err error) {
+	defer e.setDialling(c, false)
 	for wait := redialMin; ; wait = min(2*wait, redialMax) {
+		e.setDialling(c, true)
 		fd, proxyV1, err := hostdir.Dial(name)
 		if noRoom(err) {
 			fd, proxyV1, err = e.dialWithRoom(c, name)
@@ -291,6 +301,7 @@ func (e *engine) dial(c *conn, name []byte) (backend *os.File, proxyV1 bool, err
 		case !backlogFull(err) || time.Now().Add(wait).After(c.deadline) || e.dropped(c):
 			return nil, false, err
 		}
+		e.setDialling(c, false)
 		time.Sleep(wait)
 	}
 }
