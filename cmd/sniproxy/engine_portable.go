@@ -333,8 +333,9 @@ func (c *conn) proxyHeader() ([]byte, error) {
 }
 
 // refuse tells the client with an alert why it is not served, and sees to it that the
-// alert arrives, which that of sniproxy-rs often does not: it ends the sending side, and reads what the client has still to say,
-// within bounds, so that closing does not send a reset, which would overtake the alert.
+// alert arrives, which that of sniproxy-rs often does not: it ends the sending side, and reads
+// what the client has still to say, within bounds, so that closing does not send a reset, which
+// would overtake the alert.
 func (c *conn) refuse(err error) {
 	record := refusal(err).Description.Record()
 	c.client.SetDeadline(time.Now().Add(lingerTimeout))

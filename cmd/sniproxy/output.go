@@ -10,8 +10,8 @@ import (
 
 // An output is a descriptor for lines, which may be anything: a pipe that is full or
 // that nobody reads, a closed terminal, the listening socket. Writing to it never
-// waits and never fails (sniproxy-rs ends, or stands still): a goroutine of its own does the waiting, and lines that it
-// has no room for are dropped.
+// waits and never fails (sniproxy-rs ends, or stands still): a goroutine of its own does the
+// waiting, and lines that it has no room for are dropped.
 type output struct {
 	lines chan string
 	done  chan struct{}
@@ -29,11 +29,17 @@ func newOutput(fd int) *output {
 	go func() {
 		defer close(o.done)
 		for line := range o.lines {
+			if line == lastLine {
+				return
+			}
 			writeAll(fd, line)
 		}
 	}()
 	return o
 }
+
+// lastLine ends an output. The channel is not closed: others may still print.
+const lastLine = ""
 
 func writeAll(fd int, line string) {
 	b := []byte(line)
@@ -64,11 +70,15 @@ func complain(format string, args ...any) {
 }
 
 // flushOutput is for the end of the program: what was printed before gets a moment to
-// be written. Nothing may be printed after it.
+// be written.
 func flushOutput() {
 	late := time.After(100 * time.Millisecond)
 	for _, o := range []*output{stdout, stderr} {
-		close(o.lines)
+		select {
+		case o.lines <- lastLine:
+		case <-late:
+			return
+		}
 		select {
 		case <-o.done:
 		case <-late:

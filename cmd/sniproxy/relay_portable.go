@@ -146,8 +146,8 @@ func linger(client *os.File) {
 	}
 }
 
-// reset closes both connections at once, rather than the failed direction as sniproxy-rs does, that of the client with a reset, so that it does
-// not mistake what it has for all there is.
+// reset closes both connections at once, rather than the failed direction as sniproxy-rs does;
+// that of the client with a reset, so that it does not mistake what it has for all there is.
 func reset(client, backend *os.File) {
 	control(client, func(fd int) {
 		unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1, Linger: 0})
