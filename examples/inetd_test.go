@@ -1,12 +1,18 @@
 package examples_test
 
 import (
+	"fmt"
+	"io"
+	"os"
 	"os/exec"
+	"slices"
+	"strings"
 	"syscall"
 	"testing"
 )
 
 // Goal: the line for inetd.conf serves, ends gracefully, and is started again for the next client.
+// While clients come all the time it is ended five times, and none of them is lost.
 func TestInetd(t *testing.T) {
 	t.Parallel()
 	needRoot(t)
@@ -54,6 +60,48 @@ func testInetd(t *testing.T, cmd *exec.Cmd, hosts, addr string) {
 		t.Errorf("process %d serves after its end", first)
 	}
 
+	// Clients wait in the backlog until the next program serves them.
+	served = startLoad(t, addr, hello)
+	served.more(500)
+	for range 5 {
+		first = second
+		signalAndAwait(t, first, syscall.SIGHUP)
+		served.more(500)
+		if second = onlyChild(t, cmd.Process.Pid); second == first {
+			t.Errorf("process %d serves after its end", first)
+		}
+	}
+	served.end()
+
+	// While the old program has a client, it is not replaced, and new ones wait.
+	stays, err := connect(addr, hello)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(stays, make([]byte, 1)); err != nil { // it has reached its backend
+		t.Fatal(err)
+	}
+	first = second
+	if err := syscall.Kill(first, syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "the old program to let go of the socket", func() bool { return !listens(t, first) })
+	waits, err := connect(addr, hello)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := children(cmd.Process.Pid); !slices.Equal(got, []int{first}) {
+		t.Errorf("processes %d run beside a program that has a client, %d", got, first)
+	}
+	stays.hello = stays.hello[1:]
+	if err := stays.finish(); err != nil {
+		t.Errorf("the client that stayed: %v", err)
+	}
+	if err := waits.finish(); err != nil {
+		t.Errorf("the client that waited: %v", err)
+	}
+	second = onlyChild(t, cmd.Process.Pid)
+
 	// The socket is on 0, 1 and 2 of sniproxy. With its supervisor gone it has the only copies, and
 	// its stop must free the port.
 	cmd.Process.Kill()
@@ -65,4 +113,31 @@ func testInetd(t *testing.T, cmd *exec.Cmd, hosts, addr string) {
 		t.Fatal(err)
 	}
 	await(t, "a free port", func() bool { return canListen(addr) })
+}
+
+// listens tells whether a process has a listening TCP socket.
+func listens(t *testing.T, pid int) bool {
+	t.Helper()
+	var listening []string
+	for _, table := range []string{"/proc/net/tcp", "/proc/net/tcp6"} {
+		b, err := os.ReadFile(table)
+		if err != nil {
+			continue // no IPv6
+		}
+		for line := range strings.Lines(string(b)) {
+			// proc_pid_net(5): the fourth field is the state, 0A for LISTEN, the tenth the inode.
+			if fields := strings.Fields(line); len(fields) > 9 && fields[3] == "0A" {
+				listening = append(listening, "socket:["+fields[9]+"]")
+			}
+		}
+	}
+	dir := fmt.Sprintf("/proc/%d/fd/", pid)
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return slices.ContainsFunc(entries, func(e os.DirEntry) bool {
+		to, _ := os.Readlink(dir + e.Name())
+		return slices.Contains(listening, to)
+	})
 }

@@ -26,6 +26,7 @@ func TestSystemd(t *testing.T) {
 		t.Run("start and stop", testUnitsStartAndStop)
 		t.Run("restart", testUnitsRestart)
 		t.Run("upgrade", testUnitsUpgrade)
+		t.Run("upgrades", testUnitsUpgrades)
 		t.Run("kill", testUnitsKill)
 		return
 	}
@@ -207,6 +208,25 @@ func testUnitsUpgrade(t *testing.T) {
 	if got := property(t, "sniproxy.service", "NRestarts"); got != "0" {
 		t.Errorf("systemd restarted the service %s times by itself", got)
 	}
+}
+
+// Goal: ten upgrades under load, one after the other, lose no client.
+func testUnitsUpgrades(t *testing.T) {
+	l := startLoad(t, unitAddr, startUnits(t))
+	l.more(500)
+	for range 10 {
+		before := mainPID(t, "sniproxy.service")
+		command(t, "systemctl", "start", "sniproxy-next.service")
+		command(t, "systemctl", "restart", "sniproxy.service")
+		l.more(500)
+		if after := mainPID(t, "sniproxy.service"); after == before {
+			t.Errorf("process %d serves after the restart", before)
+		}
+		command(t, "systemctl", "stop", "sniproxy-next.service")
+		checkStopped(t, "sniproxy-next.service")
+		l.more(500)
+	}
+	l.end()
 }
 
 // Goal: after kill -9 systemd starts the service again, and does so however often it happens: the

@@ -232,11 +232,11 @@ func (l *loop) await() int {
 func (l *loop) dispatch(event *unix.EpollEvent) {
 	switch event.Fd {
 	case listenerEvent:
-		if !l.stopping.Load() {
-			l.accept()
-		}
+		// Also at the stop: of all copies on the socket this one alone was woken up for
+		// the client.
+		l.accept()
 	case wakeEvent:
-		l.adoptHanded()
+		l.take()
 	default:
 		l.event(l.conns[event.Fd], int(event.Pad), event.Events)
 	}
