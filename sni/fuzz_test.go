@@ -1,18 +1,58 @@
 package sni
 
 import (
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 )
 
+// Goal: the inputs that the targets begin with reach every statement of the
+// parser and of the rule for names, so that fuzzing begins at each of them.
+func TestFuzzInputsReachAll(t *testing.T) {
+	if _, err := exec.LookPath("go"); err != nil {
+		if os.Getenv("SNIPROXY_TEST_REQUIRE") != "" {
+			t.Fatal("go is not installed, and SNIPROXY_TEST_REQUIRE is set")
+		}
+		t.Skip("go is not installed")
+	}
+	file := filepath.Join(t.TempDir(), "profile")
+	out, err := exec.Command("go", "test", "-run", "^Fuzz", "-coverprofile", file, ".").CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	profile, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, source := range []string{"hello.go", "name.go"} {
+		if !strings.Contains(string(profile), "/"+source+":") {
+			t.Errorf("nothing of %s is in the profile\n%s", source, profile)
+		}
+	}
+	// Of alert.go a Parser has no use for Record, for user_canceled, and for
+	// descriptions without a name.
+	for line := range strings.Lines(string(profile)) {
+		if strings.HasSuffix(line, " 0\n") && !strings.Contains(line, "/alert.go:") {
+			t.Errorf("not reached: %s", line)
+		}
+	}
+}
+
 // Property: no panic; a name is canonical; the answer is stable under longer
 // input, and does not depend on how the stream is cut.
+//
+// For an input in testdata/fuzz its file's name says, up to the dot, what the
+// answer to its stream is: "name", "pending", or the alert.
 func FuzzParse(f *testing.F) {
 	for _, c := range captures(f) {
 		f.Add(c.stream, c.stream, uint16(7))
 	}
 	f.Add(records(ordinary("example.com").bytes, 40), []byte{}, uint16(50))
-	f.Add([]byte("GET / HTTP/1.1\r\n"), []byte("\r\n"), uint16(1))
+	f.Add(records(build(hello{ciphers: MaxHello - 1}).bytes, maxRecord), []byte{}, uint16(999))
 	f.Fuzz(func(t *testing.T, stream, more []byte, size uint16) {
 		var p Parser
 		name, err := p.Parse(stream)
@@ -22,6 +62,11 @@ func FuzzParse(f *testing.F) {
 		}
 		if got == "" && len(stream) >= MaxHello {
 			t.Error("no answer after MaxHello bytes")
+		}
+		if want, _, ok := strings.Cut(filepath.Base(t.Name()), "."); ok {
+			if word := answerWord(name, err); word != want {
+				t.Errorf("got %s: %q", word, got)
+			}
 		}
 
 		for _, n := range []int{1, int(size) + 1} {
@@ -38,6 +83,19 @@ func FuzzParse(f *testing.F) {
 			t.Errorf("whole: got %q, want %q", whole, longer)
 		}
 	})
+}
+
+// answerWord says of what kind it is what Parse returned, as the names of the
+// files in testdata/fuzz do.
+func answerWord(name []byte, err error) string {
+	var alert Alert
+	switch {
+	case errors.As(err, &alert):
+		return alert.Description.String()
+	case name == nil:
+		return "pending"
+	}
+	return "name"
 }
 
 // Property: the answer does not depend on how a message is put into records.
@@ -81,7 +139,7 @@ func FuzzCryptoTLS(f *testing.F) {
 // its own canonical form, and differs from the name in the case of ASCII
 // letters only; and what is refused has none.
 func FuzzCanonical(f *testing.F) {
-	for _, name := range []string{"example.com", "A_b-.EXAMPLE", "a..b", "-a", "a.", "\u212a", longest} {
+	for _, name := range []string{"example.com", "A_b-.EXAMPLE", "a..b", "-a", "a.", "\u212a", longest, longest + "d", ""} {
 		f.Add([]byte(name))
 	}
 	f.Fuzz(func(t *testing.T, name []byte) {
