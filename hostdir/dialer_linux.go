@@ -12,35 +12,80 @@ import (
 // that is looked up is of one directory, whatever takes its place meanwhile, and the path of
 // the socket is short: a name of any length fits.
 type Dialer struct {
-	own   bool // the thread has a working directory of its own
-	away  bool // it is that of a host
-	hosts int  // the hosts directory
+	own    bool // the thread has a working directory of its own
+	away   bool // it is that of a host
+	hosts  int  // the hosts directory
+	cached bool // the system can tell whether a look-up may wait
+	device device
 }
+
+// A device is what a file system is on. Its major number is 0 unless it is on a block device.
+type device struct{ major, minor uint32 }
 
 // NewDialer returns a Dialer for the calling goroutine, which must be locked to its thread
 // for good and be the only one to use it. What it takes to have a working directory for the
 // thread, unshare(2) with CLONE_FS, needs no privilege; where it is forbidden all the same,
 // the Dialer does what the function [Dial] does.
 func NewDialer() *Dialer {
+	d := &Dialer{}
 	hosts, err := unix.Open(".", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return &Dialer{}
+		return d
 	}
 	if unix.Unshare(unix.CLONE_FS) != nil {
 		unix.Close(hosts)
-		return &Dialer{}
+		return d
 	}
-	return &Dialer{own: true, hosts: hosts}
+	d.own, d.hosts = true, hosts
+	// Linux has openat2(2) since 5.6, RESOLVE_CACHED since 5.12.
+	fd, errno := openat2(uintptr(hosts), &dot[0], &cachedDirectory)
+	if errno == 0 {
+		closeRaw(fd)
+		d.device, errno = deviceOf(uintptr(hosts))
+	}
+	d.cached = errno == 0
+	return d
 }
 
-// The files in a host's directory, as system calls want them.
-var (
-	tlsSocket = struct {
-		family uint16
-		path   [len("tls-socket") + 1]byte
-	}{unix.AF_UNIX, [...]byte{'t', 'l', 's', '-', 's', 'o', 'c', 'k', 'e', 't', 0}}
+// Close closes what the Dialer has open. The thread is of no use for anything else.
+func (d *Dialer) Close() {
+	if d.own {
+		unix.Close(d.hosts)
+	}
+}
 
-	sendProxyV1 = append([]byte("send-proxy-v1"), 0)
+// What there is in a host's directory, as system calls want it.
+var (
+	tlsSocket   = [...]byte{'t', 'l', 's', '-', 's', 'o', 'c', 'k', 'e', 't', 0}
+	sendProxyV1 = [...]byte{'s', 'e', 'n', 'd', '-', 'p', 'r', 'o', 'x', 'y', '-', 'v', '1', 0}
+	dot         = [...]byte{'.', 0}
+
+	tlsSocketAddr = struct {
+		family uint16
+		path   [len(tlsSocket)]byte
+	}{unix.AF_UNIX, tlsSocket}
+)
+
+// resolveCached is RESOLVE_CACHED of openat2(2), which package unix does not have.
+const resolveCached = 0x20
+
+// Ways to open what is at a path.
+var (
+	// A directory that is in the hosts directory itself.
+	ownDirectory = unix.OpenHow{
+		Flags:   unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC | unix.O_NOFOLLOW,
+		Resolve: unix.RESOLVE_NO_XDEV,
+	}
+	// One that a symlink or a mount leads to, without waiting.
+	cachedDirectory = unix.OpenHow{
+		Flags:   unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC,
+		Resolve: resolveCached,
+	}
+	// One that is on the same mount as what it is in, without waiting.
+	nearDirectory = unix.OpenHow{
+		Flags:   unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC,
+		Resolve: resolveCached | unix.RESOLVE_NO_XDEV,
+	}
 )
 
 // Dial is like the function [Dial].
@@ -48,48 +93,137 @@ func (d *Dialer) Dial(name []byte) (fd int, proxyV1 bool, err error) {
 	if !d.own {
 		return Dial(name)
 	}
+	return d.dial(name, false)
+}
+
+// DialNow is like Dial, but waits for no file system except that of the hosts directory. If
+// the host is elsewhere, by a symlink or a mount, and it cannot be told beforehand that
+// looking it up takes no time, the problem is [MayWait], and Dial can be used by a thread that
+// has the time. A tenant's file system (FUSE, NFS) may never answer.
+//
+// Where the system cannot tell such file systems it does what Dial does.
+func (d *Dialer) DialNow(name []byte) (fd int, proxyV1 bool, err error) {
+	if !d.own {
+		return Dial(name)
+	}
+	return d.dial(name, d.cached)
+}
+
+func (d *Dialer) dial(name []byte, now bool) (fd int, proxyV1 bool, err error) {
 	var buf [MaxName + 1]byte
-	dir, errno := d.enter(append(AppendName(buf[:0], name), 0))
-	if errno != 0 {
-		return -1, false, enterError(errno)
+	dir, err := d.enter(append(AppendName(buf[:0], name), 0), now)
+	if err != nil {
+		return -1, false, err
 	}
 	defer closeRaw(dir)
+	if now {
+		if err := checkSocket(dir); err != nil {
+			return -1, false, err
+		}
+	}
 	s, _, errno := syscall.RawSyscall(unix.SYS_SOCKET, unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if errno != 0 {
 		return -1, false, socketError(errno)
 	}
 	// What has a path in it may wait for a file system, so the scheduler is told of it.
-	_, _, errno = syscall.Syscall(unix.SYS_CONNECT, s, uintptr(unsafe.Pointer(&tlsSocket)), unsafe.Sizeof(tlsSocket))
+	_, _, errno = syscall.Syscall(unix.SYS_CONNECT, s, uintptr(unsafe.Pointer(&tlsSocketAddr)), unsafe.Sizeof(tlsSocketAddr))
 	if errno != 0 {
 		closeRaw(s)
 		return -1, false, connectError(".", errno)
 	}
-	// The shortest way to ask whether there is something, without following a symlink: of
-	// what exists and is none, readlink(2) says EINVAL.
-	var link [1]byte
-	_, _, errno = syscall.Syscall6(unix.SYS_READLINKAT, dir, uintptr(unsafe.Pointer(&sendProxyV1[0])), uintptr(unsafe.Pointer(&link)), 1, 0, 0)
-	switch errno {
+	switch errno := readlink(dir, &sendProxyV1[0]); errno {
 	case 0, unix.EINVAL:
 		return int(s), true, nil
 	case unix.ENOENT:
 		return int(s), false, nil
+	default:
+		closeRaw(s)
+		return -1, false, &Error{Other, errno}
 	}
-	closeRaw(s)
-	return -1, false, &Error{Other, errno}
 }
 
 // enter opens a host's directory and makes it the working directory.
-func (d *Dialer) enter(dir []byte) (uintptr, unix.Errno) {
-	fd, _, errno := syscall.Syscall6(unix.SYS_OPENAT, uintptr(d.hosts), uintptr(unsafe.Pointer(&dir[0])), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0, 0, 0)
-	if errno != 0 {
-		return 0, errno
+func (d *Dialer) enter(dir []byte, now bool) (uintptr, error) {
+	fd, err := d.open(&dir[0], now)
+	if err != nil {
+		return 0, err
 	}
-	if _, _, errno = syscall.RawSyscall(unix.SYS_FCHDIR, fd, 0, 0); errno != 0 {
+	if _, _, errno := syscall.RawSyscall(unix.SYS_FCHDIR, fd, 0, 0); errno != 0 {
 		closeRaw(fd)
-		return 0, errno
+		return 0, enterError(errno)
 	}
 	d.away = true
-	return fd, 0
+	return fd, nil
+}
+
+func (d *Dialer) open(dir *byte, now bool) (uintptr, error) {
+	hosts := uintptr(d.hosts)
+	if !now {
+		fd, _, errno := syscall.Syscall6(unix.SYS_OPENAT, hosts, uintptr(unsafe.Pointer(dir)), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0, 0, 0)
+		return fd, enterError(errno)
+	}
+	fd, errno := openat2(hosts, dir, &ownDirectory)
+	if errno != unix.ENOTDIR && errno != unix.EXDEV {
+		return fd, enterError(errno)
+	}
+	fd, errno = openat2(hosts, dir, &cachedDirectory)
+	if errno != 0 {
+		return fd, enterError(errno)
+	}
+	// Entering the directory may wait as well, if the file system has a permission check of
+	// its own. Those on block devices have none.
+	if on, errno := deviceOf(fd); errno != 0 || on.major == 0 && on != d.device {
+		closeRaw(fd)
+		return 0, &Error{Problem: MayWait}
+	}
+	return fd, nil
+}
+
+// checkSocket sees to it that connecting to the tls-socket in a directory does not wait,
+// wherever that leads.
+func checkSocket(dir uintptr) error {
+	for range 2 {
+		fd, errno := openat2(dir, &tlsSocket[0], &nearDirectory)
+		switch errno {
+		case 0: // a directory, which connect(2) has an error for
+			closeRaw(fd)
+			return nil
+		case unix.ENOTDIR: // it was found, and it is none
+			return nil
+		case unix.EXDEV:
+			return &Error{MayWait, errno}
+		case unix.EMFILE, unix.ENFILE:
+			return socketError(errno)
+		case unix.EAGAIN:
+		default:
+			return connectError(".", errno)
+		}
+		// Now it will be in the cache, unless it is a symlink that leads elsewhere.
+		if errno := readlink(dir, &tlsSocket[0]); errno != 0 && errno != unix.EINVAL {
+			return connectError(".", errno)
+		}
+	}
+	return &Error{MayWait, unix.EAGAIN}
+}
+
+// readlink is the shortest way to ask whether there is something in a directory, without
+// following a symlink: of what exists and is none, readlink(2) says EINVAL.
+func readlink(dir uintptr, name *byte) unix.Errno {
+	var link [1]byte
+	_, _, errno := syscall.Syscall6(unix.SYS_READLINKAT, dir, uintptr(unsafe.Pointer(name)), uintptr(unsafe.Pointer(&link)), 1, 0, 0)
+	return errno
+}
+
+func openat2(dir uintptr, path *byte, how *unix.OpenHow) (uintptr, unix.Errno) {
+	fd, _, errno := syscall.Syscall6(unix.SYS_OPENAT2, dir, uintptr(unsafe.Pointer(path)), uintptr(unsafe.Pointer(how)), unsafe.Sizeof(*how), 0, 0)
+	return fd, errno
+}
+
+// deviceOf asks no file system anything that it might have to wait for.
+func deviceOf(fd uintptr) (device, unix.Errno) {
+	var st unix.Statx_t
+	err := unix.Statx(int(fd), "", unix.AT_EMPTY_PATH|unix.AT_STATX_DONT_SYNC, 0, &st)
+	return device{st.Dev_major, st.Dev_minor}, errno(err)
 }
 
 // Leave makes the hosts directory the working directory again. That of a host, if it is used
@@ -103,11 +237,15 @@ func (d *Dialer) Leave() {
 
 func enterError(errno unix.Errno) error {
 	switch errno {
+	case 0:
+		return nil
 	case unix.ENOENT, unix.ENOTDIR, unix.ELOOP, unix.ENAMETOOLONG:
 		// The last two come from a symlink.
 		return &Error{NoDirectory, errno}
 	case unix.EACCES, unix.EPERM:
 		return &Error{NotPermitted, errno}
+	case unix.EAGAIN:
+		return &Error{MayWait, errno}
 	}
 	return socketError(errno)
 }

@@ -13,6 +13,7 @@ package hostdir
 
 import (
 	"fmt"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -30,28 +31,41 @@ const (
 	PathTooLong                      // the name does not fit into the address of a socket
 	BacklogFull                      // the backend has as many connections waiting as it allows
 	NoRoom                           // no descriptor is left for the socket
+	Exchanged                        // another directory took the place of the host's meanwhile
+	MayWait                          // finding out may take time: see [Dialer.DialNow]
 	Other                            // something else: see Errno
 )
 
 var problems = [...]string{
 	NoDirectory:   "no directory",
 	NoSocket:      "no tls-socket in the directory",
-	NotPermitted:  "no permission to connect to tls-socket",
+	NotPermitted:  "permission denied",
 	NobodyListens: "nobody listens on tls-socket",
 	NotStream:     "tls-socket is not a stream socket",
 	PathTooLong:   "the path of tls-socket is too long for a socket address, use hashed names",
 	BacklogFull:   "the backlog of tls-socket is full",
 	NoRoom:        "no descriptor is left to connect to tls-socket with",
+	Exchanged:     "the directory was exchanged",
+	MayWait:       "the directory leads to another file system",
 	Other:         "cannot connect to tls-socket",
 }
 
 // An Error is what [Dial] fails with.
 type Error struct {
 	Problem Problem
-	Errno   unix.Errno // what the system said
+	Errno   unix.Errno // what the system said, 0 if it was not asked
 }
 
-func (e *Error) Error() string { return fmt.Sprintf("%s: %v", problems[e.Problem], e.Errno) }
+func (e *Error) Error() string {
+	text := problems[e.Problem]
+	switch e.Problem {
+	case NotPermitted:
+		text = fmt.Sprintf("%s for uid %d", text, unix.Geteuid())
+	case Other:
+		text = fmt.Sprintf("%s: %v", text, e.Errno)
+	}
+	return text
+}
 
 func (e *Error) Unwrap() error { return e.Errno }
 
@@ -63,36 +77,58 @@ func (e *Error) Unwrap() error { return e.Errno }
 // meanwhile, as when a symlink is switched.
 //
 // Dial does not wait for a backend whose backlog is full: the problem then is
-// [BacklogFull], and the caller may try again.
+// [BacklogFull], and the caller may try again. But it waits for the file systems that the
+// path leads to.
 func Dial(name []byte) (fd int, proxyV1 bool, err error) {
-	dir := string(AppendName(make([]byte, 0, MaxName), name))
 	for {
-		// The two look-ups may find two directories, and the marker of the wrong one
-		// is worse than none.
-		before := identify(dir)
-		fd, proxyV1, err = dial(dir)
-		if err != nil || identify(dir) == before {
-			return fd, proxyV1, err
+		fd, err = Socket()
+		if err != nil {
+			return -1, false, err
+		}
+		proxyV1, err = Connect(fd, name)
+		if err == nil {
+			return fd, proxyV1, nil
 		}
 		unix.Close(fd)
+		if e, ok := err.(*Error); !ok || e.Problem != Exchanged {
+			return -1, false, err
+		}
+		time.Sleep(time.Millisecond)
 	}
 }
 
-func dial(dir string) (fd int, proxyV1 bool, err error) {
+// Socket returns a socket for [Connect], which is the one descriptor that [Dial] takes. It is
+// non-blocking, closed on exec and the caller's to close. The error is of type [*Error].
+func Socket() (fd int, err error) {
 	fd, err = socket()
 	if err != nil {
-		return -1, false, socketError(err)
+		return -1, socketError(err)
+	}
+	return fd, nil
+}
+
+// Connect is what remains of [Dial] when there is a socket. After an error, which is of type
+// [*Error], the socket can only be closed. The problem [Exchanged], which Dial does not have,
+// calls for another attempt.
+func Connect(fd int, name []byte) (proxyV1 bool, err error) {
+	dir := string(AppendName(make([]byte, 0, MaxName), name))
+	// The two look-ups may find two directories, and the marker of the wrong one is worse
+	// than none.
+	before := identify(dir)
+	if before.recent() {
+		return false, &Error{Problem: Exchanged}
 	}
 	if err := unix.Connect(fd, &unix.SockaddrUnix{Name: dir + "/tls-socket"}); err != nil {
-		unix.Close(fd)
-		return -1, false, connectError(dir, err)
+		return false, connectError(dir, err)
 	}
 	proxyV1, err = exists(dir + "/send-proxy-v1")
 	if err != nil {
-		unix.Close(fd)
-		return -1, false, err
+		return false, err
 	}
-	return fd, proxyV1, nil
+	if identify(dir) != before {
+		return false, &Error{Problem: Exchanged}
+	}
+	return proxyV1, nil
 }
 
 // An identity tells what is at a path, a directory or a symlink that leads to one, from
@@ -112,6 +148,17 @@ func identify(path string) (id identity) {
 		}
 	}
 	return id
+}
+
+// clockTick is more than the time between two steps of the clock by which file systems tell
+// when something was changed.
+const clockTick = 20 * time.Millisecond
+
+// recent tells whether a symlink was switched so lately that after another switch, and one back,
+// the time may still be the same, and the number too, since numbers are used again.
+func (id identity) recent() bool {
+	ago := time.Since(time.Unix(id.linkChanged.Unix()))
+	return ago.Abs() < clockTick
 }
 
 // exists tells whether there is anything at a path. A symlink there counts as it is;

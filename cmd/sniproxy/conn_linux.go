@@ -3,13 +3,13 @@
 package main
 
 import (
+	"fmt"
 	"slices"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 
-	"sniproxy/hostdir"
 	"sniproxy/proxyproto"
 	"sniproxy/sni"
 )
@@ -26,6 +26,9 @@ type conn struct {
 	cut    bool // it stopped in the middle of a write
 
 	early *early // while the hello is not complete, or the backend not connected
+
+	moved bool  // the relay has moved something
+	quiet uint8 // how often it was found that it had not
 
 	queue      *queue // that it is in
 	prev, next *conn
@@ -44,6 +47,7 @@ type phase uint8
 
 const (
 	greeting  phase = iota // the server name is not known yet
+	lookingUp              // the host, which may take time
 	redialing              // the backend's backlog is full
 	relaying
 	lingering // refused: waits for the client to end
@@ -63,6 +67,7 @@ type early struct {
 	parser sni.Parser
 	name   []byte
 	hello  []byte // all bytes read so far, behind headroom
+	lookup *lookup
 }
 
 // accept accepts one connection. If there are more, the next wait says so.
@@ -119,7 +124,7 @@ func (l *loop) readHello(c *conn) {
 			l.close(c) // the client is gone
 			return
 		case n == 0:
-			l.refuse(c, errEOF)
+			l.refuse(c, nil, errEOF)
 			return
 		}
 		parser := &l.parser
@@ -131,7 +136,7 @@ func (l *loop) readHello(c *conn) {
 		name, err := parser.Parse(room[:n])
 		switch {
 		case err != nil:
-			l.refuse(c, err)
+			l.refuse(c, nil, err)
 			return
 		case name != nil:
 			hello := l.buffer[:headroom+n]
@@ -176,7 +181,7 @@ func (l *loop) register(c *conn, side int, events uint32) bool {
 	event := unix.EpollEvent{Events: s.registered | unix.EPOLLRDHUP | unix.EPOLLET, Fd: c.number, Pad: int32(side)}
 	if errno := epollCtl(l.epoll, op, s.fd, &event); errno != 0 {
 		// The kernel is out of memory, or of what it grants a user.
-		complain("cannot watch a connection: %v", errno)
+		complainOften(func() string { return fmt.Sprintf("cannot watch a connection: %v", errno) })
 		l.abort(c)
 		return false
 	}
@@ -193,7 +198,7 @@ func (l *loop) event(c *conn, side int, events uint32) {
 	switch c.phase {
 	case greeting:
 		l.readHello(c)
-	case redialing, closed:
+	case lookingUp, redialing, closed:
 		// A client that has ended is found out when there is a backend.
 	case lingering:
 		l.drop(c)
@@ -205,58 +210,81 @@ func (l *loop) event(c *conn, side int, events uint32) {
 // dial connects to the backend, and begins the relay. hello is all that was read so far,
 // behind headroom.
 func (l *loop) dial(c *conn, name, hello []byte) {
-	fd, proxyV1, err := l.dialer.Dial(name)
+	fd, proxyV1, err := l.dialer.DialNow(name)
 	for noRoom(err) && l.makeRoom(c) {
-		fd, proxyV1, err = l.dialer.Dial(name)
+		fd, proxyV1, err = l.dialer.DialNow(name)
 	}
+	if mayWait(err) {
+		l.lookUp(c, name, hello)
+		return
+	}
+	l.dialled(c, name, hello, fd, proxyV1, err)
+}
+
+// dialled goes on with what came of an attempt to connect to the backend.
+func (l *loop) dialled(c *conn, name, hello []byte, fd int, proxyV1 bool, err error) {
 	switch {
 	case err == nil:
 		l.begin(c, int32(fd), proxyV1, hello)
 	case backlogFull(err):
-		if c.phase == redialing {
-			return
-		}
-		c.phase = redialing
-		if c.early == nil {
-			c.early = &early{hello: slices.Clone(hello)}
-		}
-		c.early.name = slices.Clone(name)
-		if c.queue == nil {
-			c.deadline = now() + int64(helloTimeout)
-			l.hellos.push(c)
-		}
+		l.keep(c, redialing, name, hello)
 		if l.redial == 0 {
 			l.redialWait = redialMin
 			l.redial = now() + int64(redialMin)
 		}
 	default:
-		l.refuse(c, err)
+		l.refuse(c, name, err)
 	}
 }
 
-// redialAll tries again to connect to backends whose backlog was full.
+// keep keeps what is needed of a connection that cannot be begun now.
+func (l *loop) keep(c *conn, phase phase, name, hello []byte) {
+	c.phase = phase
+	if c.early == nil {
+		c.early = &early{hello: slices.Clone(hello)}
+	}
+	if c.early.name == nil {
+		c.early.name = slices.Clone(name)
+	}
+	if c.queue == nil {
+		c.deadline = now() + int64(helloTimeout)
+		l.hellos.push(c)
+	}
+}
+
+// forget is for what keep has kept.
+func (c *conn) forget() {
+	if c.early != nil && c.early.lookup != nil {
+		c.early.lookup.conn = nil
+	}
+	c.early = nil
+}
+
+// redialAll tries again to connect to backends whose backlog was full. If that of a host is
+// full still, its other clients need not try.
 func (l *loop) redialAll() {
-	var full []*conn
+	var waiting []*conn
 	for c := l.hellos.first; c != nil; c = c.next {
 		if c.phase == redialing {
-			full = append(full, c)
+			waiting = append(waiting, c)
 		}
 	}
-	l.redialWait = min(2*l.redialWait, redialMax)
-	left := false
-	for _, c := range full {
-		if c.phase == redialing { // otherwise it was dropped to make room
-			l.dial(c, c.early.name, c.early.hello)
+	l.redialWait = min(max(2*l.redialWait, redialMin), redialMax)
+	l.redial = now() + int64(l.redialWait)
+	tried := map[string]bool{}
+	for _, c := range waiting {
+		if c.phase != redialing || tried[string(c.early.name)] {
+			continue // it was dropped to make room, or there is no room for it
 		}
-		if c.phase == redialing {
-			left = true
+		l.dial(c, c.early.name, c.early.hello)
+		if c.phase == redialing || c.phase == lookingUp {
+			tried[string(c.early.name)] = true
 		} else {
-			l.redialWait = redialMin
+			l.redial, l.redialWait = now()+int64(redialMin), redialMin
 		}
 	}
-	l.redial = 0
-	if left {
-		l.redial = now() + int64(l.redialWait)
+	if len(tried) == 0 {
+		l.redial = 0
 	}
 }
 
@@ -264,8 +292,8 @@ func (l *loop) redialAll() {
 // backend in one write.
 func (l *loop) begin(c *conn, fd int32, proxyV1 bool, hello []byte) {
 	c.leave()
+	c.forget()
 	c.phase = relaying
-	c.early = nil
 	c.sockets[backend].fd = fd
 	c.flows[client].size, c.flows[backend].size = readMin, readMin
 	c.begun = l.measured
@@ -305,8 +333,10 @@ func (l *loop) proxyHeader(c *conn) ([]byte, error) {
 
 // refuse tells the client with an alert why it is not served, and sees to it that the
 // alert arrives.
-func (l *loop) refuse(c *conn, err error) {
-	record := refusal(err).Description.Record()
+func (l *loop) refuse(c *conn, name []byte, err error) {
+	alert := refusal(err)
+	complainRefused(int(c.sockets[client].fd), name, alert)
+	record := alert.Description.Record()
 	if _, errno := write(c.sockets[client].fd, record[:]); errno != 0 {
 		l.close(c)
 		return
@@ -319,8 +349,8 @@ func (l *loop) refuse(c *conn, err error) {
 // was sent before.
 func (l *loop) linger(c *conn) {
 	c.leave()
+	c.forget()
 	c.phase = lingering
-	c.early = nil
 	l.closeBackend(c)
 	s := &c.sockets[client]
 	unix.Shutdown(int(s.fd), unix.SHUT_WR)
@@ -358,6 +388,7 @@ func (l *loop) abort(c *conn) {
 // close is the end of c, whatever way it went.
 func (l *loop) close(c *conn) {
 	c.leave()
+	c.forget()
 	c.phase = closed
 	closeFd(c.sockets[client].fd)
 	l.closeBackend(c)
@@ -381,6 +412,3 @@ func (l *loop) closeBackend(c *conn) {
 	}
 	c.flows = [2]flow{}
 }
-
-// errBacklog is for a backend whose backlog was full until the client's time was over.
-var errBacklog = &hostdir.Error{Problem: hostdir.BacklogFull, Errno: unix.EAGAIN}

@@ -27,6 +27,7 @@ import (
 type engine struct {
 	listener *listener
 	loops    []*loop
+	lookups  *lookups // those that the loops do not make themselves
 
 	failed  chan error    // gets the reason if the engine cannot go on
 	drained chan struct{} // closed when the last connection has ended after stop
@@ -37,6 +38,7 @@ type engine struct {
 func startEngine(l *listener) (*engine, error) {
 	e := &engine{
 		listener: l,
+		lookups:  newLookups(),
 		failed:   make(chan error, 1),
 		drained:  make(chan struct{}),
 	}
@@ -108,9 +110,7 @@ type loop struct {
 	measured  int32
 	wall, cpu int64
 
-	handedMu sync.Mutex
-	handed   []*conn // relays that another loop has handed over
-	over     bool    // too late for that
+	given given
 
 	conns []*conn // by the number that epoll knows them by
 	free  []*conn // those that can be used again
@@ -124,6 +124,10 @@ type loop struct {
 	// none, and how long after the last time that is.
 	redial     int64
 	redialWait time.Duration
+
+	// When to look for relays of which one half has ended and the other does nothing, 0 if
+	// there was none of which one half has ended.
+	quiet int64
 
 	busy, spare []turn // flows to go on with, although no event will tell so
 
@@ -264,6 +268,9 @@ func (l *loop) timeout() int {
 	if l.rest != 0 {
 		sooner(l.rest)
 	}
+	if l.quiet != 0 {
+		sooner(l.quiet)
+	}
 	if len(l.pipes) > 0 {
 		sooner(l.pipesIdle + int64(pipeTimeout))
 	}
@@ -275,15 +282,18 @@ func (l *loop) timeout() int {
 
 // expire deals with what is due.
 func (l *loop) expire() {
-	if l.hellos.first == nil && l.lingers.first == nil && l.redial == 0 && len(l.pipes) == 0 && l.rest == 0 {
+	if l.hellos.first == nil && l.lingers.first == nil && l.redial == 0 && l.quiet == 0 && len(l.pipes) == 0 && l.rest == 0 {
 		return // the common case needs no clock
 	}
 	t := now()
 	for c := l.hellos.first; c != nil && c.deadline <= t; c = l.hellos.first {
-		if c.phase == redialing {
-			l.refuse(c, errBacklog)
-		} else {
-			l.refuse(c, errTimeout)
+		switch c.phase {
+		case redialing:
+			l.refuse(c, c.early.name, errBacklog)
+		case lookingUp:
+			l.refuse(c, c.early.name, errLookupTimeout)
+		default:
+			l.refuse(c, nil, errTimeout)
 		}
 	}
 	for c := l.lingers.first; c != nil && c.deadline <= t; c = l.lingers.first {
@@ -291,6 +301,9 @@ func (l *loop) expire() {
 	}
 	if l.redial != 0 && l.redial <= t {
 		l.redialAll()
+	}
+	if l.quiet != 0 && l.quiet <= t {
+		l.endQuiet()
 	}
 	if len(l.pipes) > 0 {
 		l.expirePipes(t)
@@ -331,16 +344,18 @@ func (l *loop) reuse() {
 // otherwise the one, other than c, that waits longest for its relay to begin. It reports
 // whether there was one.
 func (l *loop) makeRoom(c *conn) bool {
-	drop := l.lingers.first
-	if drop == nil {
-		drop = l.hellos.first
+	if refused := l.lingers.first; refused != nil {
+		l.close(refused)
+		return true
 	}
+	drop := l.hellos.first
 	if drop != nil && drop == c {
 		drop = c.next
 	}
 	if drop == nil {
 		return false
 	}
+	complainDropped(int(drop.sockets[client].fd))
 	l.close(drop)
 	return true
 }

@@ -18,6 +18,9 @@ import (
 // The engine connects from within the host's directory, so its name can have any length.
 const anyName = true
 
+// It has the directory that it connects from open, so a symlink may be switched at any rate.
+const switchPause = 0
+
 // With this variable a daemon's loops hand relays over although they are not busy.
 func init() {
 	if os.Getenv(impersonate) != "" && os.Getenv("SNIPROXY_TEST_SHARE") != "" {

@@ -24,6 +24,7 @@ import (
 type engine struct {
 	listener *listener
 	file     *os.File // the listening socket, for the poller
+	lookups  *lookups
 
 	failed  chan error    // gets the reason if the engine cannot go on
 	drained chan struct{} // closed when the last connection has ended after stop
@@ -41,6 +42,7 @@ type engine struct {
 func startEngine(l *listener) (*engine, error) {
 	e := &engine{
 		listener: l,
+		lookups:  newLookups(),
 		failed:   make(chan error, 1),
 		drained:  make(chan struct{}),
 		ended:    make(chan struct{}, 1),
@@ -194,6 +196,7 @@ func (e *engine) makeRoom(c *conn) bool {
 		if oldest := place.Value.(*conn); oldest != c && !oldest.dialling {
 			e.waiting.Remove(place)
 			oldest.place = nil
+			control(oldest.client, complainDropped)
 			oldest.client.Close()
 			return true
 		}
@@ -234,12 +237,12 @@ func (e *engine) serve(c *conn) {
 	var parser sni.Parser
 	hello, name, err := c.hello(&parser)
 	if err != nil {
-		c.refuse(err)
+		c.refuse(nil, err)
 		return
 	}
 	backend, proxyV1, err := e.dial(c, name)
 	if err != nil {
-		c.refuse(err)
+		c.refuse(name, err)
 		return
 	}
 	defer backend.Close()
@@ -281,40 +284,62 @@ func (c *conn) hello(parser *sni.Parser) (hello, name []byte, err error) {
 }
 
 // dial connects to the backend of a host. While its backlog is full it tries again, until
-// the deadline of c; sniproxy-rs gives up.
+// the deadline of c; sniproxy-rs gives up. Of all clients of the host one does that at a time.
 func (e *engine) dial(c *conn, name []byte) (backend *os.File, proxyV1 bool, err error) {
-	defer e.setDialling(c, false)
+	h := e.lookups.host(string(name))
+	defer e.lookups.leave(h)
+	redialing := false
 	for wait := redialMin; ; wait = min(2*wait, redialMax) {
 		e.setDialling(c, true)
-		fd, proxyV1, err := hostdir.Dial(name)
-		if noRoom(err) {
-			fd, proxyV1, err = e.dialWithRoom(c, name)
-		}
+		backend, proxyV1, err = e.dialOnce(c, h)
+		e.setDialling(c, false)
+		full := backlogFull(err)
 		switch {
-		case err == nil:
-			f := os.NewFile(uintptr(fd), "backend")
-			if err := f.SetDeadline(time.Time{}); err != nil {
-				f.Close()
+		case !full && !isProblem(err, hostdir.Exchanged):
+			return backend, proxyV1, err
+		case time.Now().Add(wait).After(c.deadline) || e.dropped(c):
+			return nil, false, err
+		case full && !redialing:
+			if !take(h.redial, time.After(time.Until(c.deadline))) {
 				return nil, false, err
 			}
-			return f, proxyV1, nil
-		case !backlogFull(err) || time.Now().Add(wait).After(c.deadline) || e.dropped(c):
-			return nil, false, err
+			defer func() { <-h.redial }()
+			redialing = true
+		default:
+			time.Sleep(wait)
 		}
-		e.setDialling(c, false)
-		time.Sleep(wait)
 	}
 }
 
-// dialWithRoom is like Dial, but makes room for the descriptor that it needs, and keeps accept
-// from taking it.
-func (e *engine) dialWithRoom(c *conn, name []byte) (fd int, proxyV1 bool, err error) {
+func (e *engine) dialOnce(c *conn, h *host) (backend *os.File, proxyV1 bool, err error) {
+	fd, err := hostdir.Socket()
+	if noRoom(err) {
+		fd, err = e.socketWithRoom(c)
+	}
+	if err != nil {
+		return nil, false, err
+	}
+	proxyV1, err = e.lookups.connect(fd, h, c.deadline)
+	if err != nil {
+		return nil, false, err
+	}
+	f := os.NewFile(uintptr(fd), "backend")
+	if err := f.SetDeadline(time.Time{}); err != nil {
+		f.Close()
+		return nil, false, err
+	}
+	return f, proxyV1, nil
+}
+
+// socketWithRoom is like [hostdir.Socket], but makes room for the descriptor that it needs, and
+// keeps accept from taking it.
+func (e *engine) socketWithRoom(c *conn) (fd int, err error) {
 	e.taking.Lock()
 	defer e.taking.Unlock()
 	for {
-		fd, proxyV1, err = hostdir.Dial(name)
+		fd, err = hostdir.Socket()
 		if !noRoom(err) || !e.makeRoom(c) {
-			return fd, proxyV1, err
+			return fd, err
 		}
 	}
 }
@@ -336,8 +361,10 @@ func (c *conn) proxyHeader() ([]byte, error) {
 // alert arrives, which that of sniproxy-rs often does not: it ends the sending side, and reads
 // what the client has still to say, within bounds, so that closing does not send a reset, which
 // would overtake the alert.
-func (c *conn) refuse(err error) {
-	record := refusal(err).Description.Record()
+func (c *conn) refuse(name []byte, err error) {
+	alert := refusal(err)
+	control(c.client, func(fd int) { complainRefused(fd, name, alert) })
+	record := alert.Description.Record()
 	c.client.SetDeadline(time.Now().Add(lingerTimeout))
 	if _, err := c.client.Write(record[:]); err != nil {
 		return

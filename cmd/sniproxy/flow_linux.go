@@ -161,6 +161,7 @@ func (l *loop) send(c *conn, from int, b []byte) bool {
 		n = 0
 	}
 	f := &c.flows[from]
+	c.moved = c.moved || n > 0
 	if n == len(b) {
 		f.part = false
 		return true
@@ -179,6 +180,7 @@ func (l *loop) sendPipe(c *conn, from int) bool {
 		n, errno := splice(f.pipe.out, c.sockets[1-from].fd, f.held)
 		switch errno {
 		case 0:
+			c.moved = true
 			f.held -= n
 			f.part = f.held > 0
 		case unix.EAGAIN:
@@ -244,6 +246,7 @@ func (l *loop) finish(c *conn, from int) {
 		l.close(c)
 	default:
 		unix.Shutdown(int(c.sockets[1-from].fd), unix.SHUT_WR)
+		l.watchQuiet()
 	}
 }
 
@@ -256,6 +259,41 @@ func (l *loop) settled(c *conn) bool {
 	}
 	_, errno := recv(fd, l.buffer[:1], unix.MSG_PEEK)
 	return errno == unix.EAGAIN
+}
+
+// watchQuiet sees to it that endQuiet is called.
+func (l *loop) watchQuiet() {
+	if l.quiet == 0 {
+		l.quiet = now() + int64(halfClosed/quietChecks)
+	}
+}
+
+// endQuiet ends relays of which one half has ended, and the other has not moved a byte at
+// quietChecks checks in a row.
+func (l *loop) endQuiet() {
+	l.quiet = 0
+	for _, c := range l.conns {
+		if c.phase != relaying || c.flows[client].ended == c.flows[backend].ended {
+			continue
+		}
+		if c.moved {
+			c.moved, c.quiet = false, 0
+		} else if c.quiet++; c.quiet == quietChecks {
+			l.endHalf(c)
+			continue
+		}
+		l.watchQuiet()
+	}
+}
+
+// endHalf ends a relay of which one half has ended: with a reset, if it is not that of the
+// backend, so that the client does not mistake what it has for all there is.
+func (l *loop) endHalf(c *conn) {
+	if c.flows[backend].ended {
+		l.close(c)
+	} else {
+		l.abort(c)
+	}
 }
 
 // end is the end of a relay both of whose flows have ended.

@@ -33,6 +33,17 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
+// With this variable, a duration, a daemon ends connections of which one direction has ended
+// sooner.
+func init() {
+	if limit := os.Getenv("SNIPROXY_TEST_HALFCLOSED"); os.Getenv(impersonate) != "" && limit != "" {
+		var err error
+		if halfClosed, err = time.ParseDuration(limit); err != nil {
+			panic(err)
+		}
+	}
+}
+
 // patience is how long a test waits for what must come. It is no limit on speed.
 const patience = 30 * time.Second
 

@@ -22,6 +22,17 @@ const (
 	redialMin = time.Millisecond
 	redialMax = 64 * time.Millisecond
 
+	// Look-ups that may wait for a file system other than that of the hosts directory: so
+	// many are made at once in all and of one host, and so long others wait for their turn.
+	lookupsMost    = 64
+	lookupsOfHost  = 4
+	lookupPatience = 100 * time.Millisecond
+
+	// A connection of which one direction has ended is ended when the other has not moved a
+	// byte for halfClosedTimeout; that is checked quietChecks times within it.
+	halfClosedTimeout = time.Hour
+	quietChecks       = 8
+
 	// acceptPause is how long accept rests after a failure that does not pass by
 	// itself, unless a connection ends before.
 	acceptPause = 100 * time.Millisecond
@@ -36,3 +47,6 @@ const (
 	keepaliveInterval = 30 * time.Second
 	keepaliveCount    = 4
 )
+
+// halfClosed is halfClosedTimeout. Tests shorten it.
+var halfClosed = halfClosedTimeout

@@ -41,6 +41,9 @@ const (
 	// shortWait is how many milliseconds a loop waits for events before it lets the scheduler
 	// know that it waits.
 	shortWait = 10
+
+	// lookupsIdle is how many threads for look-ups stay when there are none.
+	lookupsIdle = 2
 )
 
 // handOverFrom is how busy a loop is that hands relays over. Tests lower it.

@@ -14,7 +14,10 @@
 //     for each connection. See package hostdir.
 //   - Standard output gets "listening on ADDR" once connections are accepted, and
 //     "got SIGHUP, shutting down" at the stop.
-//   - Standard error gets everything else, a line each, without time stamps.
+//   - Standard error gets everything else, a line each, without time stamps. Above all a line
+//     for each client that is refused: its address, the name if that is canonical, the reason
+//     and the alert. There are at most 50 of them at once and ten a second; how many were left
+//     out is told within three seconds.
 //
 // A descriptor that cannot be written to, or not now, neither ends nor delays the
 // program. Descriptors 0, 1 and 2 may all be the listening socket.
@@ -33,8 +36,9 @@
 //
 // A connection flows through an engine: accept, hello, dial, relay, end. There are two, with
 // one behaviour. That for Linux is a number of event loops: engine_linux.go, conn_linux.go,
-// flow_linux.go and share_linux.go. The portable engine, for other systems and for the build
-// tag portable, has a goroutine for each direction: engine_portable.go and relay_portable.go.
+// lookup_linux.go, flow_linux.go and share_linux.go. The portable engine, for other systems and for the build
+// tag portable, has a goroutine for each direction: engine_portable.go, lookup_portable.go and
+// relay_portable.go.
 // What goes before and beside them is in main.go, listener.go, output.go and refusal.go, and
 // the limits that they keep to are in limits.go.
 package main

@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -57,21 +58,54 @@ func writeAll(fd int, line string) {
 	}
 }
 
-func (o *output) print(line string) {
+// print prints a line, if there is room for it.
+func (o *output) print(line string) bool {
 	select {
 	case o.lines <- line:
+		return true
 	default:
+		return false
 	}
 }
 
 // complain prints a line on standard error.
-func complain(format string, args ...any) {
-	stderr.print("sniproxy: " + fmt.Sprintf(format, args...) + "\n")
+func complain(format string, args ...any) bool {
+	return stderr.print("sniproxy: " + fmt.Sprintf(format, args...) + "\n")
+}
+
+// complainOften prints what line returns, for lines that clients can bring about, or counts
+// it among those left out.
+func complainOften(line func() string) {
+	if len(stderr.lines) < cap(stderr.lines)/2 && often.take() && complain("%s", line()) {
+		return
+	}
+	if leftOut.Add(1) == 1 {
+		time.AfterFunc(leftOutDelay, tellLeftOut)
+	}
+}
+
+var (
+	often   = ration{period: time.Second / 10, burst: 50}
+	leftOut atomic.Int64
+)
+
+// leftOutDelay is how long after the first line that was left out their number is told.
+const leftOutDelay = 2 * time.Second
+
+func tellLeftOut() {
+	n := leftOut.Swap(0)
+	if n == 0 || complain("%d more such lines were left out", n) {
+		return
+	}
+	if leftOut.Add(n) == n {
+		time.AfterFunc(leftOutDelay, tellLeftOut)
+	}
 }
 
 // flushOutput is for the end of the program: what was printed before gets a moment to
 // be written.
 func flushOutput() {
+	tellLeftOut()
 	late := time.After(100 * time.Millisecond)
 	for _, o := range []*output{stdout, stderr} {
 		select {
@@ -88,7 +122,7 @@ func flushOutput() {
 }
 
 // acceptTrouble rations what is said about accept.
-var acceptTrouble = ration{period: 10 * time.Second}
+var acceptTrouble = ration{period: 10 * time.Second, burst: 1}
 
 func complainAccept(err error) {
 	if acceptTrouble.take() {
@@ -96,21 +130,26 @@ func complainAccept(err error) {
 	}
 }
 
-// A ration lets something through once per period.
+// A ration lets one thing through per period, and some more after it was used less: a burst.
 type ration struct {
 	period time.Duration
+	burst  int
 
 	mu   sync.Mutex
-	next time.Time
+	used time.Time // up to here all periods have had their thing
 }
 
 func (r *ration) take() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	now := time.Now()
-	if now.Before(r.next) {
+	if r.used.Before(now) {
+		r.used = now
+	}
+	next := r.used.Add(r.period)
+	if next.After(now.Add(time.Duration(r.burst) * r.period)) {
 		return false
 	}
-	r.next = now.Add(r.period)
+	r.used = next
 	return true
 }

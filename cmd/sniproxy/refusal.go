@@ -2,6 +2,10 @@ package main
 
 import (
 	"errors"
+	"fmt"
+	"net/netip"
+
+	"golang.org/x/sys/unix"
 
 	"sniproxy/hostdir"
 	"sniproxy/sni"
@@ -11,6 +15,10 @@ import (
 var (
 	errEOF     = sni.Alert{Description: sni.DecodeError, Reason: "the client ended the connection before the server name"}
 	errTimeout = sni.Alert{Description: sni.UserCanceled, Reason: "no complete server name within the time limit"}
+
+	errBacklog       = &hostdir.Error{Problem: hostdir.BacklogFull}
+	errLookups       = sni.Alert{Description: sni.InternalError, Reason: "too many look-ups wait for a file system"}
+	errLookupTimeout = sni.Alert{Description: sni.UserCanceled, Reason: "the look-up has waited for a file system until the time limit"}
 )
 
 // refusal turns the failure of a connection that has no backend into the alert that the
@@ -24,12 +32,39 @@ func refusal(err error) sni.Alert {
 	var host *hostdir.Error
 	if errors.As(err, &host) {
 		switch host.Problem {
-		case hostdir.BacklogFull, hostdir.NoRoom, hostdir.Other:
+		case hostdir.BacklogFull, hostdir.NoRoom, hostdir.Exchanged, hostdir.MayWait, hostdir.Other:
 		default:
 			description = sni.UnrecognizedName
 		}
 	}
 	return sni.Alert{Description: description, Reason: err.Error()}
+}
+
+// complainRefused says whom the client with the socket fd is refused, and why. There is no
+// name if it did not send a canonical one, since what it did send may be anything.
+func complainRefused(fd int, name []byte, alert sni.Alert) {
+	complainOften(func() string {
+		if name == nil {
+			return fmt.Sprintf("refused %s: %v", peer(fd), alert)
+		}
+		return fmt.Sprintf("refused %s for %s: %v", peer(fd), name, alert)
+	})
+}
+
+func complainDropped(fd int) {
+	complainOften(func() string {
+		return fmt.Sprintf("dropped %s to make room: no descriptor is left, and it has waited longest; raise the limit (ulimit -n, LimitNOFILE=)", peer(fd))
+	})
+}
+
+// peer returns the address of the client with the socket fd.
+func peer(fd int) string {
+	if sa, err := unix.Getpeername(fd); err == nil {
+		if addr := addrPort(sa); addr.IsValid() {
+			return netip.AddrPortFrom(addr.Addr().Unmap(), addr.Port()).String()
+		}
+	}
+	return "a client that is gone"
 }
 
 // Errors of Dial after which it is worth trying again.

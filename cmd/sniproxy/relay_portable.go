@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -25,10 +26,14 @@ func relay(client, backend *os.File, hello []byte) {
 	var flows sync.WaitGroup
 	var sending sync.Mutex // to the backend
 	var broken, cut bool   // the backend does not read any more; in the middle of a write
+	var moved atomic.Bool
+	over := make(chan struct{})
+	defer close(over)
 	up := func(b []byte) error {
 		sending.Lock()
 		defer sending.Unlock()
 		n, err := send(backend, b, client)
+		moved.Store(true)
 		broken = errors.Is(err, unix.EPIPE)
 		cut = broken && n > 0
 		return err
@@ -42,6 +47,7 @@ func relay(client, backend *os.File, hello []byte) {
 		switch {
 		case err == nil:
 			shutdown(backend, unix.SHUT_WR)
+			go endQuiet(&moved, over, func() { reset(client, backend) })
 		case broken:
 			// What the backend has said before is forwarded still; then its side
 			// ends too. If it was reset, Linux says so once: to who reads, or in
@@ -53,6 +59,7 @@ func relay(client, backend *os.File, hello []byte) {
 	})
 	err := forward(func(b []byte) error {
 		_, err := send(client, b, nil)
+		moved.Store(true)
 		return err
 	}, backend)
 	if err == nil && poll(backend)&unix.POLLHUP != 0 {
@@ -67,6 +74,10 @@ func relay(client, backend *os.File, hello []byte) {
 		reset(client, backend)
 	} else {
 		shutdown(client, unix.SHUT_WR)
+		go endQuiet(&moved, over, func() {
+			client.Close()
+			backend.Close()
+		})
 	}
 	flows.Wait()
 	switch {
@@ -75,6 +86,24 @@ func relay(client, backend *os.File, hello []byte) {
 	case broken:
 		linger(client)
 	}
+}
+
+// endQuiet calls end for a relay of which one half has ended, when the other has not moved
+// anything at quietChecks checks in a row.
+func endQuiet(moved *atomic.Bool, over <-chan struct{}, end func()) {
+	tick := time.NewTicker(halfClosed / quietChecks)
+	defer tick.Stop()
+	for checks := 0; checks < quietChecks; checks++ {
+		select {
+		case <-tick.C:
+		case <-over:
+			return
+		}
+		if moved.Swap(false) {
+			checks = -1
+		}
+	}
+	end()
 }
 
 // forward calls send with all that comes from src, until that ends.

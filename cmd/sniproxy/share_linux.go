@@ -4,6 +4,7 @@ package main
 
 import (
 	"slices"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -73,25 +74,47 @@ func (l *loop) hand(c *conn) {
 	l.conns[c.number] = &conn{number: c.number}
 	l.free = append(l.free, l.conns[c.number])
 
-	l.next.handedMu.Lock()
-	defer l.next.handedMu.Unlock()
-	if l.next.over {
+	if !l.next.give(func(g *given) {
+		g.relays = append(g.relays, c)
+		l.next.open.Add(1)
+		l.open.Add(-1)
+	}) {
 		l.adopt(c)
-		return
 	}
-	l.next.handed = append(l.next.handed, c)
-	l.next.open.Add(1)
-	l.open.Add(-1)
 }
 
-// adoptHanded takes over what another loop has handed over.
-func (l *loop) adoptHanded() {
-	l.handedMu.Lock()
-	handed := l.handed
-	l.handed = nil
-	l.handedMu.Unlock()
-	for _, c := range handed {
+// given is what a loop is given by others.
+type given struct {
+	mu      sync.Mutex
+	over    bool      // the loop has ended, and takes nothing any more
+	relays  []*conn   // that another loop has handed over
+	lookups []*lookup // that have ended
+}
+
+// give has add give the loop something. It fails if the loop has ended.
+func (l *loop) give(add func(*given)) bool {
+	g := &l.given
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.over {
+		return false
+	}
+	add(g)
+	return true
+}
+
+// take deals with what the loop was given.
+func (l *loop) take() {
+	g := &l.given
+	g.mu.Lock()
+	relays, lookups := g.relays, g.lookups
+	g.relays, g.lookups = nil, nil
+	g.mu.Unlock()
+	for _, c := range relays {
 		l.adopt(c)
+	}
+	for _, k := range lookups {
+		l.found(k)
 	}
 }
 
@@ -107,6 +130,7 @@ func (l *loop) adopt(c *conn) {
 		l.conns = append(l.conns, c)
 	}
 	c.begun = l.measured
+	l.watchQuiet()
 	for i := range c.flows {
 		if c.flows[i].held > 0 {
 			l.pipesUsed++
@@ -123,8 +147,8 @@ func (l *loop) adopt(c *conn) {
 
 // done reports whether the last connection has ended, after which there are no more.
 func (l *loop) done() bool {
-	l.handedMu.Lock()
-	defer l.handedMu.Unlock()
-	l.over = l.open.Load() == 0
-	return l.over
+	l.given.mu.Lock()
+	defer l.given.mu.Unlock()
+	l.given.over = l.open.Load() == 0
+	return l.given.over
 }

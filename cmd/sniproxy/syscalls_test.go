@@ -33,8 +33,9 @@ type bound struct {
 //	fcntl         sets O_NONBLOCK of the listener, which others may have cleared
 //	accept4
 //	read          the hello, and what the client has sent with it
-//	openat        the directory of the host
+//	openat2       the directory of the host
 //	fchdir        into it, so that socket and marker are of one directory
+//	openat2       fails, and so tells that to look tls-socket up does not wait
 //	socket
 //	connect       to tls-socket
 //	readlinkat    whether there is a send-proxy-v1
@@ -68,7 +69,7 @@ var eventLoopCalls = map[string]bound{
 	"fchdir":      {1, 2, 0},
 	"fcntl":       {1, 1, 0},
 	"ioctl":       {1, 1, 0},
-	"openat":      {1, 1, 0},
+	"openat2":     {2, 2, 0},
 	"read":        {3, 3, +1},
 	"readlinkat":  {1, 1, 0},
 	"recvfrom":    {1, 1, -1},

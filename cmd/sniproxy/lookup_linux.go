@@ -1,0 +1,156 @@
+//go:build !portable
+
+package main
+
+import (
+	"runtime"
+	"slices"
+	"sync"
+	"time"
+
+	"sniproxy/hostdir"
+)
+
+// A lookup is made by a thread that has the time, since it may wait for a file system: a
+// tenant's symlink can lead to one that hangs. Loops make those that need not wait themselves.
+type lookup struct {
+	loop *loop
+	conn *conn // that waits for it, nil if that has ended; the loop's
+	name string
+	late *time.Timer // while it waits for its turn
+
+	fd      int
+	proxyV1 bool
+	err     error
+}
+
+// lookups are all that are under way, for all loops. They are limited, as each has a thread.
+type lookups struct {
+	mu      sync.Mutex
+	of      map[string]int // by host
+	total   int
+	waiting []*lookup // for others to end
+	idle    int       // threads without one
+	next    chan *lookup
+}
+
+func newLookups() *lookups {
+	return &lookups{of: map[string]int{}, next: make(chan *lookup, lookupsMost)}
+}
+
+// start begins a lookup, as soon as that is allowed. Its loop is given it when it has ended.
+func (s *lookups) start(k *lookup) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.allowed(k) {
+		s.run(k)
+		return
+	}
+	s.waiting = append(s.waiting, k)
+	k.late = time.AfterFunc(lookupPatience, func() { s.giveUp(k) })
+}
+
+func (s *lookups) allowed(k *lookup) bool {
+	return s.total < lookupsMost && s.of[k.name] < lookupsOfHost
+}
+
+func (s *lookups) run(k *lookup) {
+	s.total++
+	s.of[k.name]++
+	s.next <- k // has room for all
+	if s.idle > 0 {
+		s.idle--
+	} else {
+		go s.work()
+	}
+}
+
+// giveUp ends a lookup that still waits for its turn: those before it are stuck.
+func (s *lookups) giveUp(k *lookup) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if i := slices.Index(s.waiting, k); i >= 0 {
+		s.waiting = slices.Delete(s.waiting, i, i+1)
+		k.err = errLookups
+		k.deliver()
+	}
+}
+
+// work makes lookups, until there are enough others that can.
+func (s *lookups) work() {
+	runtime.LockOSThread() // for good: the thread ends with the goroutine
+	dialer := hostdir.NewDialer()
+	defer dialer.Close()
+	for more := true; more; {
+		k := <-s.next
+		k.fd, k.proxyV1, k.err = dialer.Dial([]byte(k.name))
+		dialer.Leave()
+		more = s.end(k.name)
+		k.deliver()
+	}
+}
+
+// end counts one lookup less, and begins one that waits for that. It reports whether the
+// thread may wait for more.
+func (s *lookups) end(name string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.total--
+	if s.of[name]--; s.of[name] == 0 {
+		delete(s.of, name)
+	}
+	stay := s.idle < lookupsIdle
+	if stay {
+		s.idle++
+	}
+	if i := slices.IndexFunc(s.waiting, s.allowed); i >= 0 {
+		k := s.waiting[i]
+		s.waiting = slices.Delete(s.waiting, i, i+1)
+		k.late.Stop()
+		s.run(k)
+	}
+	return stay
+}
+
+// deliver gives a lookup that has ended to its loop.
+func (k *lookup) deliver() {
+	if k.loop.give(func(g *given) { g.lookups = append(g.lookups, k) }) {
+		k.loop.wakeUp()
+	} else {
+		k.discard()
+	}
+}
+
+// discard is for what nobody waits for any more.
+func (k *lookup) discard() {
+	if k.err == nil {
+		closeFd(int32(k.fd))
+	}
+}
+
+func mayWait(err error) bool { return isProblem(err, hostdir.MayWait) }
+
+// lookUp has the host of c looked up by a thread that has the time.
+func (l *loop) lookUp(c *conn, name, hello []byte) {
+	l.keep(c, lookingUp, name, hello)
+	c.early.lookup = &lookup{loop: l, conn: c, name: string(name)}
+	l.engine.lookups.start(c.early.lookup)
+}
+
+// found goes on with the connection that a lookup was for.
+func (l *loop) found(k *lookup) {
+	c := k.conn
+	if c == nil {
+		k.discard()
+		return
+	}
+	c.early.lookup = nil
+	if noRoom(k.err) && l.makeRoom(c) {
+		l.lookUp(c, c.early.name, c.early.hello)
+		return
+	}
+	if k.err == nil && l.redial != 0 {
+		l.redial, l.redialWait = now(), 0 // maybe the backlog has room for the next, too
+	}
+	l.dialled(c, c.early.name, c.early.hello, k.fd, k.proxyV1, k.err)
+}
