@@ -125,9 +125,7 @@ func (d *Dialer) dial(name []byte, now bool) (fd int, proxyV1 bool, err error) {
 	if errno != 0 {
 		return -1, false, socketError(errno)
 	}
-	// What has a path in it may wait for a file system, so the scheduler is told of it.
-	_, _, errno = syscall.Syscall(unix.SYS_CONNECT, s, uintptr(unsafe.Pointer(&tlsSocketAddr)), unsafe.Sizeof(tlsSocketAddr))
-	if errno != 0 {
+	if errno := connect(s); errno != 0 {
 		closeRaw(s)
 		return -1, false, connectError(".", errno)
 	}
@@ -148,7 +146,7 @@ func (d *Dialer) enter(dir []byte, now bool) (uintptr, error) {
 	if err != nil {
 		return 0, err
 	}
-	if _, _, errno := syscall.RawSyscall(unix.SYS_FCHDIR, fd, 0, 0); errno != 0 {
+	if errno := fchdir(fd); errno != 0 {
 		closeRaw(fd)
 		return 0, enterError(errno)
 	}
@@ -159,7 +157,7 @@ func (d *Dialer) enter(dir []byte, now bool) (uintptr, error) {
 func (d *Dialer) open(dir *byte, now bool) (uintptr, error) {
 	hosts := uintptr(d.hosts)
 	if !now {
-		fd, _, errno := syscall.Syscall6(unix.SYS_OPENAT, hosts, uintptr(unsafe.Pointer(dir)), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0, 0, 0)
+		fd, errno := openat(hosts, dir)
 		return fd, enterError(errno)
 	}
 	fd, errno := openat2(hosts, dir, &ownDirectory)
@@ -206,17 +204,58 @@ func checkSocket(dir uintptr) error {
 	return &Error{MayWait, unix.EAGAIN}
 }
 
+// These may wait for a file system, so the scheduler is told of them: a thread that waits without
+// its knowledge keeps others from running. One that waits can be interrupted, by a signal of the
+// scheduler's, and is made again.
+
+// connect connects a socket to the tls-socket in the working directory.
+func connect(fd uintptr) unix.Errno {
+	for {
+		_, _, errno := syscall.Syscall(unix.SYS_CONNECT, fd, uintptr(unsafe.Pointer(&tlsSocketAddr)), unsafe.Sizeof(tlsSocketAddr))
+		if errno != unix.EINTR {
+			return errno
+		}
+	}
+}
+
 // readlink is the shortest way to ask whether there is something in a directory, without
 // following a symlink: of what exists and is none, readlink(2) says EINVAL.
 func readlink(dir uintptr, name *byte) unix.Errno {
 	var link [1]byte
-	_, _, errno := syscall.Syscall6(unix.SYS_READLINKAT, dir, uintptr(unsafe.Pointer(name)), uintptr(unsafe.Pointer(&link)), 1, 0, 0)
-	return errno
+	for {
+		_, _, errno := syscall.Syscall6(unix.SYS_READLINKAT, dir, uintptr(unsafe.Pointer(name)), uintptr(unsafe.Pointer(&link)), 1, 0, 0)
+		if errno != unix.EINTR {
+			return errno
+		}
+	}
+}
+
+// openat opens a directory, as a place to look things up in.
+func openat(dir uintptr, path *byte) (uintptr, unix.Errno) {
+	for {
+		fd, _, errno := syscall.Syscall6(unix.SYS_OPENAT, dir, uintptr(unsafe.Pointer(path)), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0, 0, 0)
+		if errno != unix.EINTR {
+			return fd, errno
+		}
+	}
+}
+
+func fchdir(fd uintptr) unix.Errno {
+	for {
+		_, _, errno := syscall.Syscall(unix.SYS_FCHDIR, fd, 0, 0)
+		if errno != unix.EINTR {
+			return errno
+		}
+	}
 }
 
 func openat2(dir uintptr, path *byte, how *unix.OpenHow) (uintptr, unix.Errno) {
-	fd, _, errno := syscall.Syscall6(unix.SYS_OPENAT2, dir, uintptr(unsafe.Pointer(path)), uintptr(unsafe.Pointer(how)), unsafe.Sizeof(*how), 0, 0)
-	return fd, errno
+	for {
+		fd, _, errno := syscall.Syscall6(unix.SYS_OPENAT2, dir, uintptr(unsafe.Pointer(path)), uintptr(unsafe.Pointer(how)), unsafe.Sizeof(*how), 0, 0)
+		if errno != unix.EINTR {
+			return fd, errno
+		}
+	}
 }
 
 // deviceOf asks no file system anything that it might have to wait for.
@@ -230,8 +269,7 @@ func deviceOf(fd uintptr) (device, unix.Errno) {
 // for long, keeps what it is on from being unmounted.
 func (d *Dialer) Leave() {
 	if d.away {
-		unix.Fchdir(d.hosts)
-		d.away = false
+		d.away = unix.Fchdir(d.hosts) != nil
 	}
 }
 

@@ -407,6 +407,7 @@ func (l *loop) closeBackend(c *conn) {
 	*s = socket{}
 	for i := range c.flows {
 		if c.flows[i].held > 0 {
+			l.letGo(c, i)
 			l.dropPipe(&c.flows[i].pipe)
 		}
 	}

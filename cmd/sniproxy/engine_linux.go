@@ -133,6 +133,7 @@ type loop struct {
 
 	pipes     []pipe // empty ones
 	pipesUsed int    // how many others there are
+	holders   []turn // the flows that are stalled with something in one, the longest first
 	pipesIdle int64  // since when none was used, 0 if one was used just now
 
 	parser sni.Parser
@@ -176,7 +177,9 @@ func (l *loop) listen(yes bool) {
 	}
 	event := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLEXCLUSIVE, Fd: listenerEvent}
 	if errno := epollCtl(l.epoll, op, int32(l.engine.listener.fd), &event); errno != 0 {
-		l.engine.fail(fmt.Sprintf("epoll_ctl: %v", errno))
+		// The kernel is out of memory, or of what it grants a user.
+		l.pause(errno)
+		return
 	}
 	l.listening = yes
 }

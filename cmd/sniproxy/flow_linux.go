@@ -3,6 +3,8 @@
 package main
 
 import (
+	"slices"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -18,9 +20,10 @@ type flow struct {
 	size int32 // how much to read at once
 
 	// What was read and could not be sent yet: in buf, or held bytes in the pipe.
-	buf  []byte
-	held int
-	pipe pipe
+	buf   []byte
+	held  int
+	pipe  pipe
+	holds bool // it is among those that are stalled with something in a pipe
 }
 
 func (f *flow) stalled() bool { return f.buf != nil || f.held > 0 }
@@ -184,6 +187,7 @@ func (l *loop) sendPipe(c *conn, from int) bool {
 			f.held -= n
 			f.part = f.held > 0
 		case unix.EAGAIN:
+			l.hold(c, from)
 			l.register(c, 1-from, unix.EPOLLOUT)
 			return false
 		default:
@@ -191,8 +195,40 @@ func (l *loop) sendPipe(c *conn, from int) bool {
 			return false
 		}
 	}
+	l.letGo(c, from)
 	l.givePipe(&f.pipe)
 	return true
+}
+
+// hold notes that a flow is stalled with something in its pipe. If half of all pipes are kept like
+// that, what is in the one that was kept longest is moved to memory: backends that do not read
+// cannot keep all pipes from others.
+func (l *loop) hold(c *conn, from int) {
+	l.letGo(c, from)
+	c.flows[from].holds = true
+	l.holders = append(l.holders, turn{c, from})
+	if len(l.holders) <= maxPipes/2 {
+		return
+	}
+	first := l.holders[0]
+	f := &first.c.flows[first.from]
+	b := make([]byte, f.held)
+	if n, errno := read(f.pipe.out, b); errno != 0 || n != len(b) {
+		l.abort(first.c) // which does not happen
+		return
+	}
+	l.letGo(first.c, first.from)
+	l.givePipe(&f.pipe)
+	f.buf, f.held = b, 0
+}
+
+// letGo is for a flow that holds nothing in its pipe any more.
+func (l *loop) letGo(c *conn, from int) {
+	if f := &c.flows[from]; f.holds {
+		f.holds = false
+		i := slices.Index(l.holders, turn{c, from})
+		l.holders = slices.Delete(l.holders, i, i+1)
+	}
 }
 
 // resume goes on with a flow that is stalled, now that there may be room.

@@ -108,7 +108,7 @@ func coverStandard(fd int) error {
 // can shut it down for all.
 func (l *listener) stillListens() bool {
 	listens, err := unix.GetsockoptInt(l.fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN)
-	return err == nil && listens != 0
+	return err != nil || listens != 0
 }
 
 // pending tells whether there is a connection to accept.

@@ -59,11 +59,15 @@ func (l *loop) handOver() {
 // hand hands c over to the next loop, or leaves it where it is if that has ended.
 func (l *loop) hand(c *conn) {
 	for i := range c.sockets {
-		epollCtl(l.epoll, unix.EPOLL_CTL_DEL, c.sockets[i].fd, &unix.EpollEvent{})
+		if errno := epollCtl(l.epoll, unix.EPOLL_CTL_DEL, c.sockets[i].fd, &unix.EpollEvent{}); errno != 0 {
+			l.abort(c) // its events would be taken for those of another
+			return
+		}
 	}
 	for i := range c.flows {
 		f := &c.flows[i]
 		if f.held > 0 {
+			l.letGo(c, i)
 			l.pipesUsed--
 		}
 		if f.turn {
@@ -134,6 +138,7 @@ func (l *loop) adopt(c *conn) {
 	for i := range c.flows {
 		if c.flows[i].held > 0 {
 			l.pipesUsed++
+			l.hold(c, i)
 		}
 	}
 	for i := range c.sockets {
