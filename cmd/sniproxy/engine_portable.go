@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -116,6 +117,8 @@ func (e *engine) accept() {
 		case unix.ECONNABORTED:
 			// Only that connection is gone.
 		case unix.EMFILE, unix.ENFILE:
+			// Those accepted last have not looked for their hello yet.
+			runtime.Gosched()
 			if !e.makeRoom(nil) {
 				e.pause(err)
 			}
@@ -237,7 +240,9 @@ func (e *engine) serve(c *conn) {
 	var parser sni.Parser
 	hello, name, err := c.hello(&parser)
 	if err != nil {
-		c.refuse(nil, err)
+		if _, ok := err.(sni.Alert); ok { // otherwise the client is gone
+			c.refuse(nil, err)
+		}
 		return
 	}
 	backend, proxyV1, err := e.dial(c, name)
@@ -292,7 +297,13 @@ func (e *engine) dial(c *conn, name []byte) (backend *os.File, proxyV1 bool, err
 	for wait := redialMin; ; wait = min(2*wait, redialMax) {
 		e.setDialling(c, true)
 		backend, proxyV1, err = e.dialOnce(c, h)
+		if err == nil {
+			return backend, proxyV1, nil
+		}
 		e.setDialling(c, false)
+		if redialing && err == errLookupTimeout {
+			err = errBacklog
+		}
 		full := backlogFull(err)
 		switch {
 		case !full && !isProblem(err, hostdir.Exchanged):
@@ -300,7 +311,7 @@ func (e *engine) dial(c *conn, name []byte) (backend *os.File, proxyV1 bool, err
 		case time.Now().Add(wait).After(c.deadline) || e.dropped(c):
 			return nil, false, err
 		case full && !redialing:
-			if !take(h.redial, time.After(time.Until(c.deadline))) {
+			if !offer(h.redial, time.After(time.Until(c.deadline))) {
 				return nil, false, err
 			}
 			defer func() { <-h.redial }()

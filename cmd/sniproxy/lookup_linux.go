@@ -18,6 +18,7 @@ type lookup struct {
 	conn *conn // that waits for it, nil if that has ended; the loop's
 	name string
 	late *time.Timer // while it waits for its turn
+	seen int         // how many others had ended when that was set
 
 	fd      int
 	proxyV1 bool
@@ -27,15 +28,18 @@ type lookup struct {
 // lookups are all that are under way, for all loops. They are limited, as each has a thread.
 type lookups struct {
 	mu      sync.Mutex
-	of      map[string]int // by host
-	total   int
-	waiting []*lookup // for others to end
-	idle    int       // threads without one
+	all     tally
+	of      map[string]*tally // by host, if there are any
+	waiting []*lookup         // for others to end
+	idle    int               // threads without one
 	next    chan *lookup
 }
 
+// A tally is how many lookups are under way, and how many have ended.
+type tally struct{ running, ended int }
+
 func newLookups() *lookups {
-	return &lookups{of: map[string]int{}, next: make(chan *lookup, lookupsMost)}
+	return &lookups{of: map[string]*tally{}, next: make(chan *lookup, lookupsMost)}
 }
 
 // start begins a lookup, as soon as that is allowed. Its loop is given it when it has ended.
@@ -47,16 +51,23 @@ func (s *lookups) start(k *lookup) {
 		return
 	}
 	s.waiting = append(s.waiting, k)
+	k.seen = s.ended(k)
 	k.late = time.AfterFunc(lookupPatience, func() { s.giveUp(k) })
 }
 
 func (s *lookups) allowed(k *lookup) bool {
-	return s.total < lookupsMost && s.of[k.name] < lookupsOfHost
+	of := s.of[k.name]
+	return s.all.running < lookupsMost && (of == nil || of.running < lookupsOfHost)
 }
 
 func (s *lookups) run(k *lookup) {
-	s.total++
-	s.of[k.name]++
+	of := s.of[k.name]
+	if of == nil {
+		of = &tally{}
+		s.of[k.name] = of
+	}
+	of.running++
+	s.all.running++
 	s.next <- k // has room for all
 	if s.idle > 0 {
 		s.idle--
@@ -65,15 +76,30 @@ func (s *lookups) run(k *lookup) {
 	}
 }
 
-// giveUp ends a lookup that still waits for its turn: those before it are stuck.
+// giveUp ends a lookup that still waits for its turn, if those that it waits for are stuck.
 func (s *lookups) giveUp(k *lookup) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if i := slices.Index(s.waiting, k); i >= 0 {
-		s.waiting = slices.Delete(s.waiting, i, i+1)
-		k.err = errLookups
-		k.deliver()
+	i := slices.Index(s.waiting, k)
+	if i < 0 {
+		return
 	}
+	if ended := s.ended(k); ended != k.seen {
+		k.seen = ended
+		k.late.Reset(lookupPatience)
+		return
+	}
+	s.waiting = slices.Delete(s.waiting, i, i+1)
+	k.err = errLookups
+	k.deliver()
+}
+
+// ended returns how many have ended of those that k waits for.
+func (s *lookups) ended(k *lookup) int {
+	if of := s.of[k.name]; of != nil && of.running == lookupsOfHost {
+		return of.ended
+	}
+	return s.all.ended
 }
 
 // work makes lookups, until there are enough others that can.
@@ -95,8 +121,12 @@ func (s *lookups) work() {
 func (s *lookups) end(name string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.total--
-	if s.of[name]--; s.of[name] == 0 {
+	of := s.of[name]
+	for _, t := range []*tally{of, &s.all} {
+		t.running--
+		t.ended++
+	}
+	if of.running == 0 {
 		delete(s.of, name)
 	}
 	stay := s.idle < lookupsIdle

@@ -4,6 +4,7 @@ package main
 
 import (
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -14,7 +15,7 @@ import (
 // lookups are all that are under way. They are limited, since each that waits for a file system
 // has a thread: a tenant's symlink can lead to one that never answers.
 type lookups struct {
-	slots chan struct{} // has something for each
+	all slots
 
 	mu    sync.Mutex
 	hosts map[string]*host
@@ -25,12 +26,12 @@ type host struct {
 	name  string
 	users int // connections and look-ups, counted by lookups
 
-	slots  chan struct{} // has something for each look-up of it
-	redial chan struct{} // has something while a client tries again and again
+	lookups slots
+	redial  chan struct{} // has something while a client tries again and again
 }
 
 func newLookups() *lookups {
-	return &lookups{slots: make(chan struct{}, lookupsMost), hosts: map[string]*host{}}
+	return &lookups{all: newSlots(lookupsMost), hosts: map[string]*host{}}
 }
 
 // host returns the host with a name, for use until leave is called.
@@ -39,7 +40,7 @@ func (s *lookups) host(name string) *host {
 	defer s.mu.Unlock()
 	h := s.hosts[name]
 	if h == nil {
-		h = &host{name: name, slots: make(chan struct{}, lookupsOfHost), redial: make(chan struct{}, 1)}
+		h = &host{name: name, lookups: newSlots(lookupsOfHost), redial: make(chan struct{}, 1)}
 		s.hosts[name] = h
 	}
 	h.users++
@@ -54,27 +55,52 @@ func (s *lookups) leave(h *host) {
 	}
 }
 
-// take puts something into slots, if there is room for it in time.
-func take(slots chan struct{}, late <-chan time.Time) bool {
+// slots are for a limited number of look-ups.
+type slots struct {
+	taken chan struct{} // has something for each look-up
+	ended *atomic.Int64 // how many have ended
+}
+
+func newSlots(n int) slots { return slots{make(chan struct{}, n), new(atomic.Int64)} }
+
+// take takes a slot. It fails if all others are stuck: none of them ends for lookupPatience.
+func (s slots) take() bool {
+	for {
+		seen := s.ended.Load()
+		if offer(s.taken, time.After(lookupPatience)) {
+			return true
+		}
+		if s.ended.Load() == seen {
+			return false
+		}
+	}
+}
+
+func (s slots) give() {
+	s.ended.Add(1)
+	<-s.taken
+}
+
+// offer puts something into a channel, if there is room for it in time.
+func offer(c chan<- struct{}, late <-chan time.Time) bool {
 	select {
-	case slots <- struct{}{}:
+	case c <- struct{}{}:
 		return true
 	case <-late:
 		return false
 	}
 }
 
-// connect is [hostdir.Connect], but fails with errLookups if too many look-ups do not end, and
-// with errLookupTimeout if this one does not before the deadline. After a failure fd is closed.
+// connect is [hostdir.Connect], but fails with errLookups if too many look-ups are stuck, and
+// with errLookupTimeout if this one does not end before the deadline. After a failure fd is
+// closed.
 func (s *lookups) connect(fd int, h *host, deadline time.Time) (proxyV1 bool, err error) {
-	late := time.NewTimer(lookupPatience)
-	defer late.Stop()
-	if !take(h.slots, late.C) {
+	if !h.lookups.take() {
 		unix.Close(fd)
 		return false, errLookups
 	}
-	if !take(s.slots, late.C) {
-		<-h.slots
+	if !s.all.take() {
+		h.lookups.give()
 		unix.Close(fd)
 		return false, errLookups
 	}
@@ -90,8 +116,8 @@ func (s *lookups) connect(fd int, h *host, deadline time.Time) (proxyV1 bool, er
 		if r.err != nil {
 			unix.Close(fd)
 		}
-		<-s.slots
-		<-h.slots
+		s.all.give()
+		h.lookups.give()
 		s.leave(h)
 		select {
 		case done <- r:
@@ -101,7 +127,8 @@ func (s *lookups) connect(fd int, h *host, deadline time.Time) (proxyV1 bool, er
 			}
 		}
 	}()
-	late.Reset(time.Until(deadline))
+	late := time.NewTimer(time.Until(deadline))
+	defer late.Stop()
 	select {
 	case r := <-done:
 		return r.proxyV1, r.err

@@ -1,0 +1,416 @@
+//go:build linux
+
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"sniproxy/sni"
+)
+
+// An injection is a system call, or some, and the errors that it fails with, one after the other.
+type injection struct {
+	calls string // names, with commas between them
+	when  string // which calls of a thread fail: the first, and how many later the next, and so on
+
+	harmless string // errors that no client may notice
+	harmful  string // errors that may end a connection, with an alert or a reset
+	ending   string // errors that may end it as if all was said
+
+	share    bool // two loops, which hand relays over all the time
+	fresh    bool // it is made only if no pipe is left from visitors before
+	loopOnly bool // not to fail in other threads than the loop's
+}
+
+// The errors are those that the manual page of the call has, and the pages that it refers to for
+// sockets, TCP and paths; and EINTR. Not all calls can be made to fail:
+//   - What is an answer rather than a failure: of readlinkat and newfstatat, that there is no
+//     marker, and of readlinkat that there is one (EINVAL).
+//   - EAGAIN, of reads and writes: it promises an event, which does not come if it is not true.
+//   - shutdown and close have their effect unless the descriptor is wrong, which no caller can
+//     mend; a call that fails here was not made at all.
+var eventLoopInjections = []injection{
+	{calls: "accept4", when: "3+9", harmless: acceptErrors + "EAGAIN", harmful: "EMFILE ENFILE"},
+	{calls: "read", when: "3+7", harmless: "EINTR", harmful: readErrors},
+	{calls: "socket", when: "2+3", harmful: socketErrors},
+	{calls: "connect", when: "2+3", harmless: "EAGAIN", harmful: connectErrors},
+	{calls: "openat,openat2", when: "2+5", harmful: pathErrors +
+		"E2BIG EAGAIN EBADF EBUSY EDQUOT EEXIST EFBIG EINTR EINVAL EISDIR EMFILE ENFILE ENODEV ENOSPC ENOSYS ENXIO EOPNOTSUPP EOVERFLOW EPERM EROFS ETXTBSY EXDEV"},
+	// For what a symlink leads to. If it fails another thread looks that up.
+	{calls: "statx", when: "1+2", harmless: pathErrors + "EBADF EINTR EINVAL"},
+	{calls: "statx,openat", when: "1+2", harmful: "EACCES EINTR EIO EMFILE ENOENT ENOMEM"},
+	{calls: "fchdir", when: "2+3", harmful: "EACCES EBADF EIO ELOOP ENOENT ENOMEM ENOTDIR"},
+	{calls: "readlinkat", when: "2+3", harmful: "EACCES EBADF EFAULT EINTR EIO ELOOP ENAMETOOLONG ENOMEM ENOTDIR"},
+	{calls: "epoll_ctl", when: "3+7", harmful: "EBADF EEXIST EINVAL ELOOP ENOENT ENOMEM ENOSPC EPERM"},
+	// After a failure of accept4 the loop does not wait for clients for a while.
+	{calls: "epoll_ctl,accept4", when: "2+5", harmful: "ENOMEM ENOSPC"},
+	{calls: "epoll_ctl", when: "2+3", share: true, harmful: "ENOMEM ENOSPC"},
+	{calls: "epoll_pwait", when: "2+3", harmless: "EINTR"},
+	// In other threads it is Go's runtime that writes, and ends the program if it cannot.
+	{calls: "write", when: "3+7", harmless: "EINTR", harmful: writeErrors, ending: "EPIPE", loopOnly: true},
+	{calls: "splice", when: "3+7", harmless: "EINTR", harmful: "EBADF EINVAL ENOMEM ESPIPE ECONNRESET", ending: "EPIPE"},
+	{calls: "pipe2", when: "1+2", harmless: "EFAULT EINVAL EMFILE ENFILE ENOPKG ENOMEM", fresh: true},
+	{calls: "fcntl", when: "2+3", harmless: "EACCES EAGAIN EBADF EBUSY EINTR EINVAL EMFILE ENOMEM EPERM"},
+	{calls: "getpeername", when: "1+2", harmful: "EBADF EFAULT EINVAL ENOBUFS ENOTCONN ENOTSOCK"},
+	{calls: "getsockname", when: "1+2", harmful: "EBADF EFAULT EINVAL ENOBUFS ENOTSOCK"},
+	{calls: "recvfrom", when: "1+2", harmless: "EAGAIN EBADF ECONNREFUSED EFAULT EINTR EINVAL ENOMEM ENOTCONN ENOTSOCK"},
+	{calls: "ioctl", when: "1+2", harmless: "EBADF EFAULT EINVAL ENOTTY"},
+}
+
+// Go's poller shares some calls with the portable engine. It ends the program if its own
+// epoll_ctl, epoll_pwait or write fails, other than with EINTR, so these do not. And it is told
+// of clients once, so EAGAIN of accept4 is a promise as well.
+var goroutineInjections = []injection{
+	{calls: "accept4", when: "3+9", harmless: acceptErrors, harmful: "EMFILE ENFILE"},
+	{calls: "read", when: "2+5", harmless: "EINTR", harmful: readErrors},
+	{calls: "socket", when: "1+2", harmful: socketErrors},
+	{calls: "connect", when: "1+2", harmless: "EAGAIN", harmful: connectErrors},
+	{calls: "newfstatat", when: "2+7", harmful: "EACCES EBADF EFAULT EINTR EINVAL EIO ELOOP ENAMETOOLONG ENOMEM EOVERFLOW"},
+	{calls: "epoll_pwait", when: "1+2", harmless: "EINTR"},
+	{calls: "write", when: "1+2", harmless: "EINTR"},
+	{calls: "fcntl", when: "2+5", harmful: "EACCES EBADF EBUSY EINTR EINVAL EMFILE ENOMEM EPERM"},
+	{calls: "getsockname", when: "1+2", harmful: "EBADF EFAULT EINVAL ENOBUFS ENOTSOCK"},
+}
+
+const (
+	acceptErrors = "EINTR ECONNABORTED EBADF EFAULT EINVAL ENOBUFS ENOMEM ENOTSOCK EOPNOTSUPP EPERM EPROTO " +
+		"ENETDOWN ENOPROTOOPT EHOSTDOWN ENONET EHOSTUNREACH ENETUNREACH ENOSR ESOCKTNOSUPPORT EPROTONOSUPPORT ETIMEDOUT "
+	socketErrors  = "EACCES EAFNOSUPPORT EINVAL EMFILE ENFILE ENOBUFS ENOMEM EPROTONOSUPPORT EPROTOTYPE"
+	pathErrors    = "EACCES EFAULT EIO ELOOP ENAMETOOLONG ENOENT ENOMEM ENOTDIR "
+	connectErrors = pathErrors + "EADDRINUSE EADDRNOTAVAIL EAFNOSUPPORT EALREADY EBADF ECONNREFUSED EINPROGRESS EINTR EINVAL EISCONN ENETUNREACH ENOTSOCK EPERM EPROTOTYPE ETIMEDOUT"
+	readErrors    = "EBADF ECONNREFUSED ECONNRESET EFAULT EHOSTUNREACH EINVAL EIO EISDIR ENETUNREACH ENOBUFS ENOMEM ENOTCONN ENOTSOCK ETIMEDOUT"
+	writeErrors   = "EBADF ECONNRESET EDESTADDRREQ EDQUOT EFAULT EFBIG EHOSTUNREACH EINVAL EIO EISCONN EMSGSIZE ENETUNREACH ENOBUFS ENOMEM ENOSPC ENOTCONN ENOTSOCK EOPNOTSUPP EPERM ETIMEDOUT"
+)
+
+// A daemon that is started with this variable lets any process of its user trace it, which
+// some systems allow only to a parent (Yama).
+const traceable = "SNIPROXY_TEST_TRACEABLE"
+
+func init() {
+	if os.Getenv(impersonate) != "" && os.Getenv(traceable) != "" {
+		unix.Prctl(unix.PR_SET_PTRACER, ^uintptr(0), 0, 0, 0) // PR_SET_PTRACER_ANY
+	}
+}
+
+// Goal: whatever system call fails, with whatever error, the daemon goes on, gives nobody a
+// wrong byte, lets nobody wait, and closes what it has opened.
+func TestInject(t *testing.T) {
+	if raceEnabled {
+		t.Skip("this is not about races, and a daemon with the race detector is too slow under strace")
+	}
+	strace := need(t, "strace")
+	injections := eventLoopInjections
+	if isPortable(t) {
+		injections = goroutineInjections
+	}
+	inParallel(len(injections), 4, func(i int) {
+		in := injections[i]
+		t.Run(in.calls, func(t *testing.T) { in.run(t, strace) })
+	})
+}
+
+func (in injection) run(t *testing.T, strace string) {
+	d := start(t, func(cmd *exec.Cmd) {
+		// One loop, which makes all the calls.
+		cmd.Env = append(cmd.Env, traceable+"=1", "GOMAXPROCS=1")
+		if in.share {
+			cmd.Env = append(cmd.Env, "SNIPROXY_TEST_SHARE=1", "GOMAXPROCS=2")
+		}
+	})
+	// Pipes are kept for a while.
+	sockets := func() int { return d.fds() - d.pipes() }
+	base, baseSockets := d.fds(), sockets()
+	visitors := newVisitors(t, d)
+	if in.share {
+		visitors.stay(6)
+	}
+	target := []string{"-f", "-p", fmt.Sprint(d.cmd.Process.Pid)}
+	if in.loopOnly {
+		s := attach(t, strace, append(target, "-e", "trace=accept4")...)
+		visitors.come("that are watched", outcome{})
+		target = []string{"-p", strings.Fields(s.detach())[0]}
+	}
+	for _, class := range []struct {
+		errors string
+		may    outcome
+	}{
+		{in.harmless, outcome{}},
+		{in.harmful, outcome{fail: true}},
+		{in.ending, outcome{fail: true, end: true}},
+	} {
+		for _, errno := range strings.Fields(class.errors) {
+			if in.fresh {
+				d.awaitFds(base)
+			}
+			s := attach(t, strace, append(target, "-e", "trace="+in.calls,
+				"-e", fmt.Sprintf("inject=%s:error=%s:when=%s", in.calls, errno, in.when))...)
+			visitors.come("with "+errno, class.may)
+			log := s.detach()
+			if !strings.Contains(log, "(INJECTED)") {
+				t.Errorf("none of %d calls failed with %s", strings.Count(log, "\n"), errno)
+			}
+			visitors.come("after "+errno, outcome{})
+			await(t, "the daemon to close what it opened with "+errno, func() bool { return sockets() <= baseSockets && d.directories() == 0 })
+			if t.Failed() {
+				t.Logf("the calls:\n%s", log)
+				return
+			}
+		}
+	}
+	d.awaitFds(base)
+	d.expectRest()
+	d.signal(unix.SIGTERM)
+	if status := d.wait(); status != 0 {
+		t.Errorf("exit status %d", status)
+	}
+}
+
+// directories returns how many directories the daemon has open other than that of all hosts.
+func (d *daemon) directories() (n int) {
+	d.t.Helper()
+	hosts, err := os.Stat(d.dir)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	fds, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", d.cmd.Process.Pid))
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	for _, fd := range fds {
+		if to, err := os.Stat(fd); err == nil && to.IsDir() && !os.SameFile(to, hosts) {
+			n++
+		}
+	}
+	return n
+}
+
+// A tracer is strace, attached to a running daemon.
+type tracer struct {
+	t   *testing.T
+	cmd *exec.Cmd
+	log string
+}
+
+func attach(t *testing.T, strace string, args ...string) *tracer {
+	t.Helper()
+	s := &tracer{t: t, log: filepath.Join(t.TempDir(), "strace")}
+	s.cmd = exec.Command(strace, append(args, "-o", s.log)...)
+	said := &lines{}
+	s.cmd.Stderr = said
+	if err := s.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	said.await(t, "attached")
+	return s
+}
+
+// detach ends it, and returns the calls that it saw.
+func (s *tracer) detach() string {
+	s.t.Helper()
+	s.cmd.Process.Signal(unix.SIGTERM)
+	s.cmd.Wait()
+	log, err := os.ReadFile(s.log)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return string(log)
+}
+
+// Visitors are clients of all kinds.
+type visitors struct {
+	t     *testing.T
+	d     *daemon
+	kinds []visitor
+}
+
+// A visitor is one client.
+type visitor struct {
+	name string
+	send func(c *net.TCPConn)
+	want func(c *net.TCPConn) []byte // nil if it ends by itself and does not care
+}
+
+func newVisitors(t *testing.T, d *daemon) *visitors {
+	data := randomBytes(1 << 20)
+	d.serve("greet.example", greet)
+	d.serve("echo.example", echo)
+	d.serve("marked.example", func(c *net.UnixConn) {
+		r := bufio.NewReader(c)
+		header, _ := r.ReadString('\n')
+		name, _, _ := readHello(r)
+		io.WriteString(c, header+name)
+	})
+	writeMarker(t, d.hostPath("marked.example", "send-proxy-v1"))
+	d.serve("count.example", func(c *net.UnixConn) {
+		_, rest, _ := readHello(c)
+		sum := crc32.NewIEEE()
+		n, _ := io.Copy(sum, io.MultiReader(bytes.NewReader(rest), c))
+		fmt.Fprintf(c, "%d bytes, %08x", n, sum.Sum32())
+	})
+	d.serve("data.example", func(c *net.UnixConn) {
+		readHello(c)
+		c.Write(data)
+	})
+	d.serve("rude.example", func(c *net.UnixConn) { readHello(c) })
+	// Somewhere else.
+	elsewhere := hostsDir(t)
+	serveHost(t, elsewhere, "linked.example", greet)
+	if err := os.Symlink(hostDir(elsewhere, "linked.example"), d.hostDir("linked.example")); err != nil {
+		t.Fatal(err)
+	}
+
+	greeting := hello("greet.example")
+	refused := sni.UnrecognizedName.Record()
+	getsHeader := func(c *net.TCPConn) []byte {
+		local, remote := localAddr(c), c.RemoteAddr().(*net.TCPAddr)
+		return fmt.Appendf(nil, "PROXY TCP4 %s %s %d %d\r\nmarked.example", local.Addr(), remote.IP, local.Port(), remote.Port)
+	}
+	return &visitors{t, d, []visitor{
+		{"short", says(greeting), gets("this is greet.example")},
+		{"in two pieces", says(greeting[:100], greeting[100:]), gets("this is greet.example")},
+		{"elsewhere", says(hello("linked.example")), gets("this is linked.example")},
+		{"elsewhere too", says(hello("linked.example")), gets("this is linked.example")},
+		{"marked", says(hello("marked.example")), getsHeader},
+		{"marked too", says(hello("marked.example")), getsHeader},
+		{"both ways", then((*net.TCPConn).CloseWrite, hello("echo.example"), data), gets(string(data))},
+		{"up", then((*net.TCPConn).CloseWrite, hello("count.example"), data), gets(fmt.Sprintf("%d bytes, %08x", len(data), crc32.ChecksumIEEE(data)))},
+		{"down", says(hello("data.example")), gets(string(data))},
+		{"down, after its end", then((*net.TCPConn).CloseWrite, hello("data.example")), gets(string(data))},
+		{"refused", says(hello("absent.example")), gets(string(refused[:]))},
+		{"without a word", then((*net.TCPConn).Close), nil},
+		{"without a name", then((*net.TCPConn).Close, greeting[:100]), nil},
+		{"without an answer", then((*net.TCPConn).Close, hello("data.example")), nil},
+		{"reset", then(cutOff, hello("count.example"), data[:100_000]), nil},
+		{"not wanted", then((*net.TCPConn).CloseWrite, hello("rude.example"), data), nil},
+	}}
+}
+
+// stay adds n whose connections are made use of for some time.
+func (v *visitors) stay(n int) {
+	parts, want := [][]byte{hello("echo.example")}, []byte(nil)
+	for i := range 64 {
+		b := randomBytes(100 + i)
+		parts, want = append(parts, b), append(want, b...)
+	}
+	for range n {
+		v.kinds = append(v.kinds, visitor{"some time", then((*net.TCPConn).CloseWrite, parts...), gets(string(want))})
+	}
+}
+
+// says returns what a visitor does that sends some parts, each on its own.
+func says(parts ...[]byte) func(*net.TCPConn) {
+	return func(c *net.TCPConn) {
+		for i, b := range parts {
+			if i > 0 {
+				<-time.After(10 * time.Millisecond)
+			}
+			c.Write(b)
+		}
+	}
+}
+
+// then is like says, with what it does at last.
+func then(last func(*net.TCPConn) error, parts ...[]byte) func(*net.TCPConn) {
+	return func(c *net.TCPConn) {
+		says(parts...)(c)
+		last(c)
+	}
+}
+
+func cutOff(c *net.TCPConn) error {
+	c.SetLinger(0)
+	return c.Close()
+}
+
+func gets(s string) func(*net.TCPConn) []byte {
+	return func(*net.TCPConn) []byte { return []byte(s) }
+}
+
+// An outcome is what may become of a visitor that is not served well.
+type outcome struct {
+	fail bool // it may get an alert, or a part of what it wants and a reset
+	end  bool // or a part of what it wants and an end
+}
+
+// come has one of each kind come at once. One more is there before, and is served at last.
+func (v *visitors) come(when string, may outcome) {
+	v.t.Helper()
+	others := make(chan struct{})
+	late := v.kinds[0]
+	send := late.send
+	late.name = "late"
+	late.send = func(c *net.TCPConn) {
+		select {
+		case <-others:
+		case <-time.After(helloTimeout / 2):
+		}
+		send(c)
+	}
+	var last, all sync.WaitGroup
+	last.Go(func() { v.visit(late, when, may) })
+	for _, kind := range v.kinds {
+		all.Go(func() { v.visit(kind, when, may) })
+	}
+	all.Wait()
+	close(others)
+	last.Wait()
+	select {
+	case <-v.d.exited:
+		v.t.Fatalf("the daemon ended when visitors came %s", when)
+	default:
+	}
+}
+
+func (v *visitors) visit(kind visitor, when string, may outcome) {
+	c, err := net.DialTimeout("tcp", v.d.addr, patience)
+	if err != nil {
+		if !may.fail || !isReset(err) {
+			v.t.Errorf("%s %s: %v", kind.name, when, err)
+		}
+		return
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(patience))
+	var want []byte
+	if kind.want != nil {
+		want = kind.want(c.(*net.TCPConn))
+	}
+	var sender sync.WaitGroup
+	sender.Go(func() { kind.send(c.(*net.TCPConn)) })
+	got, err := io.ReadAll(c)
+	c.Close()
+	sender.Wait()
+
+	told := alert(got) >= 0 && alert(got) != int(sni.UserCanceled)
+	why := ""
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		why = "it waited in vain"
+	case kind.want == nil:
+	case !bytes.HasPrefix(want, got) && !(told && may.fail):
+		why = "these are not the right bytes"
+	case err == nil && len(got) == len(want):
+	case !may.fail:
+		why = "it was not served"
+	case err == nil && len(got) > 0 && !told && !may.end:
+		why = "it cannot tell that this is not all"
+	}
+	if why != "" {
+		v.t.Errorf("%s %s: got %d of %d bytes, %.100q, error %v: %s", kind.name, when, len(got), len(want), got, err, why)
+	}
+}
