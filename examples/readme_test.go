@@ -147,6 +147,32 @@ func TestReadmeLayout(t *testing.T) {
 	}
 }
 
+// Goal: each fault that the README says is survived has a test that there is.
+func TestReadmeSurvives(t *testing.T) {
+	files, err := filepath.Glob("../cmd/sniproxy/*_test.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var tests strings.Builder
+	for _, file := range files {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		tests.Write(b)
+	}
+	section := readmeSection(t, "What it survives")
+	rows := tableRows(t, section, "([^|]+) \\| [^|]+ \\| `(Test[A-Za-z]+)`[^|]*")
+	if got := strings.Count(section, "\n| ") - 1; got != len(rows) {
+		t.Errorf("%d of %d faults have a test", len(rows), got)
+	}
+	for _, row := range rows {
+		if !strings.Contains(tests.String(), "\nfunc "+row[2]+"(") {
+			t.Errorf("%s: there is no %s", row[1], row[2])
+		}
+	}
+}
+
 // Goal: the table of alerts has the alerts that there are, by the names that they have.
 func TestReadmeAlerts(t *testing.T) {
 	got := map[string]string{}

@@ -1,7 +1,10 @@
 package hostdir
 
 import (
+	"sync"
+	"sync/atomic"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -17,6 +20,59 @@ type Dialer struct {
 	hosts  int  // the hosts directory
 	cached bool // the system can tell whether a look-up may wait
 	device device
+	dir    atomic.Int32 // the directory that a look-up is made in, 0 if none is
+
+	// Distrusted, if not nil, are the owners of directories for which DialNow leaves the
+	// look-up to Dial.
+	Distrusted *Owners
+}
+
+// Owners is a set of users.
+type Owners struct {
+	some  atomic.Bool
+	mu    sync.Mutex
+	until map[uint32]time.Time
+}
+
+// Add adds a user, by number, for a time.
+func (o *Owners) Add(uid uint32, d time.Duration) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.until == nil {
+		o.until = map[uint32]time.Time{}
+	}
+	o.until[uid] = time.Now().Add(d)
+	o.some.Store(true)
+}
+
+// has tells whether the owner of a directory is in the set.
+func (o *Owners) has(dir uintptr) bool {
+	if o == nil || !o.some.Load() {
+		return false
+	}
+	st, errno := stat(dir)
+	if errno != 0 {
+		return false
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if until, ok := o.until[st.Uid]; !ok || time.Now().Before(until) {
+		return ok
+	}
+	delete(o.until, st.Uid)
+	o.some.Store(len(o.until) > 0)
+	return false
+}
+
+// Owner returns the owner of the directory that a look-up is being made in. It is for other
+// goroutines, when one takes long.
+func (d *Dialer) Owner() (uid uint32, ok bool) {
+	dir := d.dir.Load()
+	if dir == 0 {
+		return 0, false
+	}
+	st, errno := stat(uintptr(dir))
+	return st.Uid, errno == 0
 }
 
 // A device is what a file system is on. Its major number is 0 unless it is on a block device.
@@ -59,6 +115,7 @@ var (
 	tlsSocket   = [...]byte{'t', 'l', 's', '-', 's', 'o', 'c', 'k', 'e', 't', 0}
 	sendProxyV1 = [...]byte{'s', 'e', 'n', 'd', '-', 'p', 'r', 'o', 'x', 'y', '-', 'v', '1', 0}
 	dot         = [...]byte{'.', 0}
+	empty       = [...]byte{0}
 
 	tlsSocketAddr = struct {
 		family uint16
@@ -101,7 +158,9 @@ func (d *Dialer) Dial(name []byte) (fd int, proxyV1 bool, err error) {
 // looking it up takes no time, the problem is [MayWait], and Dial can be used by a thread that
 // has the time. A tenant's file system (FUSE, NFS) may never answer.
 //
-// Where the system cannot tell such file systems it does what Dial does.
+// Where the system cannot tell such file systems it does what Dial does. And there is a moment
+// between looking and connecting at which who may write to the directory can exchange the
+// socket for a symlink: then it waits all the same.
 func (d *Dialer) DialNow(name []byte) (fd int, proxyV1 bool, err error) {
 	if !d.own {
 		return Dial(name)
@@ -115,7 +174,10 @@ func (d *Dialer) dial(name []byte, now bool) (fd int, proxyV1 bool, err error) {
 	if err != nil {
 		return -1, false, err
 	}
-	defer closeRaw(dir)
+	defer func() {
+		d.dir.Store(0)
+		closeRaw(dir)
+	}()
 	if now {
 		if err := checkSocket(dir); err != nil {
 			return -1, false, err
@@ -151,6 +213,12 @@ func (d *Dialer) enter(dir []byte, now bool) (uintptr, error) {
 		return 0, enterError(errno)
 	}
 	d.away = true
+	d.dir.Store(int32(fd))
+	if now && d.Distrusted.has(fd) {
+		d.dir.Store(0)
+		closeRaw(fd)
+		return 0, &Error{Problem: MayWait}
+	}
 	return fd, nil
 }
 
@@ -258,11 +326,15 @@ func openat2(dir uintptr, path *byte, how *unix.OpenHow) (uintptr, unix.Errno) {
 	}
 }
 
-// deviceOf asks no file system anything that it might have to wait for.
 func deviceOf(fd uintptr) (device, unix.Errno) {
-	var st unix.Statx_t
-	err := unix.Statx(int(fd), "", unix.AT_EMPTY_PATH|unix.AT_STATX_DONT_SYNC, 0, &st)
-	return device{st.Dev_major, st.Dev_minor}, errno(err)
+	st, errno := stat(fd)
+	return device{st.Dev_major, st.Dev_minor}, errno
+}
+
+// stat asks no file system anything that it might have to wait for.
+func stat(fd uintptr) (st unix.Statx_t, errno unix.Errno) {
+	_, _, errno = syscall.Syscall6(unix.SYS_STATX, fd, uintptr(unsafe.Pointer(&empty)), unix.AT_EMPTY_PATH|unix.AT_STATX_DONT_SYNC, unix.STATX_UID, uintptr(unsafe.Pointer(&st)), 0)
+	return st, errno
 }
 
 // Leave makes the hosts directory the working directory again. That of a host, if it is used

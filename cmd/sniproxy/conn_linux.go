@@ -210,9 +210,9 @@ func (l *loop) event(c *conn, side int, events uint32) {
 // dial connects to the backend, and begins the relay. hello is all that was read so far,
 // behind headroom.
 func (l *loop) dial(c *conn, name, hello []byte) {
-	fd, proxyV1, err := l.dialer.DialNow(name)
+	fd, proxyV1, err := l.dialNow(c, name, hello)
 	for noRoom(err) && l.makeRoom(c) {
-		fd, proxyV1, err = l.dialer.DialNow(name)
+		fd, proxyV1, err = l.dialNow(c, name, hello)
 	}
 	if mayWait(err) {
 		l.lookUp(c, name, hello)

@@ -12,7 +12,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"sniproxy/hostdir"
 	"sniproxy/sni"
 )
 
@@ -28,6 +27,7 @@ type engine struct {
 	listener *listener
 	loops    []*loop
 	lookups  *lookups // those that the loops do not make themselves
+	watch    *watch   // for those that they do make
 
 	failed  chan error    // gets the reason if the engine cannot go on
 	drained chan struct{} // closed when the last connection has ended after stop
@@ -49,12 +49,13 @@ func startEngine(l *listener) (*engine, error) {
 	// Loops do not give their processors back; the rest of the program has one of its own.
 	runtime.GOMAXPROCS(processors + 1)
 	for range processors {
-		lp, err := newLoop(e)
+		lp, err := newLoop(e, len(e.loops))
 		if err != nil {
 			return nil, err
 		}
 		e.loops = append(e.loops, lp)
 	}
+	e.watch = newWatch(e)
 	for i, lp := range e.loops {
 		lp.next = e.loops[(i+1)%processors]
 	}
@@ -92,12 +93,14 @@ func (e *engine) open() (n int64) {
 // one after the other. Nothing that it does waits for anything else.
 type loop struct {
 	engine   *engine
+	index    int // among those of the engine
 	epoll    int
 	wake     int32 // an eventfd
 	stopping atomic.Bool
 	open     atomic.Int64 // connections, for others to read
 
-	dialer *hostdir.Dialer
+	runner    *runner
+	accepting bool // or it may; until the stop
 
 	next      *loop       // the one that this one has help with its work
 	invited   atomic.Bool // to listen, by the one before
@@ -138,6 +141,8 @@ type loop struct {
 
 	parser sni.Parser
 	events [128]unix.EpollEvent
+	ready  int // events that there are
+	dealt  int // of those, dealt with
 	// What was read is dealt with before anything else is, so one buffer serves
 	// all. In front of it is room for a PROXY protocol header.
 	buffer [headroom + readMax]byte
@@ -149,7 +154,7 @@ const (
 	wakeEvent     = -2
 )
 
-func newLoop(e *engine) (*loop, error) {
+func newLoop(e *engine, index int) (*loop, error) {
 	epoll, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
 	if err != nil {
 		return nil, fmt.Errorf("epoll_create1: %w", err)
@@ -158,7 +163,7 @@ func newLoop(e *engine) (*loop, error) {
 	if err != nil {
 		return nil, fmt.Errorf("eventfd: %w", err)
 	}
-	l := &loop{engine: e, epoll: epoll, wake: int32(wake)}
+	l := &loop{engine: e, index: index, epoll: epoll, wake: int32(wake)}
 	if errno := epollCtl(epoll, unix.EPOLL_CTL_ADD, l.wake, &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET, Fd: wakeEvent}); errno != 0 {
 		return nil, fmt.Errorf("epoll_ctl: %w", errno)
 	}
@@ -189,29 +194,35 @@ func (l *loop) listen(yes bool) {
 func (l *loop) wakeUp() { write(l.wake, []byte{0, 0, 0, 1, 0, 0, 0, 0}) }
 
 func (l *loop) run() {
-	runtime.LockOSThread() // for the dialer
-	l.dialer = hostdir.NewDialer()
-	accepting := true
+	l.accepting = true
+	l.runWith(newRunner(l.engine))
+}
+
+// runWith goes on with the loop, for as long as there is something to do.
+func (l *loop) runWith(r *runner) {
+	l.setRunner(r)
+	defer r.end()
 	for {
-		if accepting {
-			l.listen(l.invited.Load() && l.rest == 0)
-			l.measure()
+		for l.dealt < l.ready {
+			l.dealt++
+			l.dispatch(&l.events[l.dealt-1])
 		}
-		n := l.await()
-		for i := range n {
-			l.dispatch(&l.events[i])
-		}
-		if accepting && l.stopping.Load() {
-			accepting = false
+		if l.accepting && l.stopping.Load() {
+			l.accepting = false
 			l.listen(false)
 			l.engine.accepting.Done()
 		}
 		l.takeTurns()
 		l.expire()
 		l.reuse()
-		if !accepting && l.done() {
+		if !l.accepting && l.done() {
 			return
 		}
+		if l.accepting {
+			l.listen(l.invited.Load() && l.rest == 0)
+			l.measure()
+		}
+		l.ready, l.dealt = l.await(), 0
 	}
 }
 
@@ -227,7 +238,7 @@ func (l *loop) await() int {
 	// who have nothing to do for some time tell it.
 	n, errno := epollWait(l.epoll, l.events[:], short)
 	if errno == 0 && n == 0 && short != timeout {
-		l.dialer.Leave()
+		l.runner.dialer.Leave()
 		n, errno = epollWaitLong(l.epoll, l.events[:], timeout)
 	}
 	if errno != 0 {

@@ -44,6 +44,13 @@ const (
 
 	// lookupsIdle is how many threads for look-ups stay when there are none.
 	lookupsIdle = 2
+
+	// A loop that is stuck in a look-up for watchPeriod to twice as long gets another thread.
+	// For distrustTime after that directories of that owner are looked up elsewhere.
+	// Nobody looks after watchIdle periods without a look-up.
+	watchPeriod  = 10 * time.Millisecond
+	watchIdle    = 100
+	distrustTime = time.Minute
 )
 
 // handOverFrom is how busy a loop is that hands relays over. Tests lower it.

@@ -60,14 +60,26 @@ func (s *lookups) allowed(k *lookup) bool {
 	return s.all.running < lookupsMost && (of == nil || of.running < lookupsOfHost)
 }
 
-func (s *lookups) run(k *lookup) {
-	of := s.of[k.name]
+// begun counts one lookup more.
+func (s *lookups) begun(name string) {
+	of := s.of[name]
 	if of == nil {
 		of = &tally{}
-		s.of[k.name] = of
+		s.of[name] = of
 	}
 	of.running++
 	s.all.running++
+}
+
+// adopt counts a lookup that a loop has begun, and could not end.
+func (s *lookups) adopt(k *lookup) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.begun(k.name)
+}
+
+func (s *lookups) run(k *lookup) {
+	s.begun(k.name)
 	s.next <- k // has room for all
 	if s.idle > 0 {
 		s.idle--
@@ -111,14 +123,25 @@ func (s *lookups) work() {
 		k := <-s.next
 		k.fd, k.proxyV1, k.err = dialer.Dial([]byte(k.name))
 		dialer.Leave()
-		more = s.end(k.name)
+		more = s.stay()
+		s.end(k.name)
 		k.deliver()
 	}
 }
 
-// end counts one lookup less, and begins one that waits for that. It reports whether the
-// thread may wait for more.
-func (s *lookups) end(name string) bool {
+// stay counts a thread that can make another lookup. It fails if there are enough.
+func (s *lookups) stay() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.idle == lookupsIdle {
+		return false
+	}
+	s.idle++
+	return true
+}
+
+// end counts one lookup less, and begins one that waits for that.
+func (s *lookups) end(name string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	of := s.of[name]
@@ -129,17 +152,12 @@ func (s *lookups) end(name string) bool {
 	if of.running == 0 {
 		delete(s.of, name)
 	}
-	stay := s.idle < lookupsIdle
-	if stay {
-		s.idle++
-	}
 	if i := slices.IndexFunc(s.waiting, s.allowed); i >= 0 {
 		k := s.waiting[i]
 		s.waiting = slices.Delete(s.waiting, i, i+1)
 		k.late.Stop()
 		s.run(k)
 	}
-	return stay
 }
 
 // deliver gives a lookup that has ended to its loop.
@@ -175,7 +193,7 @@ func (l *loop) found(k *lookup) {
 		return
 	}
 	c.early.lookup = nil
-	if noRoom(k.err) && l.makeRoom(c) {
+	if mayWait(k.err) || noRoom(k.err) && l.makeRoom(c) {
 		l.lookUp(c, c.early.name, c.early.hello)
 		return
 	}

@@ -36,17 +36,18 @@
 //
 // A connection flows through an engine: accept, hello, dial, relay, end. There are two, with
 // one behaviour. That for Linux is a number of event loops: engine_linux.go, conn_linux.go,
-// lookup_linux.go, flow_linux.go and share_linux.go. The portable engine, for other systems and for the build
-// tag portable, has a goroutine for each direction: engine_portable.go, lookup_portable.go and
-// relay_portable.go.
-// What goes before and beside them is in main.go, listener.go, output.go and refusal.go, and
-// the limits that they keep to are in limits.go.
+// lookup_linux.go, watch_linux.go, flow_linux.go and share_linux.go. The portable engine, for
+// other systems and for the build tag portable, has a goroutine for each direction:
+// engine_portable.go, lookup_portable.go and relay_portable.go. What goes before and beside them
+// is in main.go, listener.go, output.go and refusal.go, and the limits that they keep to are in
+// limits.go.
 package main
 
 import (
 	"fmt"
 	"os"
 	"os/signal"
+	"runtime"
 	"syscall"
 	"time"
 
@@ -58,6 +59,10 @@ const usage = `usage: sniproxy < listening TCP socket
 It takes no arguments. Standard input is a listening TCP socket, and the working
 directory holds a directory NAME, with the Unix socket tls-socket in it, for each host.
 `
+
+// The main goroutine keeps the main thread. The system would rather give that the signals than
+// any other, and while it waits for a file system that does not answer it takes none.
+func init() { runtime.LockOSThread() }
 
 func main() { os.Exit(run()) }
 
