@@ -26,7 +26,7 @@ const (
 	// many are made at once in all and of one host, and so long others wait for their turn.
 	lookupsMost    = 64
 	lookupsOfHost  = 4
-	lookupPatience = 100 * time.Millisecond
+	lookupPatience = 500 * time.Millisecond
 
 	// A connection of which one direction has ended is ended when the other has not moved a
 	// byte for halfClosedTimeout; that is checked quietChecks times within it.

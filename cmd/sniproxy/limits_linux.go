@@ -48,8 +48,8 @@ const (
 	// A loop that is stuck in a look-up for watchPeriod to twice as long gets another thread.
 	// For distrustTime after that directories of that owner are looked up elsewhere.
 	// Nobody looks after watchIdle periods without a look-up.
-	watchPeriod  = 10 * time.Millisecond
-	watchIdle    = 100
+	watchPeriod  = 25 * time.Millisecond
+	watchIdle    = 40
 	distrustTime = time.Minute
 )
 

@@ -108,7 +108,7 @@ func (s *lookups) giveUp(k *lookup) {
 
 // ended returns how many have ended of those that k waits for.
 func (s *lookups) ended(k *lookup) int {
-	if of := s.of[k.name]; of != nil && of.running == lookupsOfHost {
+	if of := s.of[k.name]; of != nil && of.running >= lookupsOfHost {
 		return of.ended
 	}
 	return s.all.ended

@@ -220,7 +220,7 @@ func TestStuckExchange(t *testing.T) {
 			}
 		}
 	})
-	inParallel(1000, 16, func(int) {
+	inParallel(300, 16, func(int) {
 		if t.Failed() {
 			return
 		}
