@@ -6,6 +6,7 @@
 package proxyproto
 
 import (
+	"encoding/binary"
 	"net/netip"
 	"strconv"
 )
@@ -24,15 +25,14 @@ const MaxV1 = 107
 // header has one family: if the two addresses do not share theirs, which cannot
 // be for one connection, or if either is not valid, the header is "PROXY UNKNOWN".
 func AppendV1(dst []byte, client, listener netip.AddrPort) []byte {
-	src := client.Addr().Unmap().WithZone("")
-	to := listener.Addr().Unmap().WithZone("")
+	src, to, ok := addresses(client, listener)
 	switch {
-	case src.Is4() && to.Is4():
-		dst = append(dst, "PROXY TCP4 "...)
-	case src.Is6() && to.Is6():
-		dst = append(dst, "PROXY TCP6 "...)
-	default:
+	case !ok:
 		return append(dst, "PROXY UNKNOWN\r\n"...)
+	case src.Is4():
+		dst = append(dst, "PROXY TCP4 "...)
+	default:
+		dst = append(dst, "PROXY TCP6 "...)
 	}
 	dst = src.AppendTo(dst)
 	dst = append(dst, ' ')
@@ -42,4 +42,66 @@ func AppendV1(dst []byte, client, listener netip.AddrPort) []byte {
 	dst = append(dst, ' ')
 	dst = strconv.AppendUint(dst, uint64(listener.Port()), 10)
 	return append(dst, "\r\n"...)
+}
+
+// MaxV2 is the length in bytes of the longest header of version 2 with an authority of
+// 254 bytes, which is as long as a host name can be: the fixed part, two IPv6 addresses
+// with their ports, and the authority with its type and length (Section 2.2).
+const MaxV2 = 16 + 36 + 3 + 254
+
+// The fixed part of a header of version 2, without its length (Section 2.2).
+const (
+	signatureV2 = "\r\n\r\n\x00\r\nQUIT\n"
+	proxyV2     = 0x21 // version 2, command PROXY
+
+	unspec      = 0x00
+	tcpOverIPv4 = 0x11
+	tcpOverIPv6 = 0x21
+)
+
+// typeAuthority is PP2_TYPE_AUTHORITY, "the host name value passed by the client"
+// (Section 2.2.2).
+const typeAuthority = 0x02
+
+// AppendV2 appends the header of version 2 for a connection over TCP from client to
+// listener, the address that it was accepted on, and returns the longer slice. The host
+// name that the client asked for is its authority, of at most 254 bytes; a header for a
+// client that named none, where authority is empty, has no such field. AppendV2 appends
+// at most [MaxV2] bytes.
+//
+// The addresses are those that [AppendV1] writes. Where it writes "PROXY UNKNOWN", this
+// header says UNSPEC and ends there, without addresses and authority.
+func AppendV2(dst []byte, client, listener netip.AddrPort, authority []byte) []byte {
+	dst = append(dst, signatureV2...)
+	src, to, ok := addresses(client, listener)
+	if !ok {
+		return append(dst, proxyV2, unspec, 0, 0)
+	}
+	protocol, length := byte(tcpOverIPv4), 4+4+2+2
+	if src.Is6() {
+		protocol, length = tcpOverIPv6, 16+16+2+2
+	}
+	if len(authority) > 0 {
+		length += 3 + len(authority)
+	}
+	dst = append(dst, proxyV2, protocol)
+	dst = binary.BigEndian.AppendUint16(dst, uint16(length))
+	dst, _ = src.AppendBinary(dst) // it has no error to return
+	dst, _ = to.AppendBinary(dst)
+	dst = binary.BigEndian.AppendUint16(dst, client.Port())
+	dst = binary.BigEndian.AppendUint16(dst, listener.Port())
+	if len(authority) > 0 {
+		dst = append(dst, typeAuthority)
+		dst = binary.BigEndian.AppendUint16(dst, uint16(len(authority)))
+		dst = append(dst, authority...)
+	}
+	return dst
+}
+
+// addresses returns the addresses of a connection's two ends as headers have them, and
+// whether they share their family.
+func addresses(client, listener netip.AddrPort) (src, to netip.Addr, ok bool) {
+	src = client.Addr().Unmap().WithZone("")
+	to = listener.Addr().Unmap().WithZone("")
+	return src, to, src.IsValid() && src.BitLen() == to.BitLen()
 }

@@ -1,0 +1,310 @@
+package proxyproto_test
+
+import (
+	"bufio"
+	"bytes"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+
+	"sniproxy/proxyproto"
+	"sniproxy/sni"
+)
+
+// patience is how long a test waits for what must come. It is no limit on speed.
+const patience = 30 * time.Second
+
+// A connection is what a header of version 2 is made of, and what a receiver reads in it.
+type connection struct{ client, listener, authority, want string }
+
+// connections returns connections of each kind, those without and with long authorities included.
+func connections() []connection {
+	long := strings.Repeat(strings.Repeat("a", 62)+".", 4) + "bc" // as long as can be
+	return []connection{
+		{"192.0.2.1:56324", "198.51.100.2:443", "site.example", "192.0.2.1 56324 198.51.100.2 443 site.example"},
+		{"192.0.2.1:56324", "198.51.100.2:443", "", "192.0.2.1 56324 198.51.100.2 443 "},
+		{"192.0.2.1:56324", "198.51.100.2:443", long, "192.0.2.1 56324 198.51.100.2 443 " + long},
+		{"[2001:db8::1]:1", "[2001:db8::ff00:2]:65535", "site.example", "2001:db8::1 1 2001:db8::ff00:2 65535 site.example"},
+		{"[2001:db8::1]:1", "[2001:db8::ff00:2]:65535", "", "2001:db8::1 1 2001:db8::ff00:2 65535 "},
+		{"[2001:db8::1]:1", "[2001:db8::ff00:2]:65535", long, "2001:db8::1 1 2001:db8::ff00:2 65535 " + long},
+		{"[::ffff:192.0.2.1]:2", "[::ffff:198.51.100.2]:443", "site.example", "192.0.2.1 2 198.51.100.2 443 site.example"},
+		{"[fe80::1%eth0]:3", "[fe80::2%eth0]:443", "site.example", "fe80::1 3 fe80::2 443 site.example"},
+	}
+}
+
+func (c connection) header() []byte {
+	return proxyproto.AppendV2(nil, netip.MustParseAddrPort(c.client), netip.MustParseAddrPort(c.listener), []byte(c.authority))
+}
+
+// Goal: HAProxy learns from the header who the client is and what it asked for.
+func TestV2HAProxy(t *testing.T) {
+	haproxy := need(t, "haproxy")
+	t.Chdir(t.TempDir())
+	serve(t, `
+defaults
+	mode http
+	timeout connect 30s
+	timeout client 30s
+	timeout server 30s
+frontend site
+	bind unix@socket accept-proxy
+	http-request return content-type text/plain lf-string "%[src] %[src_port] %[dst] %[dst_port] %[fc_pp_authority]"
+`, haproxy, "-db", "-f", "config")
+	for _, c := range connections() {
+		if got, err := get(c.header()); got != c.want || err != nil {
+			t.Errorf("client %s: HAProxy read %q, %v, want %q", c.client, got, err, c.want)
+		}
+	}
+}
+
+// Goal: nginx learns from the header who the client is and, if it is not too old, what it
+// asked for.
+func TestV2Nginx(t *testing.T) {
+	nginx := need(t, "nginx")
+	t.Chdir(t.TempDir())
+
+	authority := "$proxy_protocol_tlv_authority"
+	if old(t, nginx) {
+		authority = ""
+	}
+	// It runs as one process, of the user that runs the test.
+	serve(t, `
+daemon off;
+master_process off;
+error_log stderr;
+pid pid;
+events {}
+http {
+	access_log off;
+	client_body_temp_path body;
+	proxy_temp_path proxy;
+	fastcgi_temp_path fastcgi;
+	uwsgi_temp_path uwsgi;
+	scgi_temp_path scgi;
+	server {
+		listen unix:socket proxy_protocol;
+		return 200 "$proxy_protocol_addr $proxy_protocol_port $proxy_protocol_server_addr $proxy_protocol_server_port `+authority+`";
+	}
+}
+`, nginx, "-p", ".", "-e", "stderr", "-c", "config")
+	for _, c := range connections() {
+		if authority == "" {
+			c.want = strings.TrimSuffix(c.want, c.authority)
+		}
+		if got, err := get(c.header()); got != c.want || err != nil {
+			t.Errorf("client %s: nginx read %q, %v, want %q", c.client, got, err, c.want)
+		}
+	}
+}
+
+// old tells whether nginx is of a version before 1.23.2, the first that has variables for what
+// follows the addresses.
+func old(t *testing.T, nginx string) bool {
+	t.Helper()
+	out, err := exec.Command(nginx, "-v").CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	var major, minor, patch int
+	if _, err := fmt.Sscanf(string(out), "nginx version: nginx/%d.%d.%d", &major, &minor, &patch); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	return major < 1 || major == 1 && (minor < 23 || minor == 23 && patch < 2)
+}
+
+// serve starts a server program with the configuration in the working directory, and waits
+// until it accepts connections on the socket there.
+func serve(t *testing.T, config, program string, args ...string) {
+	t.Helper()
+	if err := os.WriteFile("config", []byte(config), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	var out bytes.Buffer
+	cmd := exec.Command(program, args...)
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	exited := make(chan struct{})
+	go func() {
+		cmd.Wait()
+		close(exited)
+	}()
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		<-exited
+		if t.Failed() {
+			t.Logf("%s printed:\n%s", program, &out)
+		}
+	})
+
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	late := time.After(patience)
+	for {
+		c, err := net.Dial("unix", "socket")
+		if err == nil {
+			c.Close()
+			return
+		}
+		select {
+		case <-tick.C:
+		case <-exited:
+			t.Fatalf("%s has ended", program)
+		case <-late:
+			t.Fatalf("waited in vain for %s to listen", program)
+		}
+	}
+}
+
+// get sends a request with the header before it, in one write, and returns the page.
+func get(header []byte) (string, error) {
+	c, err := net.Dial("unix", "socket")
+	if err != nil {
+		return "", err
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(patience))
+	if _, err := c.Write(append(header, "GET / HTTP/1.1\r\nHost: site.example\r\nConnection: close\r\n\r\n"...)); err != nil {
+		return "", err
+	}
+	response, err := http.ReadResponse(bufio.NewReader(c), nil)
+	if err != nil {
+		return "", err
+	}
+	page, err := io.ReadAll(response.Body)
+	return string(page), err
+}
+
+// Goal: a parser in Go that is not ours reads what was written, to the byte: thousands of
+// headers that follow one another without anything between them.
+func TestV2GoProxyproto(t *testing.T) {
+	const (
+		module  = "github.com/pires/go-proxyproto"
+		version = "v0.15.0"
+	)
+	goTool := need(t, "go")
+	t.Chdir(t.TempDir())
+	for name, text := range map[string]string{"go.mod": "module reader\n\ngo 1.26\n", "main.go": reader} {
+		if err := os.WriteFile(name, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Setenv("GOWORK", "off")
+	// The module is one of the test's, not of ours: it is fetched, or is not to be had.
+	if out, err := exec.Command(goTool, "get", module+"@"+version).CombinedOutput(); err != nil {
+		t.Logf("%v: %s", err, out)
+		missing(t, module)
+	}
+	if out, err := exec.Command(goTool, "build", "-o", "reader", ".").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+
+	all := connections()
+	random := rand.New(rand.NewPCG(1, 2))
+	addr := func(size int) netip.AddrPort {
+		b := make([]byte, size)
+		for i := range b {
+			b[i] = byte(random.Uint32())
+		}
+		a, _ := netip.AddrFromSlice(b)
+		return netip.AddrPortFrom(a, uint16(random.Uint32()))
+	}
+	for range 2000 {
+		size := 4 + 12*random.IntN(2)
+		client, listener := addr(size), addr(size)
+		authority := strings.Repeat("x", random.IntN(sni.MaxName+1))
+		all = append(all, connection{client.String(), listener.String(), authority, fmt.Sprint(
+			client.Addr(), " ", client.Port(), " ", listener.Addr(), " ", listener.Port(), " ", authority)})
+	}
+	var stream []byte
+	for _, c := range all {
+		stream = append(stream, c.header()...)
+	}
+	cmd := exec.Command("./reader")
+	cmd.Stdin, cmd.Stderr = bytes.NewReader(stream), os.Stderr
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := strings.Split(strings.TrimSuffix(string(out), "\n"), "\n")
+	if len(got) != len(all) {
+		t.Fatalf("%d headers were read, want %d", len(got), len(all))
+	}
+	for i, c := range all {
+		if got[i] != c.want {
+			t.Errorf("client %s: %s read %q, want %q", c.client, module, got[i], c.want)
+		}
+	}
+}
+
+// reader prints a line for each header that it reads.
+const reader = `package main
+
+import (
+	"bufio"
+	"fmt"
+	"log"
+	"os"
+
+	"github.com/pires/go-proxyproto"
+)
+
+func main() {
+	in := bufio.NewReader(os.Stdin)
+	for {
+		if _, err := in.Peek(1); err != nil {
+			return
+		}
+		header, err := proxyproto.Read(in)
+		if err != nil {
+			log.Fatal(err)
+		}
+		client, listener, ok := header.TCPAddrs()
+		if !ok || header.Version != 2 || !header.Command.IsProxy() {
+			log.Fatalf("not for a connection over TCP: %+v", header)
+		}
+		tlvs, err := header.TLVs()
+		if err != nil {
+			log.Fatal(err)
+		}
+		var authority []byte
+		for i, tlv := range tlvs {
+			if i > 0 || tlv.Type != proxyproto.PP2_TYPE_AUTHORITY {
+				log.Fatalf("unexpected: %+v", tlvs)
+			}
+			authority = tlv.Value
+		}
+		fmt.Printf("%v %d %v %d %s\n", client.IP, client.Port, listener.IP, listener.Port, authority)
+	}
+}
+`
+
+// need skips the test where a program is not installed, or fails it where all must be.
+func need(t *testing.T, program string) string {
+	t.Helper()
+	for _, name := range []string{program, "/usr/sbin/" + program, "/sbin/" + program} {
+		if path, err := exec.LookPath(name); err == nil {
+			return path
+		}
+	}
+	missing(t, program)
+	return ""
+}
+
+// missing ends the test for want of what it needs.
+func missing(t *testing.T, name string) {
+	t.Helper()
+	if os.Getenv("SNIPROXY_TEST_REQUIRE") != "" {
+		t.Fatalf("%s is not installed, and SNIPROXY_TEST_REQUIRE is set", name)
+	}
+	t.Skipf("%s is not installed", name)
+}
