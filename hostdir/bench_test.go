@@ -32,7 +32,7 @@ func BenchmarkDial(b *testing.B) {
 	if err := unix.Listen(l, 1); err != nil {
 		b.Fatal(err)
 	}
-	run := func(b *testing.B, dial func(name []byte) (int, bool, error)) {
+	run := func(b *testing.B, dial func(name []byte) (int, hostdir.Marks, error)) {
 		b.ReportAllocs()
 		for b.Loop() {
 			fd, _, err := dial(name)

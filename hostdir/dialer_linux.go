@@ -50,7 +50,7 @@ func (o *Owners) has(dir uintptr) bool {
 	if o == nil || !o.some.Load() {
 		return false
 	}
-	st, errno := stat(dir)
+	st, errno := stat(dir, empty)
 	if errno != 0 {
 		return false
 	}
@@ -71,7 +71,7 @@ func (d *Dialer) Owner() (uid uint32, ok bool) {
 	if dir == 0 {
 		return 0, false
 	}
-	st, errno := stat(uintptr(dir))
+	st, errno := stat(uintptr(dir), empty)
 	return st.Uid, errno == 0
 }
 
@@ -112,15 +112,17 @@ func (d *Dialer) Close() {
 
 // What there is in a host's directory, as system calls want it.
 var (
-	tlsSocket   = [...]byte{'t', 'l', 's', '-', 's', 'o', 'c', 'k', 'e', 't', 0}
-	sendProxyV1 = [...]byte{'s', 'e', 'n', 'd', '-', 'p', 'r', 'o', 'x', 'y', '-', 'v', '1', 0}
-	dot         = [...]byte{'.', 0}
-	empty       = [...]byte{0}
+	tlsSocket      = []byte("tls-socket\x00")
+	sendProxyV2    = []byte("send-proxy-v2\x00")
+	sendProxyV1    = []byte("send-proxy-v1\x00")
+	logConnections = []byte("log-connections\x00")
+	dot            = []byte(".\x00")
+	empty          = []byte("\x00")
 
 	tlsSocketAddr = struct {
 		family uint16
-		path   [len(tlsSocket)]byte
-	}{unix.AF_UNIX, tlsSocket}
+		path   [len("tls-socket\x00")]byte
+	}{unix.AF_UNIX, [len("tls-socket\x00")]byte(tlsSocket)}
 )
 
 // resolveCached is RESOLVE_CACHED of openat2(2), which package unix does not have.
@@ -146,7 +148,7 @@ var (
 )
 
 // Dial is like the function [Dial].
-func (d *Dialer) Dial(name []byte) (fd int, proxyV1 bool, err error) {
+func (d *Dialer) Dial(name []byte) (fd int, marks Marks, err error) {
 	if !d.own {
 		return Dial(name)
 	}
@@ -161,18 +163,29 @@ func (d *Dialer) Dial(name []byte) (fd int, proxyV1 bool, err error) {
 // Where the system cannot tell such file systems it does what Dial does. And there is a moment
 // between looking and connecting at which who may write to the directory can exchange the
 // socket for a symlink: then it waits all the same.
-func (d *Dialer) DialNow(name []byte) (fd int, proxyV1 bool, err error) {
+func (d *Dialer) DialNow(name []byte) (fd int, marks Marks, err error) {
 	if !d.own {
 		return Dial(name)
 	}
 	return d.dial(name, d.cached)
 }
 
-func (d *Dialer) dial(name []byte, now bool) (fd int, proxyV1 bool, err error) {
+func (d *Dialer) dial(name []byte, now bool) (fd int, marks Marks, err error) {
 	var buf [MaxName + 1]byte
-	dir, err := d.enter(append(AppendName(buf[:0], name), 0), now)
+	var t trial
+	fd = -1
+	for err = errAbsent; t.next(err); {
+		if entry := t.entry(buf[:0], name); entry != nil {
+			fd, marks, err = d.dialEntry(append(entry, 0), t.general(), now)
+		}
+	}
+	return fd, marks, t.outcome(err)
+}
+
+func (d *Dialer) dialEntry(entry []byte, general, now bool) (fd int, marks Marks, err error) {
+	dir, err := d.enter(entry, general, now)
 	if err != nil {
-		return -1, false, err
+		return -1, Marks{}, err
 	}
 	defer func() {
 		d.dir.Store(0)
@@ -180,31 +193,77 @@ func (d *Dialer) dial(name []byte, now bool) (fd int, proxyV1 bool, err error) {
 	}()
 	if now {
 		if err := checkSocket(dir); err != nil {
-			return -1, false, err
+			return -1, Marks{}, err
 		}
 	}
 	s, _, errno := syscall.RawSyscall(unix.SYS_SOCKET, unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if errno != 0 {
-		return -1, false, socketError(errno)
+		return -1, Marks{}, socketError(errno)
 	}
-	if errno := connect(s); errno != 0 {
+	errno = connect(s)
+	if errno != 0 {
 		closeRaw(s)
-		return -1, false, connectError(".", errno)
+		return -1, Marks{}, connectError(".", errno)
 	}
-	switch errno := readlink(dir, &sendProxyV1[0]); errno {
-	case 0, unix.EINVAL:
-		return int(s), true, nil
-	case unix.ENOENT:
-		return int(s), false, nil
-	default:
+	marks, errno = d.marks(dir)
+	if errno != 0 {
 		closeRaw(s)
-		return -1, false, &Error{Other, errno}
+		return -1, Marks{}, &Error{Problem: Other, Errno: errno}
 	}
+	return int(s), marks, nil
+}
+
+// marks looks for the markers in a directory.
+func (d *Dialer) marks(dir uintptr) (m Marks, errno unix.Errno) {
+	there, errno := has(dir, sendProxyV2)
+	if there {
+		m.Proxy = 2
+	} else if errno == 0 {
+		if there, errno = has(dir, sendProxyV1); there {
+			m.Proxy = 1
+		}
+	}
+	if errno == 0 {
+		if there, errno = has(dir, logConnections); there {
+			st, errno := stat(dir, logConnections)
+			m.Log = errno == 0 && d.administrators(st.Uid)
+		}
+	}
+	return m, errno
+}
+
+// LogAll is like the function [LogAll].
+func (d *Dialer) LogAll() bool {
+	if !d.own {
+		return LogAll()
+	}
+	var buf [MaxName + 1]byte
+	star := AppendName(buf[:0], []byte{'*'})
+	st, errno := stat(uintptr(d.hosts), append(star, 0))
+	if errno != 0 || !d.administrators(st.Uid) {
+		return false
+	}
+	fd, errno := openat(uintptr(d.hosts), &buf[0])
+	if errno != 0 {
+		return false
+	}
+	defer closeRaw(fd)
+	st, errno = stat(fd, logConnections)
+	return errno == 0 && d.administrators(st.Uid)
+}
+
+// administrators is like the function of that name.
+func (d *Dialer) administrators(uid uint32) bool {
+	if uid == 0 {
+		return true
+	}
+	st, errno := stat(uintptr(d.hosts), empty)
+	return errno == 0 && uid == st.Uid
 }
 
 // enter opens a host's directory and makes it the working directory.
-func (d *Dialer) enter(dir []byte, now bool) (uintptr, error) {
-	fd, err := d.open(&dir[0], now)
+func (d *Dialer) enter(entry []byte, general, now bool) (uintptr, error) {
+	fd, err := d.open(entry, general, now)
 	if err != nil {
 		return 0, err
 	}
@@ -222,14 +281,51 @@ func (d *Dialer) enter(dir []byte, now bool) (uintptr, error) {
 	return fd, nil
 }
 
-func (d *Dialer) open(dir *byte, now bool) (uintptr, error) {
-	hosts := uintptr(d.hosts)
+// open opens a host's directory. If it is a general one, it must be the administrator's, also if
+// another one takes its place just now.
+func (d *Dialer) open(entry []byte, general, now bool) (uintptr, error) {
+	if !general {
+		return d.openAny(entry, now)
+	}
+	for {
+		before, errno := stat(uintptr(d.hosts), entry)
+		switch {
+		case errno == unix.ENOENT:
+			return 0, errAbsent
+		case errno != 0:
+			return 0, enterError(errno)
+		case !d.administrators(before.Uid):
+			return 0, errIgnored
+		}
+		fd, err := d.openAny(entry, now)
+		if err != nil {
+			return 0, err
+		}
+		after, errno := stat(uintptr(d.hosts), entry)
+		if errno == 0 && after.Ino == before.Ino && after.Uid == before.Uid && after.Ctime == before.Ctime {
+			return fd, nil
+		}
+		closeRaw(fd)
+	}
+}
+
+func (d *Dialer) openAny(entry []byte, now bool) (uintptr, error) {
+	hosts, dir := uintptr(d.hosts), &entry[0]
 	if !now {
 		fd, errno := openat(hosts, dir)
+		if errno == unix.ENOENT {
+			if _, errno := stat(hosts, entry); errno == unix.ENOENT {
+				return 0, errAbsent
+			}
+		}
 		return fd, enterError(errno)
 	}
 	fd, errno := openat2(hosts, dir, &ownDirectory)
-	if errno != unix.ENOTDIR && errno != unix.EXDEV {
+	switch errno {
+	case unix.ENOENT:
+		return 0, errAbsent
+	case unix.ENOTDIR, unix.EXDEV: // a symlink, or a mount
+	default:
 		return fd, enterError(errno)
 	}
 	fd, errno = openat2(hosts, dir, &cachedDirectory)
@@ -257,7 +353,7 @@ func checkSocket(dir uintptr) error {
 		case unix.ENOTDIR: // it was found, and it is none
 			return nil
 		case unix.EXDEV:
-			return &Error{MayWait, errno}
+			return &Error{Problem: MayWait, Errno: errno}
 		case unix.EMFILE, unix.ENFILE:
 			return socketError(errno)
 		case unix.EAGAIN:
@@ -265,11 +361,11 @@ func checkSocket(dir uintptr) error {
 			return connectError(".", errno)
 		}
 		// Now it will be in the cache, unless it is a symlink that leads elsewhere.
-		if errno := readlink(dir, &tlsSocket[0]); errno != 0 && errno != unix.EINVAL {
+		if errno := readlink(dir, tlsSocket); errno != 0 && errno != unix.EINVAL {
 			return connectError(".", errno)
 		}
 	}
-	return &Error{MayWait, unix.EAGAIN}
+	return &Error{Problem: MayWait, Errno: unix.EAGAIN}
 }
 
 // These may wait for a file system, so the scheduler is told of them: a thread that waits without
@@ -288,13 +384,25 @@ func connect(fd uintptr) unix.Errno {
 
 // readlink is the shortest way to ask whether there is something in a directory, without
 // following a symlink: of what exists and is none, readlink(2) says EINVAL.
-func readlink(dir uintptr, name *byte) unix.Errno {
+func readlink(dir uintptr, name []byte) unix.Errno {
 	var link [1]byte
 	for {
-		_, _, errno := syscall.Syscall6(unix.SYS_READLINKAT, dir, uintptr(unsafe.Pointer(name)), uintptr(unsafe.Pointer(&link)), 1, 0, 0)
+		_, _, errno := syscall.Syscall6(unix.SYS_READLINKAT, dir, uintptr(unsafe.Pointer(&name[0])), uintptr(unsafe.Pointer(&link)), 1, 0, 0)
 		if errno != unix.EINTR {
 			return errno
 		}
+	}
+}
+
+// has tells whether there is something in a directory.
+func has(dir uintptr, name []byte) (bool, unix.Errno) {
+	switch errno := readlink(dir, name); errno {
+	case 0, unix.EINVAL:
+		return true, 0
+	case unix.ENOENT:
+		return false, 0
+	default:
+		return false, errno
 	}
 }
 
@@ -327,13 +435,16 @@ func openat2(dir uintptr, path *byte, how *unix.OpenHow) (uintptr, unix.Errno) {
 }
 
 func deviceOf(fd uintptr) (device, unix.Errno) {
-	st, errno := stat(fd)
+	st, errno := stat(fd, empty)
 	return device{st.Dev_major, st.Dev_minor}, errno
 }
 
-// stat asks no file system anything that it might have to wait for.
-func stat(fd uintptr) (st unix.Statx_t, errno unix.Errno) {
-	_, _, errno = syscall.Syscall6(unix.SYS_STATX, fd, uintptr(unsafe.Pointer(&empty)), unix.AT_EMPTY_PATH|unix.AT_STATX_DONT_SYNC, unix.STATX_UID, uintptr(unsafe.Pointer(&st)), 0)
+// stat tells about something in a directory, or about that itself if name is empty. It follows no
+// symlink, and asks no file system anything that it might have to wait for.
+func stat(dir uintptr, name []byte) (st unix.Statx_t, errno unix.Errno) {
+	const flags = unix.AT_EMPTY_PATH | unix.AT_SYMLINK_NOFOLLOW | unix.AT_STATX_DONT_SYNC
+	_, _, errno = syscall.Syscall6(unix.SYS_STATX, dir, uintptr(unsafe.Pointer(&name[0])), flags,
+		unix.STATX_UID|unix.STATX_INO|unix.STATX_CTIME, uintptr(unsafe.Pointer(&st)), 0)
 	return st, errno
 }
 
@@ -351,11 +462,11 @@ func enterError(errno unix.Errno) error {
 		return nil
 	case unix.ENOENT, unix.ENOTDIR, unix.ELOOP, unix.ENAMETOOLONG:
 		// The last two come from a symlink.
-		return &Error{NoDirectory, errno}
+		return &Error{Problem: NoDirectory, Errno: errno}
 	case unix.EACCES, unix.EPERM:
-		return &Error{NotPermitted, errno}
+		return &Error{Problem: NotPermitted, Errno: errno}
 	case unix.EAGAIN:
-		return &Error{MayWait, errno}
+		return &Error{Problem: MayWait, Errno: errno}
 	}
 	return socketError(errno)
 }

@@ -64,29 +64,29 @@ func TestDialNow(t *testing.T) {
 	withDialer(func(d *hostdir.Dialer) {
 		for name, want := range map[string]struct {
 			now, later hostdir.Problem
-			proxyV1    bool
+			proxy      uint8
 		}{
-			"plain":            {0, 0, false},
-			"link":             {0, 0, false},
-			"socket-link":      {0, 0, false},
-			long:               {0, 0, false},
-			"elsewhere":        {hostdir.MayWait, 0, true},
-			"socket-elsewhere": {hostdir.MayWait, 0, false},
-			"marker-elsewhere": {0, 0, true},
-			"absent":           {hostdir.NoDirectory, hostdir.NoDirectory, false},
+			"plain":            {0, 0, 0},
+			"link":             {0, 0, 0},
+			"socket-link":      {0, 0, 0},
+			long:               {0, 0, 0},
+			"elsewhere":        {hostdir.MayWait, 0, 1},
+			"socket-elsewhere": {hostdir.MayWait, 0, 0},
+			"marker-elsewhere": {0, 0, 1},
+			"absent":           {hostdir.NoDirectory, hostdir.NoDirectory, 0},
 		} {
 			for range 2 {
 				// This comes first, as the first to follow a symlink has to note that.
-				fd, proxyV1, err := d.Dial([]byte(name))
-				if got := problem(err); got != want.later || got == 0 && proxyV1 != want.proxyV1 {
-					t.Errorf("%s, with time: problem %d, proxyV1 %v, want %+v", name, got, proxyV1, want)
+				fd, marks, err := d.Dial([]byte(name))
+				if got := problem(err); got != want.later || got == 0 && marks.Proxy != want.proxy {
+					t.Errorf("%s, with time: problem %d, markers %+v, want %+v", name, got, marks, want)
 				}
 				if err == nil {
 					unix.Close(fd)
 				}
-				fd, proxyV1, err = d.DialNow([]byte(name))
-				if got := problem(err); got != want.now || got == 0 && proxyV1 != want.proxyV1 {
-					t.Errorf("%s, now: problem %d, proxyV1 %v, want %+v", name, got, proxyV1, want)
+				fd, marks, err = d.DialNow([]byte(name))
+				if got := problem(err); got != want.now || got == 0 && marks.Proxy != want.proxy {
+					t.Errorf("%s, now: problem %d, markers %+v, want %+v", name, got, marks, want)
 				}
 				if err == nil {
 					unix.Close(fd)

@@ -132,13 +132,17 @@ func TestDial(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			backend := listen(t, name, 1)
 			must(t, mark(dirName(name)+"/send-proxy-v1"))
-			fd, proxyV1, err := hostdir.Dial([]byte(name))
+			fd, marks, err := hostdir.Dial([]byte(name))
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer unix.Close(fd)
-			if want := name != "none"; proxyV1 != want {
-				t.Errorf("proxyV1 is %v, want %v", proxyV1, want)
+			want := hostdir.Marks{Proxy: 1}
+			if name == "none" {
+				want.Proxy = 0
+			}
+			if marks != want {
+				t.Errorf("the markers say %+v, want %+v", marks, want)
 			}
 			flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
 			if err != nil || flags&unix.O_NONBLOCK == 0 {
@@ -173,15 +177,15 @@ func TestDialSymlinks(t *testing.T) {
 	must(t, os.Symlink(dirName("target"), dirName("directory")))
 	must(t, os.Mkdir(dirName("socket"), 0o755))
 	must(t, os.Symlink("../"+dirName("target")+"/tls-socket", dirName("socket")+"/tls-socket"))
-	for name, want := range map[string]bool{"target": true, "directory": true, "socket": false} {
-		fd, proxyV1, err := hostdir.Dial([]byte(name))
+	for name, want := range map[string]uint8{"target": 1, "directory": 1, "socket": 0} {
+		fd, marks, err := hostdir.Dial([]byte(name))
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
 			continue
 		}
 		unix.Close(fd)
-		if proxyV1 != want {
-			t.Errorf("%s: proxyV1 is %v, want %v", name, proxyV1, want)
+		if marks != (hostdir.Marks{Proxy: want}) {
+			t.Errorf("%s: the markers say %+v, want version %d", name, marks, want)
 		}
 	}
 }
@@ -233,9 +237,9 @@ func TestDialProblems(t *testing.T) {
 	base := descriptors(t)
 	seen := map[string]hostdir.Problem{}
 	for name, want := range tests {
-		fd, proxyV1, err := hostdir.Dial([]byte(name))
-		if fd != -1 || proxyV1 {
-			t.Errorf("%s: descriptor %d, proxyV1 %v", name, fd, proxyV1)
+		fd, marks, err := hostdir.Dial([]byte(name))
+		if fd != -1 || marks != (hostdir.Marks{}) {
+			t.Errorf("%s: descriptor %d, markers %+v", name, fd, marks)
 		}
 		if got := problem(err); got != want {
 			t.Errorf("%s: problem %d, want %d: %v", name, got, want, err)

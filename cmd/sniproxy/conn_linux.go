@@ -10,7 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"sniproxy/proxyproto"
+	"sniproxy/hostdir"
 	"sniproxy/sni"
 )
 
@@ -210,22 +210,22 @@ func (l *loop) event(c *conn, side int, events uint32) {
 // dial connects to the backend, and begins the relay. hello is all that was read so far,
 // behind headroom.
 func (l *loop) dial(c *conn, name, hello []byte) {
-	fd, proxyV1, err := l.dialNow(c, name, hello)
+	fd, marks, err := l.dialNow(c, name, hello)
 	for noRoom(err) && l.makeRoom(c) {
-		fd, proxyV1, err = l.dialNow(c, name, hello)
+		fd, marks, err = l.dialNow(c, name, hello)
 	}
 	if mayWait(err) {
 		l.lookUp(c, name, hello)
 		return
 	}
-	l.dialled(c, name, hello, fd, proxyV1, err)
+	l.dialled(c, name, hello, fd, marks, err)
 }
 
 // dialled goes on with what came of an attempt to connect to the backend.
-func (l *loop) dialled(c *conn, name, hello []byte, fd int, proxyV1 bool, err error) {
+func (l *loop) dialled(c *conn, name, hello []byte, fd int, marks hostdir.Marks, err error) {
 	switch {
 	case err == nil:
-		l.begin(c, int32(fd), proxyV1, hello)
+		l.begin(c, int32(fd), marks, name, hello)
 	case backlogFull(err):
 		l.keep(c, redialing, name, hello)
 		if l.redial == 0 {
@@ -290,7 +290,7 @@ func (l *loop) redialAll() {
 
 // begin begins the relay: a header, if asked for, and all bytes read so far go to the
 // backend in one write.
-func (l *loop) begin(c *conn, fd int32, proxyV1 bool, hello []byte) {
+func (l *loop) begin(c *conn, fd int32, marks hostdir.Marks, name, hello []byte) {
 	c.leave()
 	c.forget()
 	c.phase = relaying
@@ -298,8 +298,8 @@ func (l *loop) begin(c *conn, fd int32, proxyV1 bool, hello []byte) {
 	c.flows[client].size, c.flows[backend].size = readMin, readMin
 	c.begun = l.measured
 	first := hello[headroom:]
-	if proxyV1 {
-		header, err := l.proxyHeader(c)
+	if marks.Proxy > 0 {
+		header, err := proxyHeader(int(c.sockets[client].fd), marks.Proxy, name)
 		if err != nil {
 			l.abort(c)
 			return
@@ -318,23 +318,10 @@ func (l *loop) begin(c *conn, fd int32, proxyV1 bool, hello []byte) {
 	}
 }
 
-func (l *loop) proxyHeader(c *conn) ([]byte, error) {
-	fd := int(c.sockets[client].fd)
-	remote, err := unix.Getpeername(fd)
-	if err != nil {
-		return nil, err
-	}
-	local, err := unix.Getsockname(fd)
-	if err != nil {
-		return nil, err
-	}
-	return proxyproto.AppendV1(make([]byte, 0, proxyproto.MaxV1), addrPort(remote), addrPort(local)), nil
-}
-
 // refuse tells the client with an alert why it is not served, and sees to it that the
 // alert arrives.
 func (l *loop) refuse(c *conn, name []byte, err error) {
-	alert := refusal(err)
+	alert := refusal(name, err)
 	complainRefused(int(c.sockets[client].fd), name, alert)
 	record := alert.Description.Record()
 	if _, errno := write(c.sockets[client].fd, record[:]); errno != 0 {

@@ -15,7 +15,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sniproxy/hostdir"
-	"sniproxy/proxyproto"
 	"sniproxy/sni"
 )
 
@@ -245,7 +244,7 @@ func (e *engine) serve(c *conn) {
 		}
 		return
 	}
-	backend, proxyV1, err := e.dial(c, name)
+	backend, marks, err := e.dial(c, name)
 	if err != nil {
 		c.refuse(name, err)
 		return
@@ -254,9 +253,9 @@ func (e *engine) serve(c *conn) {
 	if !e.remove(c) || c.client.SetReadDeadline(time.Time{}) != nil {
 		return
 	}
-	if proxyV1 {
-		header, err := c.proxyHeader()
-		if err != nil {
+	if marks.Proxy > 0 {
+		var header []byte
+		if closed := control(c.client, func(fd int) { header, err = proxyHeader(fd, marks.Proxy, name) }); closed != nil || err != nil {
 			return
 		}
 		hello = append(header, hello...)
@@ -290,15 +289,15 @@ func (c *conn) hello(parser *sni.Parser) (hello, name []byte, err error) {
 
 // dial connects to the backend of a host. While its backlog is full it tries again, until
 // the deadline of c; sniproxy-rs gives up. Of all clients of the host one does that at a time.
-func (e *engine) dial(c *conn, name []byte) (backend *os.File, proxyV1 bool, err error) {
+func (e *engine) dial(c *conn, name []byte) (backend *os.File, marks hostdir.Marks, err error) {
 	h := e.lookups.host(string(name))
 	defer e.lookups.leave(h)
 	redialing := false
 	for wait := redialMin; ; wait = min(2*wait, redialMax) {
 		e.setDialling(c, true)
-		backend, proxyV1, err = e.dialOnce(c, h)
+		backend, marks, err = e.dialOnce(c, h)
 		if err == nil {
-			return backend, proxyV1, nil
+			return backend, marks, nil
 		}
 		e.setDialling(c, false)
 		if redialing && err == errLookupTimeout {
@@ -307,12 +306,12 @@ func (e *engine) dial(c *conn, name []byte) (backend *os.File, proxyV1 bool, err
 		full := backlogFull(err)
 		switch {
 		case !full && !isProblem(err, hostdir.Exchanged):
-			return backend, proxyV1, err
+			return backend, marks, err
 		case time.Now().Add(wait).After(c.deadline) || e.dropped(c):
-			return nil, false, err
+			return nil, hostdir.Marks{}, err
 		case full && !redialing:
 			if !offer(h.redial, time.After(time.Until(c.deadline))) {
-				return nil, false, err
+				return nil, hostdir.Marks{}, err
 			}
 			defer func() { <-h.redial }()
 			redialing = true
@@ -322,24 +321,24 @@ func (e *engine) dial(c *conn, name []byte) (backend *os.File, proxyV1 bool, err
 	}
 }
 
-func (e *engine) dialOnce(c *conn, h *host) (backend *os.File, proxyV1 bool, err error) {
+func (e *engine) dialOnce(c *conn, h *host) (backend *os.File, marks hostdir.Marks, err error) {
 	fd, err := hostdir.Socket()
 	if noRoom(err) {
 		fd, err = e.socketWithRoom(c)
 	}
 	if err != nil {
-		return nil, false, err
+		return nil, hostdir.Marks{}, err
 	}
-	proxyV1, err = e.lookups.connect(fd, h, c.deadline)
+	marks, err = e.lookups.connect(fd, h, c.deadline)
 	if err != nil {
-		return nil, false, err
+		return nil, hostdir.Marks{}, err
 	}
 	f := os.NewFile(uintptr(fd), "backend")
 	if err := f.SetDeadline(time.Time{}); err != nil {
 		f.Close()
-		return nil, false, err
+		return nil, hostdir.Marks{}, err
 	}
-	return f, proxyV1, nil
+	return f, marks, nil
 }
 
 // socketWithRoom is like [hostdir.Socket], but makes room for the descriptor that it needs, and
@@ -355,25 +354,12 @@ func (e *engine) socketWithRoom(c *conn) (fd int, err error) {
 	}
 }
 
-// proxyHeader returns the PROXY protocol header for c.
-func (c *conn) proxyHeader() ([]byte, error) {
-	var local unix.Sockaddr
-	var err error
-	if closed := control(c.client, func(fd int) { local, err = unix.Getsockname(fd) }); closed != nil {
-		return nil, closed
-	}
-	if err != nil {
-		return nil, err
-	}
-	return proxyproto.AppendV1(nil, addrPort(c.addr), addrPort(local)), nil
-}
-
 // refuse tells the client with an alert why it is not served, and sees to it that the
 // alert arrives, which that of sniproxy-rs often does not: it ends the sending side, and reads
 // what the client has still to say, within bounds, so that closing does not send a reset, which
 // would overtake the alert.
 func (c *conn) refuse(name []byte, err error) {
-	alert := refusal(err)
+	alert := refusal(name, err)
 	control(c.client, func(fd int) { complainRefused(fd, name, alert) })
 	record := alert.Description.Record()
 	c.client.SetDeadline(time.Now().Add(lingerTimeout))

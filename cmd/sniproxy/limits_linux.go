@@ -11,7 +11,7 @@ import (
 // What a loop of the Linux engine works with.
 const (
 	// headroom is for a PROXY protocol header in front of what is read.
-	headroom = proxyproto.MaxV1
+	headroom = proxyproto.MaxV2
 
 	// A flow reads readMin bytes at once, and up to readMax when there is much to move
 	// that is not spliced.

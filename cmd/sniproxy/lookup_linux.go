@@ -20,9 +20,9 @@ type lookup struct {
 	late *time.Timer // while it waits for its turn
 	seen int         // how many others had ended when that was set
 
-	fd      int
-	proxyV1 bool
-	err     error
+	fd    int
+	marks hostdir.Marks
+	err   error
 }
 
 // lookups are all that are under way, for all loops. They are limited, as each has a thread.
@@ -121,7 +121,7 @@ func (s *lookups) work() {
 	defer dialer.Close()
 	for more := true; more; {
 		k := <-s.next
-		k.fd, k.proxyV1, k.err = dialer.Dial([]byte(k.name))
+		k.fd, k.marks, k.err = dialer.Dial([]byte(k.name))
 		dialer.Leave()
 		more = s.stay()
 		s.end(k.name)
@@ -200,5 +200,5 @@ func (l *loop) found(k *lookup) {
 	if k.err == nil && l.redial != 0 {
 		l.redial, l.redialWait = now(), 0 // maybe the backlog has room for the next, too
 	}
-	l.dialled(c, c.early.name, c.early.hello, k.fd, k.proxyV1, k.err)
+	l.dialled(c, c.early.name, c.early.hello, k.fd, k.marks, k.err)
 }

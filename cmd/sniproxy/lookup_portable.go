@@ -94,25 +94,25 @@ func offer(c chan<- struct{}, late <-chan time.Time) bool {
 // connect is [hostdir.Connect], but fails with errLookups if too many look-ups are stuck, and
 // with errLookupTimeout if this one does not end before the deadline. After a failure fd is
 // closed.
-func (s *lookups) connect(fd int, h *host, deadline time.Time) (proxyV1 bool, err error) {
+func (s *lookups) connect(fd int, h *host, deadline time.Time) (marks hostdir.Marks, err error) {
 	if !h.lookups.take() {
 		unix.Close(fd)
-		return false, errLookups
+		return hostdir.Marks{}, errLookups
 	}
 	if !s.all.take() {
 		h.lookups.give()
 		unix.Close(fd)
-		return false, errLookups
+		return hostdir.Marks{}, errLookups
 	}
 	type result struct {
-		proxyV1 bool
-		err     error
+		marks hostdir.Marks
+		err   error
 	}
 	done, over := make(chan result), make(chan struct{})
 	s.host(h.name)
 	go func() {
 		var r result
-		r.proxyV1, r.err = hostdir.Connect(fd, []byte(h.name))
+		r.marks, r.err = hostdir.Connect(fd, []byte(h.name))
 		if r.err != nil {
 			unix.Close(fd)
 		}
@@ -131,9 +131,9 @@ func (s *lookups) connect(fd int, h *host, deadline time.Time) (proxyV1 bool, er
 	defer late.Stop()
 	select {
 	case r := <-done:
-		return r.proxyV1, r.err
+		return r.marks, r.err
 	case <-late.C:
 		close(over)
-		return false, errLookupTimeout
+		return hostdir.Marks{}, errLookupTimeout
 	}
 }

@@ -22,8 +22,8 @@ var (
 )
 
 // refusal turns the failure of a connection that has no backend into the alert that the
-// client is told.
-func refusal(err error) sni.Alert {
+// client is told. The name is empty if the client sent none, or none that is canonical.
+func refusal(name []byte, err error) sni.Alert {
 	var alert sni.Alert
 	if errors.As(err, &alert) {
 		return alert
@@ -32,6 +32,11 @@ func refusal(err error) sni.Alert {
 	var host *hostdir.Error
 	if errors.As(err, &host) {
 		switch host.Problem {
+		case hostdir.NoDirectory:
+			if len(name) == 0 {
+				return nameless(host.Ignored)
+			}
+			description = sni.UnrecognizedName
 		case hostdir.BacklogFull, hostdir.NoRoom, hostdir.Exchanged, hostdir.MayWait, hostdir.Other:
 		default:
 			description = sni.UnrecognizedName
@@ -40,11 +45,21 @@ func refusal(err error) sni.Alert {
 	return sni.Alert{Description: description, Reason: err.Error()}
 }
 
+// nameless is for a client that named no host, when there is none for such clients, or one that
+// does not count.
+func nameless(ignored bool) sni.Alert {
+	alert := sni.Alert{Description: sni.UnrecognizedName, Reason: "no server name"}
+	if ignored {
+		alert.Reason += ", and the directory * belongs neither to root nor to the owner of the hosts directory"
+	}
+	return alert
+}
+
 // complainRefused says whom the client with the socket fd is refused, and why. There is no
 // name if it did not send a canonical one, since what it did send may be anything.
 func complainRefused(fd int, name []byte, alert sni.Alert) {
 	complainOften(func() string {
-		if name == nil {
+		if len(name) == 0 {
 			return fmt.Sprintf("refused %s: %v", peer(fd), alert)
 		}
 		return fmt.Sprintf("refused %s for %s: %v", peer(fd), name, alert)

@@ -38,7 +38,9 @@ type bound struct {
 //	openat2       fails, and so tells that to look tls-socket up does not wait
 //	socket
 //	connect       to tls-socket
-//	readlinkat    whether there is a send-proxy-v1
+//	readlinkat    whether there is a send-proxy-v2,
+//	readlinkat    a send-proxy-v1,
+//	readlinkat    a log-connections
 //	close         the directory
 //	epoll_ctl     for the answer of the backend, and its end
 //	write         the hello
@@ -71,7 +73,7 @@ var eventLoopCalls = map[string]bound{
 	"ioctl":       {1, 1, 0},
 	"openat2":     {2, 2, 0},
 	"read":        {3, 3, +1},
-	"readlinkat":  {1, 1, 0},
+	"readlinkat":  {3, 3, 0},
 	"recvfrom":    {1, 1, -1},
 	"shutdown":    {0, 0, +1},
 	"socket":      {1, 1, 0},
@@ -88,7 +90,7 @@ var goroutineCalls = map[string]bound{
 	"epoll_pwait": {2, 12, 0},
 	"fcntl":       {2, 8, 0},
 	"getsockopt":  {0, 2, 0},
-	"newfstatat":  {5, 5, 0},
+	"newfstatat":  {7, 7, 0},
 	"poll":        {0, 1, 0}, // or ppoll, by the architecture
 	"ppoll":       {0, 1, 0},
 	"read":        {4, 10, 0},

@@ -36,20 +36,20 @@ func (r *runner) end() { r.dialer.Close() }
 
 // dialNow connects to a backend without waiting for a file system, as far as that can be known
 // beforehand.
-func (l *loop) dialNow(c *conn, name, hello []byte) (fd int, proxyV1 bool, err error) {
+func (l *loop) dialNow(c *conn, name, hello []byte) (fd int, marks hostdir.Marks, err error) {
 	r := l.runner
 	r.conn, r.name, r.hello = c, name, hello
 	this := r.lookups.Add(1)
 	l.engine.watch.wakeUp()
-	fd, proxyV1, err = r.dialer.DialNow(name)
+	fd, marks, err = r.dialer.DialNow(name)
 	if !r.lookups.CompareAndSwap(this, this+1) {
 		k := <-r.lost
-		k.fd, k.proxyV1, k.err = fd, proxyV1, err
+		k.fd, k.marks, k.err = fd, marks, err
 		k.loop.engine.lookups.end(k.name)
 		k.deliver()
 		runtime.Goexit()
 	}
-	return fd, proxyV1, err
+	return fd, marks, err
 }
 
 // rescue goes on with the loop in place of a runner that is stuck.
