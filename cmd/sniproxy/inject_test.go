@@ -52,7 +52,7 @@ var eventLoopInjections = []injection{
 	{calls: "openat,openat2", when: "2+5", harmful: pathErrors +
 		"E2BIG EAGAIN EBADF EBUSY EDQUOT EEXIST EFBIG EINTR EINVAL EISDIR EMFILE ENFILE ENODEV ENOSPC ENOSYS ENXIO EOPNOTSUPP EOVERFLOW EPERM EROFS ETXTBSY EXDEV"},
 	// For what a symlink leads to. If it fails another thread looks that up.
-	{calls: "statx", when: "1+2", harmless: pathErrors + "EBADF EINTR EINVAL"},
+	{calls: "statx", when: "1+2", harmful: pathErrors + "EBADF EINTR EINVAL"},
 	{calls: "statx,openat", when: "1+2", harmful: "EACCES EINTR EIO EMFILE ENOENT ENOMEM"},
 	{calls: "fchdir", when: "2+3", harmful: "EACCES EBADF EIO ELOOP ENOENT ENOMEM ENOTDIR"},
 	{calls: "readlinkat", when: "2+3", harmful: "EACCES EBADF EFAULT EINTR EIO ELOOP ENAMETOOLONG ENOMEM ENOTDIR"},
