@@ -60,8 +60,8 @@ var eventLoopInjections = []injection{
 	// After a failure of accept4 the loop does not wait for clients for a while.
 	{calls: "epoll_ctl,accept4", when: "2+5", harmful: "ENOMEM ENOSPC"},
 	{calls: "epoll_ctl", when: "2+3", share: true, harmful: "ENOMEM ENOSPC"},
-	{calls: "epoll_pwait", when: "2+3", harmless: "EINTR"},
-	// In other threads it is Go's runtime that writes, and ends the program if it cannot.
+	// In other threads it is Go's runtime that waits and writes, and ends the program if it cannot.
+	{calls: "epoll_pwait", when: "2+3", harmless: "EINTR", loopOnly: true},
 	{calls: "write", when: "3+7", harmless: "EINTR", harmful: writeErrors, ending: "EPIPE", loopOnly: true},
 	{calls: "splice", when: "3+7", harmless: "EINTR", harmful: "EBADF EINVAL ENOMEM ESPIPE ECONNRESET", ending: "EPIPE"},
 	{calls: "pipe2", when: "1+2", harmless: "EFAULT EINVAL EMFILE ENFILE ENOPKG ENOMEM", fresh: true},
@@ -73,16 +73,15 @@ var eventLoopInjections = []injection{
 }
 
 // Go's poller shares some calls with the portable engine. It ends the program if its own
-// epoll_ctl, epoll_pwait or write fails, other than with EINTR, so these do not. And it is told
-// of clients once, so EAGAIN of accept4 is a promise as well.
+// epoll_ctl, epoll_pwait or write fails, other than with EINTR, so these do not; nor with EINTR,
+// since what strace was about to inject when it let go of the program becomes ENOSYS. And it is
+// told of clients once, so EAGAIN of accept4 is a promise as well.
 var goroutineInjections = []injection{
 	{calls: "accept4", when: "3+9", harmless: acceptErrors, harmful: "EMFILE ENFILE"},
 	{calls: "read", when: "2+5", harmless: "EINTR", harmful: readErrors},
 	{calls: "socket", when: "1+2", harmful: socketErrors},
 	{calls: "connect", when: "1+2", harmless: "EAGAIN", harmful: connectErrors},
 	{calls: "newfstatat", when: "2+7", harmful: "EACCES EBADF EFAULT EINTR EINVAL EIO ELOOP ENAMETOOLONG ENOMEM EOVERFLOW"},
-	{calls: "epoll_pwait", when: "1+2", harmless: "EINTR"},
-	{calls: "write", when: "1+2", harmless: "EINTR"},
 	{calls: "fcntl", when: "2+5", harmful: "EACCES EBADF EBUSY EINTR EINVAL EMFILE ENOMEM EPERM"},
 	{calls: "getsockname", when: "1+2", harmful: "EBADF EFAULT EINVAL ENOBUFS ENOTSOCK"},
 }
