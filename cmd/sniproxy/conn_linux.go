@@ -21,6 +21,8 @@ type conn struct {
 	phase   phase
 	sockets [2]socket
 	flows   [2]flow
+	sent    traffic
+	began   int64 // when it was accepted
 
 	broken bool // the backend does not read any more
 	cut    bool // it stopped in the middle of a write
@@ -160,7 +162,7 @@ func (l *loop) readHello(c *conn) {
 
 func (l *loop) awaitHello(c *conn) {
 	if c.queue == nil {
-		c.deadline = now() + int64(helloTimeout)
+		c.deadline = c.began + int64(helloTimeout)
 		l.hellos.push(c)
 	}
 	l.register(c, client, unix.EPOLLIN)
@@ -247,8 +249,15 @@ func (l *loop) keep(c *conn, phase phase, name, hello []byte) {
 		c.early.name = slices.Clone(name)
 	}
 	if c.queue == nil {
-		c.deadline = now() + int64(helloTimeout)
+		c.deadline = c.began + int64(helloTimeout)
 		l.hellos.push(c)
+	}
+}
+
+// waited counts c, if it has waited, as one that does no longer.
+func (l *loop) waited(c *conn) {
+	if c.phase < relaying {
+		l.counters.waiting.Add(-1)
 	}
 }
 
@@ -293,6 +302,7 @@ func (l *loop) redialAll() {
 func (l *loop) begin(c *conn, fd int32, marks hostdir.Marks, name, hello []byte) {
 	c.leave()
 	c.forget()
+	l.waited(c)
 	c.phase = relaying
 	c.sockets[backend].fd = fd
 	c.flows[client].size, c.flows[backend].size = readMin, readMin
@@ -304,6 +314,7 @@ func (l *loop) begin(c *conn, fd int32, marks hostdir.Marks, name, hello []byte)
 			l.abort(c)
 			return
 		}
+		c.sent[client] = -int64(len(header))
 		first = hello[headroom-len(header):]
 		copy(first, header)
 	}
@@ -323,6 +334,7 @@ func (l *loop) begin(c *conn, fd int32, marks hostdir.Marks, name, hello []byte)
 func (l *loop) refuse(c *conn, name []byte, err error) {
 	alert := refusal(name, err)
 	complainRefused(int(c.sockets[client].fd), name, alert)
+	l.counters.refused[alert.Description].Add(1)
 	record := alert.Description.Record()
 	if _, errno := write(c.sockets[client].fd, record[:]); errno != 0 {
 		l.close(c)
@@ -337,6 +349,7 @@ func (l *loop) refuse(c *conn, name []byte, err error) {
 func (l *loop) linger(c *conn) {
 	c.leave()
 	c.forget()
+	l.waited(c)
 	c.phase = lingering
 	l.closeBackend(c)
 	s := &c.sockets[client]
@@ -376,11 +389,13 @@ func (l *loop) abort(c *conn) {
 func (l *loop) close(c *conn) {
 	c.leave()
 	c.forget()
+	l.waited(c)
 	c.phase = closed
 	closeFd(c.sockets[client].fd)
 	l.closeBackend(c)
 	l.ended = append(l.ended, c)
 	l.open.Add(-1)
+	l.counters.ended.Add(1)
 }
 
 // closeBackend closes the connection to the backend, if there is one, and what was on its

@@ -81,12 +81,12 @@ func (e *engine) stop() {
 	}()
 }
 
-// open returns how many connections there are.
-func (e *engine) open() (n int64) {
+// counters returns those of all loops.
+func (e *engine) counters() (all []*counters) {
 	for _, lp := range e.loops {
-		n += lp.open.Load()
+		all = append(all, &lp.counters)
 	}
-	return n
+	return all
 }
 
 // A loop waits for events on its connections, and on the listening socket, and deals with
@@ -98,6 +98,7 @@ type loop struct {
 	wake     int32 // an eventfd
 	stopping atomic.Bool
 	open     atomic.Int64 // connections, for others to read
+	counters counters
 
 	runner    *runner
 	accepting bool // or it may; until the stop
@@ -339,7 +340,10 @@ func (l *loop) add(fd int32) *conn {
 	}
 	c.phase = greeting
 	c.sockets[client].fd = fd
+	c.began = now()
 	l.open.Add(1)
+	l.counters.accepted.Add(1)
+	l.counters.waiting.Add(1)
 	return c
 }
 
@@ -370,6 +374,7 @@ func (l *loop) makeRoom(c *conn) bool {
 		return false
 	}
 	complainDropped(int(drop.sockets[client].fd))
+	l.counters.dropped.Add(1)
 	l.close(drop)
 	return true
 }

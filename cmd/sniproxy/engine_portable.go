@@ -29,9 +29,9 @@ type engine struct {
 	failed  chan error    // gets the reason if the engine cannot go on
 	drained chan struct{} // closed when the last connection has ended after stop
 
-	conns sync.WaitGroup
-	count atomic.Int64
-	ended chan struct{} // gets something when a connection has ended
+	conns  sync.WaitGroup
+	counts counters
+	ended  chan struct{} // gets something when a connection has ended
 
 	taking sync.Mutex // held to accept, and to make room and use it
 
@@ -86,16 +86,20 @@ func (e *engine) stop() {
 	}()
 }
 
-// open returns how many connections there are.
-func (e *engine) open() int64 { return e.count.Load() }
+// counters returns the only ones.
+func (e *engine) counters() []*counters { return []*counters{&e.counts} }
 
 // A conn is a client's connection.
 type conn struct {
 	client   *os.File
 	addr     unix.Sockaddr // the client's
-	deadline time.Time     // for the relay to begin
+	deadline time.Time     // for the relay to begin: helloTimeout after it was accepted
 	place    *list.Element // among those waiting
 	dialling bool          // not to be dropped: its hello is there, and it is being dealt with
+	counts   *counters
+	waits    atomic.Bool // it is counted among those waiting
+	moved    atomic.Bool // the relay has moved something
+	sent     traffic
 }
 
 // accept accepts connections until the listener is closed. No failure ends it, as any
@@ -105,7 +109,7 @@ func (e *engine) accept() {
 		fd, addr, err := e.acceptOne()
 		switch err {
 		case nil:
-			c := &conn{client: os.NewFile(uintptr(fd), "client"), addr: addr, deadline: time.Now().Add(helloTimeout)}
+			c := &conn{client: os.NewFile(uintptr(fd), "client"), addr: addr, deadline: time.Now().Add(helloTimeout), counts: &e.counts}
 			e.enter(c)
 			e.conns.Go(func() {
 				defer e.leave(c)
@@ -166,7 +170,9 @@ func (e *engine) pause(err error) {
 
 // enter counts c, and puts it last among those waiting.
 func (e *engine) enter(c *conn) {
-	e.count.Add(1)
+	e.counts.accepted.Add(1)
+	e.counts.waiting.Add(1)
+	c.waits.Store(true)
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	c.place = e.waiting.PushBack(c)
@@ -198,12 +204,24 @@ func (e *engine) makeRoom(c *conn) bool {
 		if oldest := place.Value.(*conn); oldest != c && !oldest.dialling {
 			e.waiting.Remove(place)
 			oldest.place = nil
-			control(oldest.client, complainDropped)
+			if oldest.waited() { // otherwise it was refused, and that was said
+				control(oldest.client, complainDropped)
+				e.counts.dropped.Add(1)
+			}
 			oldest.client.Close()
 			return true
 		}
 	}
 	return false
+}
+
+// waited counts c as one that waits no longer. It reports whether it did.
+func (c *conn) waited() bool {
+	waited := c.waits.Swap(false)
+	if waited {
+		c.counts.waiting.Add(-1)
+	}
+	return waited
 }
 
 // setDialling says whether c is being dealt with, rather than waiting for something.
@@ -224,7 +242,8 @@ func (e *engine) dropped(c *conn) bool {
 func (e *engine) leave(c *conn) {
 	e.remove(c)
 	c.client.Close()
-	e.count.Add(-1)
+	c.waited()
+	e.counts.ended.Add(1)
 	select {
 	case e.ended <- struct{}{}:
 	default:
@@ -253,14 +272,16 @@ func (e *engine) serve(c *conn) {
 	if !e.remove(c) || c.client.SetReadDeadline(time.Time{}) != nil {
 		return
 	}
+	c.waited()
 	if marks.Proxy > 0 {
 		var header []byte
 		if closed := control(c.client, func(fd int) { header, err = proxyHeader(fd, marks.Proxy, name) }); closed != nil || err != nil {
 			return
 		}
+		c.sent[up] = -int64(len(header))
 		hello = append(header, hello...)
 	}
-	relay(c.client, backend, hello)
+	relay(c, backend, hello)
 }
 
 // hello reads until the server name is known. It returns all bytes read so far, and the
@@ -360,7 +381,10 @@ func (e *engine) socketWithRoom(c *conn) (fd int, err error) {
 // would overtake the alert.
 func (c *conn) refuse(name []byte, err error) {
 	alert := refusal(name, err)
-	control(c.client, func(fd int) { complainRefused(fd, name, alert) })
+	if c.waited() { // otherwise it was dropped, and that was said
+		control(c.client, func(fd int) { complainRefused(fd, name, alert) })
+		c.counts.refused[alert.Description].Add(1)
+	}
 	record := alert.Description.Record()
 	c.client.SetDeadline(time.Now().Add(lingerTimeout))
 	if _, err := c.client.Write(record[:]); err != nil {

@@ -164,7 +164,7 @@ func (l *loop) send(c *conn, from int, b []byte) bool {
 		n = 0
 	}
 	f := &c.flows[from]
-	c.moved = c.moved || n > 0
+	l.moved(c, from, n)
 	if n == len(b) {
 		f.part = false
 		return true
@@ -183,7 +183,7 @@ func (l *loop) sendPipe(c *conn, from int) bool {
 		n, errno := splice(f.pipe.out, c.sockets[1-from].fd, f.held)
 		switch errno {
 		case 0:
-			c.moved = true
+			l.moved(c, from, n)
 			f.held -= n
 			f.part = f.held > 0
 		case unix.EAGAIN:
@@ -198,6 +198,12 @@ func (l *loop) sendPipe(c *conn, from int) bool {
 	l.letGo(c, from)
 	l.givePipe(&f.pipe)
 	return true
+}
+
+// moved counts what a flow has sent on.
+func (l *loop) moved(c *conn, from, n int) {
+	c.moved = c.moved || n > 0
+	l.counters.count(&c.sent, from, n)
 }
 
 // hold notes that a flow is stalled with something in its pipe. If half of all pipes are kept like

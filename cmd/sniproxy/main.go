@@ -28,6 +28,14 @@
 // the listening socket at once, and exits when the last connection has ended, at the
 // latest after ten seconds. A second signal ends it at once.
 //
+// SIGUSR1, at any time, has it print a line of counters on standard error:
+//
+//	accepted N, open N, waiting N, refused N (ALERT: N, …), dropped N, bytes up N, bytes down N, descriptors N of N
+//
+// They are connections since the start, those open now, and of these those waiting for their
+// hello or backend; clients refused, and how many with which alert; those dropped to make room;
+// bytes from clients to backends, and back; descriptors in use, and their limit.
+//
 // # Exit status
 //
 // 0 after a stop, 1 if the program could not start or go on, 2 for wrong usage.
@@ -39,8 +47,8 @@
 // lookup_linux.go, watch_linux.go, flow_linux.go and share_linux.go. The portable engine, for
 // other systems and for the build tag portable, has a goroutine for each direction:
 // engine_portable.go, lookup_portable.go and relay_portable.go. What goes before and beside them
-// is in main.go, listener.go, output.go and refusal.go, and the limits that they keep to are in
-// limits.go.
+// is in main.go, listener.go, output.go, refusal.go and counters.go, and the limits that they
+// keep to are in limits.go.
 package main
 
 import (
@@ -70,6 +78,9 @@ func run() int {
 	// Before anything is written: descriptors 1 and 2 may be a dead pipe, or the
 	// listening socket, for which write(2) is EPIPE.
 	signal.Ignore(syscall.SIGPIPE)
+	// Early: who asks before there is anything to count gets an answer later.
+	asked := make(chan os.Signal, 1)
+	signal.Notify(asked, syscall.SIGUSR1)
 	defer flushOutput()
 
 	// sniproxy-rs ignores arguments.
@@ -91,6 +102,7 @@ func run() int {
 		return 1
 	}
 	stdout.print(fmt.Sprintf("listening on %v\n", l.addr))
+	go tellCounters(e, asked)
 
 	status := 0
 	select {

@@ -22,32 +22,31 @@ const stallCheck = 500 * time.Millisecond
 
 // relay sends the backend the hello, then forwards bytes both ways until both directions
 // have ended, or one has failed.
-func relay(client, backend *os.File, hello []byte) {
+func relay(c *conn, backend *os.File, hello []byte) {
+	client := c.client
 	var flows sync.WaitGroup
 	var sending sync.Mutex // to the backend
 	var broken, cut bool   // the backend does not read any more; in the middle of a write
-	var moved atomic.Bool
 	over := make(chan struct{})
 	defer close(over)
-	up := func(b []byte) error {
+	sendUp := func(b []byte) error {
 		sending.Lock()
 		defer sending.Unlock()
-		n, err := send(backend, b, client)
-		moved.Store(true)
+		n, err := send(backend, b, client, func(n int) { c.count(up, n) })
 		broken = errors.Is(err, unix.EPIPE)
 		cut = broken && n > 0
 		return err
 	}
 	flows.Go(func() {
-		err := up(hello)
+		err := sendUp(hello)
 		hello = nil
 		if err == nil {
-			err = forward(up, client)
+			err = forward(sendUp, client)
 		}
 		switch {
 		case err == nil:
 			shutdown(backend, unix.SHUT_WR)
-			go endQuiet(&moved, over, func() { reset(client, backend) })
+			go endQuiet(&c.moved, over, func() { reset(client, backend) })
 		case broken:
 			// What the backend has said before is forwarded still; then its side
 			// ends too. If it was reset, Linux says so once: to who reads, or in
@@ -58,8 +57,7 @@ func relay(client, backend *os.File, hello []byte) {
 		}
 	})
 	err := forward(func(b []byte) error {
-		_, err := send(client, b, nil)
-		moved.Store(true)
+		_, err := send(client, b, nil, func(n int) { c.count(down, n) })
 		return err
 	}, backend)
 	if err == nil && poll(backend)&unix.POLLHUP != 0 {
@@ -74,7 +72,7 @@ func relay(client, backend *os.File, hello []byte) {
 		reset(client, backend)
 	} else {
 		shutdown(client, unix.SHUT_WR)
-		go endQuiet(&moved, over, func() {
+		go endQuiet(&c.moved, over, func() {
 			client.Close()
 			backend.Close()
 		})
@@ -86,6 +84,12 @@ func relay(client, backend *os.File, hello []byte) {
 	case broken:
 		linger(client)
 	}
+}
+
+// count counts n bytes that the relay has moved.
+func (c *conn) count(way, n int) {
+	c.moved.Store(true)
+	c.counts.count(&c.sent, way, n)
 }
 
 // endQuiet calls end for a relay of which one half has ended, when the other has not moved
@@ -126,16 +130,19 @@ func forward(send func([]byte) error, src *os.File) error {
 	}
 }
 
-// send writes b to dst, and returns how much of it was written. While dst takes nothing, nobody
-// reads from the client; if it is watched, its reset is noticed all the same, and fails the
-// write.
-func send(dst *os.File, b []byte, watched *os.File) (n int, err error) {
+// send writes b to dst, calls count with each part that was written, and returns how much was.
+// While dst takes nothing, nobody reads from the client; if it is watched, its reset is noticed all
+// the same, and fails the write.
+func send(dst *os.File, b []byte, watched *os.File, count func(n int)) (n int, err error) {
 	for {
 		if err := dst.SetWriteDeadline(time.Now().Add(stallCheck)); err != nil {
 			return n, err
 		}
 		m, err := dst.Write(b[n:])
 		n += m
+		if m > 0 {
+			count(m)
+		}
 		if !errors.Is(err, os.ErrDeadlineExceeded) {
 			return n, err
 		}

@@ -596,6 +596,7 @@ func variedLoad(t *testing.T, hosts string, program setup) {
 	})
 	t.Run("stop", func(t *testing.T) {
 		c := openEcho(t, d, "echo.example")
+		d.counters()
 		d.signal(syscall.SIGHUP)
 		d.awaitRefused()
 		c.works()
