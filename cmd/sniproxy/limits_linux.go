@@ -45,10 +45,12 @@ const (
 	// lookupsIdle is how many threads for look-ups stay when there are none.
 	lookupsIdle = 2
 
-	// A loop that is stuck in a look-up for watchPeriod to twice as long gets another thread.
-	// For distrustTime after that directories of that owner are looked up elsewhere.
-	// Nobody looks after watchIdle periods without a look-up.
+	// A loop that is at the same look-up at watchStuck checks, one every watchPeriod, gets
+	// another thread: it is stuck, and has not just to wait for a processor. For distrustTime
+	// after that directories of that owner are looked up elsewhere. Nobody checks after
+	// watchIdle periods without a look-up.
 	watchPeriod  = 25 * time.Millisecond
+	watchStuck   = 4
 	watchIdle    = 40
 	distrustTime = time.Minute
 )

@@ -91,7 +91,7 @@ func (w *watch) wakeUp() {
 }
 
 func (w *watch) run() {
-	seen := make([]uint64, len(w.runners))
+	seen := make([]sight, len(w.runners))
 	for range w.start {
 		tick := time.NewTicker(watchPeriod)
 		for idle := 0; idle < watchIdle; {
@@ -108,20 +108,28 @@ func (w *watch) run() {
 	}
 }
 
-// look has runners replaced that are at the same look-up as at the last time. It reports whether
-// there was any look-up since.
-func (w *watch) look(seen []uint64) (some bool) {
+// A sight is the look-up that a runner was seen at, and how often in a row.
+type sight struct {
+	lookup uint64
+	times  int
+}
+
+// look has runners replaced that are stuck. It reports whether there was any look-up since the
+// last time.
+func (w *watch) look(seen []sight) (some bool) {
 	for i := range w.runners {
 		r := w.runners[i].Load()
 		if r == nil {
 			continue
 		}
 		now := r.lookups.Load()
-		if now == seen[i] && now%2 == 1 {
+		some = some || now != seen[i].lookup || now%2 == 1
+		if now != seen[i].lookup {
+			seen[i] = sight{lookup: now}
+		}
+		if seen[i].times++; now%2 == 1 && seen[i].times >= watchStuck {
 			w.replace(w.engine.loops[i], r, now)
 		}
-		some = some || now != seen[i] || now%2 == 1
-		seen[i] = now
 	}
 	return some
 }
