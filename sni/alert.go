@@ -73,6 +73,11 @@ const (
 	notClientHello
 	overrun
 	trailing
+	longSessionID
+	badCipherSuites
+	noCompression
+	emptyList
+	secondServerName
 	tooLate
 	noExtensions
 	noServerName
@@ -87,21 +92,26 @@ const (
 
 // The errors are values of the package, so that refusing allocates nothing.
 var alerts = [...]error{
-	notHandshake:   Alert{UnexpectedMessage, "first record is not a handshake"},
-	interleaved:    Alert{UnexpectedMessage, "another record type within the client hello"},
-	emptyRecord:    Alert{DecodeError, "empty handshake record"},
-	longRecord:     Alert{RecordOverflow, "record is longer than 2^14 bytes"},
-	notClientHello: Alert{UnexpectedMessage, "first message is not a client hello"},
-	overrun:        Alert{DecodeError, "a length in the client hello does not fit"},
-	trailing:       Alert{DecodeError, "a list in the client hello does not end where it should"},
-	tooLate:        Alert{InternalError, "no server name within the first 64 KiB"},
-	noExtensions:   Alert{UnrecognizedName, "client hello has no extensions"},
-	noServerName:   Alert{UnrecognizedName, "no server name"},
-	noHostName:     Alert{UnrecognizedName, "server name list has no host name"},
-	emptyName:      Alert{UnrecognizedName, "server name is empty"},
-	longName:       Alert{UnrecognizedName, "server name is longer than 254 bytes"},
-	emptyLabel:     Alert{UnrecognizedName, "server name has an empty label"},
-	trailingDot:    Alert{UnrecognizedName, "server name ends with a dot"},
-	leadingHyphen:  Alert{UnrecognizedName, "a label of the server name begins with a hyphen"},
-	badCharacter:   Alert{UnrecognizedName, "server name has a character other than letters, digits, '-', '_' and '.'"},
+	notHandshake:     Alert{UnexpectedMessage, "first record is not a handshake"},
+	interleaved:      Alert{UnexpectedMessage, "another record type within the client hello"},
+	emptyRecord:      Alert{DecodeError, "empty handshake record"},
+	longRecord:       Alert{RecordOverflow, "record is longer than 2^14 bytes"},
+	notClientHello:   Alert{UnexpectedMessage, "first message is not a client hello"},
+	overrun:          Alert{DecodeError, "a length in the client hello does not fit"},
+	trailing:         Alert{DecodeError, "a list in the client hello does not end where it should"},
+	longSessionID:    Alert{DecodeError, "session id is longer than 32 bytes"},
+	badCipherSuites:  Alert{DecodeError, "length of the cipher suites is zero or odd"},
+	noCompression:    Alert{DecodeError, "client hello has no compression methods"},
+	emptyList:        Alert{DecodeError, "server name list is empty"},
+	secondServerName: Alert{DecodeError, "client hello has a second server name extension"},
+	tooLate:          Alert{InternalError, "no server name within the first 64 KiB"},
+	noExtensions:     Alert{UnrecognizedName, "client hello has no extensions"},
+	noServerName:     Alert{UnrecognizedName, "no server name"},
+	noHostName:       Alert{UnrecognizedName, "server name list has no host name"},
+	emptyName:        Alert{UnrecognizedName, "server name is empty"},
+	longName:         Alert{UnrecognizedName, "server name is longer than 254 bytes"},
+	emptyLabel:       Alert{UnrecognizedName, "server name has an empty label"},
+	trailingDot:      Alert{UnrecognizedName, "server name ends with a dot"},
+	leadingHyphen:    Alert{UnrecognizedName, "a label of the server name begins with a hyphen"},
+	badCharacter:     Alert{UnrecognizedName, "server name has a character other than letters, digits, '-', '_' and '.'"},
 }

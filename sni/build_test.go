@@ -82,7 +82,8 @@ func (m *message) entry(kind byte, name string) {
 // A hello says how a ClientHello is to be.
 type hello struct {
 	sessionID  int              // bytes
-	ciphers    int              // bytes
+	ciphers    int              // bytes more than the two that there must be
+	methods    int              // bytes of compression methods more than one
 	extensions func(m *message) // appends them; nil if there is not even a list
 	trailing   int              // bytes at the end that do not belong
 }
@@ -103,8 +104,8 @@ func build(h hello) *message {
 		m.raw(3, 3)
 		m.raw(fill(32)...)
 		m.vector("session id", 1, func() { m.raw(fill(h.sessionID)...) })
-		m.vector("cipher suites", 2, func() { m.raw(fill(h.ciphers)...) })
-		m.vector("compression methods", 1, func() { m.raw(fill(1)...) })
+		m.vector("cipher suites", 2, func() { m.raw(fill(2 + h.ciphers)...) })
+		m.vector("compression methods", 1, func() { m.raw(fill(1 + h.methods)...) })
 		if h.extensions != nil {
 			m.vector("extensions", 2, func() { h.extensions(m) })
 		}
@@ -134,7 +135,21 @@ func payload(stream []byte) (msg []byte) {
 	return msg
 }
 
-// text is what Parse returned as text: the name, or the error, or nothing.
+// give gives a Parser more bytes, and returns its answer as text: the name, or
+// the error, or nothing.
+func give(p *Parser, b []byte) string {
+	name, err := p.Parse(b)
+	s := text(name, err)
+	if p.Nameless() {
+		s += nameless
+	}
+	return s
+}
+
+// nameless marks, in an answer as text, that Nameless says so.
+const nameless = ", nameless"
+
+// text is what Parse returned as text.
 func text(name []byte, err error) string {
 	if err != nil {
 		return err.Error()
@@ -146,7 +161,7 @@ func text(name []byte, err error) string {
 func parse(pieces ...[]byte) (s string) {
 	var p Parser
 	for _, b := range pieces {
-		s = text(p.Parse(b))
+		s = give(&p, b)
 	}
 	return s
 }
@@ -157,6 +172,10 @@ func alertText(t *testing.T, a answer, d Description) string {
 	var alert Alert
 	if !errors.As(alerts[a], &alert) || alert.Description != d {
 		t.Fatalf("%v does not have the description %v", alerts[a], d)
+	}
+	switch a {
+	case noExtensions, noServerName, noHostName:
+		return alert.Error() + nameless
 	}
 	return alert.Error()
 }
@@ -174,13 +193,13 @@ func checkStream(t *testing.T, stream []byte, want string) (end int) {
 		// Up to here in one call: the same state. The rest in one call: the
 		// same answer. So any cuts in between are of no matter either.
 		var whole Parser
-		if got := text(whole.Parse(stream[:i])); got != "" || whole != p {
+		if got := give(&whole, stream[:i]); got != "" || whole != p {
 			t.Fatalf("after %d bytes: got %q and\n%+v, byte by byte\n%+v", i, got, whole, p)
 		}
-		if got := text(whole.Parse(stream[i:])); got != want {
+		if got := give(&whole, stream[i:]); got != want {
 			t.Fatalf("cut after %d bytes: got %q, want %q", i, got, want)
 		}
-		if got := text(p.Parse(stream[i:][:1])); got != "" {
+		if got := give(&p, stream[i:][:1]); got != "" {
 			if got != want {
 				t.Fatalf("byte by byte: got %q, want %q", got, want)
 			}
@@ -276,7 +295,8 @@ func (c streamConn) Read(b []byte) (int, error)  { return c.Reader.Read(b) }
 func (c streamConn) Write(b []byte) (int, error) { return len(b), nil }
 
 // checkAgainstCryptoTLS checks that where crypto/tls accepts a ClientHello,
-// the Parser has found the same name, or rightly none.
+// the Parser has found the same name, or that it is nameless. But crypto/tls
+// does not mind bounds of what stands before the extensions.
 func checkAgainstCryptoTLS(t *testing.T, msg []byte) {
 	t.Helper()
 	stream := records(msg, maxRecord)
@@ -293,6 +313,14 @@ func checkAgainstCryptoTLS(t *testing.T, msg []byte) {
 		want = nil
 		for _, a := range []answer{noExtensions, noServerName, noHostName} {
 			want = append(want, alertText(t, a, UnrecognizedName))
+		}
+		body := reader{b: msg[4+versionRandom:]}
+		sessionID, ciphers, methods := body.vector(1).b, body.vector(2).b, body.vector(1).b
+		if len(sessionID) > 32 || len(ciphers) == 0 || len(methods) == 0 {
+			want = nil
+			for _, a := range []answer{longSessionID, badCipherSuites, noCompression} {
+				want = append(want, alertText(t, a, DecodeError))
+			}
 		}
 	}
 	if got := parse(stream); !slices.Contains(want, got) {

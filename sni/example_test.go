@@ -49,6 +49,27 @@ func ExampleParser_Parse() {
 	// 15 03 03 00 02 02 0a
 }
 
+func ExampleParser_Nameless() {
+	client, conn := net.Pipe()
+	defer conn.Close()
+	go tls.Client(client, &tls.Config{InsecureSkipVerify: true}).Handshake()
+
+	var p sni.Parser
+	b := make([]byte, 4096)
+	for {
+		n, err := conn.Read(b)
+		if err != nil {
+			fmt.Println(err)
+			return
+		}
+		if _, err := p.Parse(b[:n]); err != nil {
+			fmt.Println(p.Nameless(), err)
+			return
+		}
+	}
+	// Output: true no server name (alert 112, unrecognized_name)
+}
+
 func ExampleAppendCanonical() {
 	for _, name := range []string{"WWW.Example.com", "a_b.example", "..", "example.com."} {
 		canonical, err := sni.AppendCanonical(nil, []byte(name))

@@ -46,17 +46,17 @@ func TestFuzzInputsReachAll(t *testing.T) {
 // input, and does not depend on how the stream is cut.
 //
 // For an input in testdata/fuzz its file's name says, up to the dot, what the
-// answer to its stream is: "name", "pending", or the alert.
+// answer to its stream is: "name", "nameless", "pending", or the alert.
 func FuzzParse(f *testing.F) {
 	for _, c := range captures(f) {
 		f.Add(c.stream, c.stream, uint16(7))
 	}
 	f.Add(records(ordinary("example.com").bytes, 40), []byte{}, uint16(50))
-	f.Add(records(build(hello{ciphers: MaxHello - 1}).bytes, maxRecord), []byte{}, uint16(999))
+	f.Add(records(build(hello{ciphers: MaxHello - 4}).bytes, maxRecord), []byte{}, uint16(999))
 	f.Fuzz(func(t *testing.T, stream, more []byte, size uint16) {
 		var p Parser
-		name, err := p.Parse(stream)
-		got := text(name, err)
+		got := give(&p, stream)
+		name, _ := p.Parse(nil)
 		if name != nil && (len(name) > MaxName || !canonicalName.Match(name)) {
 			t.Errorf("%q is not canonical", name)
 		}
@@ -64,7 +64,7 @@ func FuzzParse(f *testing.F) {
 			t.Error("no answer after MaxHello bytes")
 		}
 		if want, _, ok := strings.Cut(filepath.Base(t.Name()), "."); ok {
-			if word := answerWord(name, err); word != want {
+			if word := answerWord(&p); word != want {
 				t.Errorf("got %s: %q", word, got)
 			}
 		}
@@ -75,7 +75,7 @@ func FuzzParse(f *testing.F) {
 			}
 		}
 
-		longer := text(p.Parse(more))
+		longer := give(&p, more)
 		if got != "" && longer != got {
 			t.Errorf("with more behind it: got %q, want %q", longer, got)
 		}
@@ -85,11 +85,14 @@ func FuzzParse(f *testing.F) {
 	})
 }
 
-// answerWord says of what kind it is what Parse returned, as the names of the
-// files in testdata/fuzz do.
-func answerWord(name []byte, err error) string {
+// answerWord says of what kind a Parser's answer is, as the names of the files
+// in testdata/fuzz do.
+func answerWord(p *Parser) string {
+	name, err := p.Parse(nil)
 	var alert Alert
 	switch {
+	case p.Nameless():
+		return "nameless"
 	case errors.As(err, &alert):
 		return alert.Description.String()
 	case name == nil:
@@ -124,13 +127,44 @@ func FuzzResplit(f *testing.F) {
 	})
 }
 
-// Property: where crypto/tls accepts a hello, the name is the same.
+// Property: a hello is nameless exactly if it is, read as a whole, complete and
+// valid and without a host name; and it is not before its last byte has come.
+func FuzzNameless(f *testing.F) {
+	for _, c := range captures(f) {
+		f.Add(payload(c.stream))
+	}
+	for _, h := range namelessHellos() {
+		f.Add(h.hello.bytes)
+	}
+	f.Add(build(hello{sessionID: 33, ciphers: -1, methods: -1}).bytes)
+	f.Fuzz(func(t *testing.T, msg []byte) {
+		msg = msg[:min(len(msg), maxRecord)]
+		end, want := readNameless(msg)
+		for _, c := range []struct {
+			msg  []byte
+			want bool
+		}{
+			{msg, want},
+			{msg[:end], want},
+			{msg[:max(end-1, 0)], false},
+		} {
+			if got := strings.HasSuffix(parse(records(c.msg, maxRecord)), nameless); got != c.want {
+				t.Errorf("after %d bytes: nameless is %v, want %v", len(c.msg), got, c.want)
+			}
+		}
+	})
+}
+
+// Property: where crypto/tls accepts a hello, the name is the same, or it is
+// nameless to both.
 func FuzzCryptoTLS(f *testing.F) {
 	for _, c := range captures(f) {
 		f.Add(payload(c.stream))
 	}
 	f.Add(ordinary("WWW.example.com").bytes)
-	f.Add(build(hello{}).bytes)
+	for _, h := range namelessHellos() {
+		f.Add(h.hello.bytes)
+	}
 	f.Add(withList(func(m *message) { m.entry(1, "other"); m.entry(0, "example.com") }).bytes)
 	f.Fuzz(checkAgainstCryptoTLS)
 }

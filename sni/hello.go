@@ -5,11 +5,15 @@
 // the same however the bytes are cut, by TLS records or by the network. The
 // package does no I/O, allocates nothing, and keeps no reference to what it
 // was given.
+//
+// The name is answered as soon as its last byte has come, and nothing behind it
+// is looked at. That a hello has no name is answered only when all of the hello
+// has come and been found valid: see [Parser.Nameless].
 package sni
 
 // MaxHello is the number of raw bytes, record headers included, within which
-// the name must have come. Real hellos have one or two thousand. sniproxy-rs
-// has no such limit.
+// the name must have come, or all of a hello without one. Real hellos have one
+// or two thousand. sniproxy-rs has no such limit.
 const MaxHello = 64 << 10
 
 // A Parser finds the server name in a ClientHello. Its zero value is ready for
@@ -23,9 +27,12 @@ type Parser struct {
 
 	field field
 	got   uint8  // bytes so far of the field's value
+	flaw  answer // instead of none: what is wrong, of no matter if there is a name
+	none  answer // if no name comes: why
 	value uint32 // of the field, as far as it is known
 	skip  uint32 // bytes left to skip before the field
 	left  uint32 // bytes left, after the field, of the structure it is in
+	after uint32 // bytes of the extensions after the server name's
 
 	size uint8 // bytes so far of the name
 	name [MaxName]byte
@@ -38,7 +45,7 @@ type Parser struct {
 // Once there is a name or an Alert, further calls return the same and ignore b.
 //
 // Nothing behind the name is looked at: the rest of the hello is for the
-// server to judge.
+// server to judge. Nor is anything behind a hello without a name.
 func (p *Parser) Parse(b []byte) (name []byte, err error) {
 	if p.answer == pending {
 		b = b[:min(len(b), MaxHello-int(p.taken))]
@@ -56,6 +63,25 @@ func (p *Parser) Parse(b []byte) (name []byte, err error) {
 	default:
 		return nil, alerts[p.answer]
 	}
+}
+
+// Nameless tells whether Parse has answered with an Alert because a complete,
+// valid ClientHello has no server name: no extensions, no server_name extension
+// among them, or no host_name in its list. Other readers of the same bytes find
+// no name either, so such a client can be served without one.
+//
+// It is false while more bytes are needed, for a name that is not canonical,
+// and for a hello that is not valid. Checked are the records; each length up to
+// the end of the message; the bounds that RFC 8446 and RFC 6066 set to the
+// session id, the cipher suites, the compression methods and the server name
+// list; and that there is at most one server_name extension. What is in other
+// extensions, and in names of other types, is not looked at.
+func (p *Parser) Nameless() bool {
+	switch p.answer {
+	case noExtensions, noServerName, noHostName:
+		return true
+	}
+	return false
 }
 
 // readRecords takes b apart into records, and hands on what they hold.
@@ -130,32 +156,41 @@ const (
 	// RFC 6066, Section 3.
 	serverNameList // length
 	serverName     // type and length
+	serverNameEnd  // of the list and its extension, without a host name: no bytes
+	helloEnd       // without a host name: no bytes
 	hostName       // not a number: the name itself
 )
 
-// fields holds, for each field, its size in bytes, and the answer when the
-// structure that it is part of ends where the field could begin.
+// fields holds, for each field that is a number, its size in bytes, and what
+// takes its place where the structure ends that it is part of. That is the same
+// field, for which there is no room, where the structure may not end.
 var fields = [...]struct {
 	size uint8
-	end  answer
+	end  field
 }{
 	messageType:        {size: 1},
 	messageLength:      {size: 3},
-	sessionID:          {1, overrun},
-	cipherSuites:       {2, overrun},
-	compressionMethods: {1, overrun},
-	extensions:         {2, noExtensions}, // optional before TLS 1.3
-	extension:          {4, noServerName},
-	serverNameList:     {2, overrun},
-	serverName:         {3, noHostName},
+	sessionID:          {1, sessionID},
+	cipherSuites:       {2, cipherSuites},
+	compressionMethods: {1, compressionMethods},
+	extensions:         {2, helloEnd}, // optional before TLS 1.3
+	extension:          {4, helloEnd},
+	serverNameList:     {2, serverNameList},
+	serverName:         {3, serverNameEnd},
+	serverNameEnd:      {size: 0},
+	helloEnd:           {size: 0},
 }
 
-// readHandshake reads the next bytes of the handshake messages, up to the name.
+// readHandshake reads the next bytes of the handshake messages, up to the name
+// or the end of a hello without one.
 func (p *Parser) readHandshake(b []byte) {
 	for p.answer == pending && p.field != hostName {
-		n := min(uint32(len(b)), p.skip)
-		p.skip -= n
-		b = b[n:]
+		if n := uint32(len(b)); n < p.skip {
+			p.skip -= n
+			return
+		}
+		b = b[p.skip:]
+		p.skip = 0
 		for ; p.got < fields[p.field].size; p.got++ {
 			if len(b) == 0 {
 				return
@@ -175,6 +210,7 @@ func (p *Parser) readHandshake(b []byte) {
 const (
 	clientHello   = 1      // HandshakeType
 	versionRandom = 2 + 32 // legacy_version and random
+	maxSessionID  = 32     // bytes
 	serverNameExt = 0      // ExtensionType
 	hostNameType  = 0      // NameType
 )
@@ -192,24 +228,44 @@ func (p *Parser) next(value uint32) {
 		p.left = value
 		p.expect(sessionID, versionRandom)
 	case sessionID:
+		if value > maxSessionID {
+			p.flaw = longSessionID
+		}
 		p.expect(cipherSuites, value)
 	case cipherSuites:
+		if value == 0 || value%2 != 0 {
+			p.flaw = badCipherSuites
+		}
 		p.expect(compressionMethods, value)
 	case compressionMethods:
+		if value == 0 {
+			p.flaw = noCompression
+		}
+		p.none = noExtensions
 		p.expect(extensions, value)
 	case extensions:
+		p.none = noServerName
 		p.expectList(extension, value)
 	case extension:
 		switch {
 		case kind != serverNameExt:
 			p.expect(extension, length)
+		case p.none == noHostName:
+			// "There MUST NOT be more than one extension of the same type".
+			p.answer = secondServerName
 		case length > p.left:
 			p.answer = overrun
 		default:
+			p.none = noHostName
+			p.after = p.left - length
 			p.left = length
 			p.expect(serverNameList, 0)
 		}
 	case serverNameList:
+		if value == 0 {
+			p.answer = emptyList
+			return
+		}
 		p.expectList(serverName, value)
 	case serverName:
 		switch {
@@ -223,27 +279,37 @@ func (p *Parser) next(value uint32) {
 			p.field = hostName
 			p.left = length
 		}
+	case serverNameEnd:
+		p.left = p.after
+		p.expect(extension, 0)
+	case helloEnd:
+		p.answer = p.none
+		if p.flaw != pending {
+			p.answer = p.flaw
+		}
 	}
 }
 
-// expect makes f the next field, after skip bytes, if there is room for both.
+// expect makes f the next field, after skip bytes, if there is room for both; or
+// what stands in for it, if the structure ends with those bytes.
 func (p *Parser) expect(f field, skip uint32) {
-	need := skip + uint32(fields[f].size)
-	switch {
-	case skip == p.left:
-		p.answer = fields[f].end
-	case need > p.left:
-		p.answer = overrun
-	default:
-		p.field = f
-		p.skip = skip
-		p.left -= need
+	if skip == p.left {
+		f = fields[f].end
 	}
+	need := skip + uint32(fields[f].size)
+	if need > p.left {
+		p.answer = overrun
+		return
+	}
+	p.field = f
+	p.skip = skip
+	p.left -= need
 }
 
 // expectList makes f the next field, the first of a list of the given length
-// that must end where the structure around it ends. Only that structure's end
-// has to be kept in mind, since the parser never leaves a list again.
+// that must end where the structure around it ends. So the end of the
+// extensions is that of the message, and the end of the server name list that
+// of its extension.
 func (p *Parser) expectList(f field, length uint32) {
 	if length != p.left {
 		p.answer = trailing

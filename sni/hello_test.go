@@ -48,6 +48,16 @@ func TestName(t *testing.T) {
 		{"long session id", build(hello{sessionID: 255, extensions: func(m *message) {
 			m.serverName(func() { m.entry(0, "a.example") })
 		}}), "a.example"},
+		// What is wrong with the next three is for the server to say.
+		{"no cipher suites", build(hello{ciphers: -2, extensions: func(m *message) {
+			m.serverName(func() { m.entry(0, "a.example") })
+		}}), "a.example"},
+		{"half a cipher suite", build(hello{ciphers: -1, extensions: func(m *message) {
+			m.serverName(func() { m.entry(0, "a.example") })
+		}}), "a.example"},
+		{"no compression methods", build(hello{methods: -1, extensions: func(m *message) {
+			m.serverName(func() { m.entry(0, "a.example") })
+		}}), "a.example"},
 		{"many cipher suites", build(hello{ciphers: 1000, extensions: func(m *message) {
 			m.serverName(func() { m.entry(0, "a.example") })
 		}}), "a.example"},
@@ -126,19 +136,30 @@ func TestMessageAlerts(t *testing.T) {
 			{"server name with half a length", build(hello{extensions: func(m *message) {
 				m.extension(0, fill(1))
 			}}), overrun},
+			{"empty list", withList(func(*message) {}), emptyList},
+			{"second server name", build(hello{extensions: func(m *message) {
+				m.serverName(func() { m.entry(1, "other") })
+				m.extension(grease, nil)
+				m.serverName(func() { m.entry(0, "example.com") })
+			}}), secondServerName},
+			{"second server name without host name", build(hello{extensions: func(m *message) {
+				m.serverName(func() { m.entry(1, "other") })
+				m.serverName(func() { m.entry(1, "other") })
+			}}), secondServerName},
+			{"trailing bytes behind a server name without host name", build(hello{extensions: func(m *message) {
+				m.serverName(func() { m.entry(1, "other") })
+				m.raw(filler, filler, filler)
+			}}), overrun},
+			{"long session id and no extensions", build(hello{sessionID: 33}), longSessionID},
+			{"no cipher suites and no server name", build(hello{ciphers: -2, extensions: func(m *message) {
+				m.extension(grease, fill(5))
+			}}), badCipherSuites},
+			{"half a cipher suite and no extensions", build(hello{ciphers: 3}), badCipherSuites},
+			{"no compression methods and no host name", build(hello{methods: -1, extensions: func(m *message) {
+				m.serverName(func() { m.entry(1, "other") })
+			}}), noCompression},
 		},
 		UnrecognizedName: {
-			{"no extensions", build(hello{}), noExtensions},
-			{"empty extensions", build(hello{extensions: func(*message) {}}), noServerName},
-			{"no server name", build(hello{extensions: func(m *message) {
-				m.extension(grease, fill(5))
-				m.extension(23, nil)
-			}}), noServerName},
-			{"empty list", withList(func(*message) {}), noHostName},
-			{"no host name in the list", withList(func(m *message) {
-				m.entry(1, "example.com")
-				m.entry(255, "")
-			}), noHostName},
 			named("", emptyName),
 			named(longest+"d", longName),
 			named(strings.Repeat("a", 1000), longName),
@@ -348,7 +369,7 @@ func TestLimit(t *testing.T) {
 
 // Goal: a ClientHello that claims 16 MiB is followed for 64 KiB and no further.
 func TestHugeClaim(t *testing.T) {
-	m := build(hello{sessionID: 255, ciphers: 1<<16 - 2, extensions: func(m *message) {
+	m := build(hello{sessionID: 255, ciphers: 1<<16 - 4, extensions: func(m *message) {
 		m.serverName(func() { m.entry(0, "example.com") })
 	}})
 	m.set(m.lengths[0], 1<<24-1)
@@ -380,7 +401,7 @@ func TestAnswerStays(t *testing.T) {
 		p.Parse(b)
 		before := p
 		for _, more := range [][]byte{nil, b, make([]byte, 2*MaxHello)} {
-			if got := text(p.Parse(more)); got != c.want {
+			if got := give(&p, more); got != c.want {
 				t.Errorf("got %s, want %s", got, c.want)
 			}
 		}
@@ -407,7 +428,7 @@ func TestParserKeepsNothing(t *testing.T) {
 		piece := make([]byte, size)
 		for c := range slices.Chunk(records(ordinary("example.com").bytes, maxRecord), size) {
 			n := copy(piece, c)
-			got = text(p.Parse(piece[:n]))
+			got = give(&p, piece[:n])
 			copy(piece, fill(size))
 		}
 		if got != "example.com" {
@@ -451,6 +472,7 @@ func TestNoAllocation(t *testing.T) {
 					var p Parser
 					for b := c.stream; len(b) > 0; b = b[min(size, len(b)):] {
 						p.Parse(b[:min(size, len(b))])
+						p.Nameless()
 					}
 				})
 				if n != 0 {
@@ -489,6 +511,9 @@ func TestAgreesWithCryptoTLS(t *testing.T) {
 			m.serverName(func() { m.entry(0, "example.com") })
 		}}),
 		build(hello{extensions: func(*message) {}}),
+		build(hello{sessionID: 33}),
+		build(hello{ciphers: -2}),
+		build(hello{methods: -1}),
 		withList(func(m *message) { m.entry(1, "other") }),
 		withList(func(m *message) { m.entry(1, "other"); m.entry(0, "example.com") }),
 	} {
