@@ -199,6 +199,19 @@ func TestAlerts(t *testing.T) {
 	}
 	tests = append(tests, test{"end between records", record(22, good[:60]...), true, sni.DecodeError})
 
+	// A hello has no name only when all of it has come and is valid.
+	nameless := record(22, shape{name: "other", kind: 1, after: shape{}.extension(padding, 8)}.message()...)
+	for n := len(nameless) - 20; n < len(nameless); n++ {
+		tests = append(tests, test{fmt.Sprintf("no host name and end after %d bytes", n), nameless[:n], true, sni.DecodeError})
+	}
+	add(sni.DecodeError, "no host name and a wrong length behind it", record(22, shape{name: "other", kind: 1,
+		after: shape{wrong: []string{"other"}, by: 1}.extension(padding, 8)}.message()...))
+	add(sni.DecodeError, "a second server name", record(22, shape{name: "other", kind: 1,
+		after: []byte{0, 0, 0, 6, 0, 4, 0, 0, 1, 'a'}}.message()...))
+	add(sni.DecodeError, "empty list of names", record(22, shape{}.client([]byte{0, 6, 0, 0, 0, 2, 0, 0})...))
+	add(sni.UnexpectedMessage, "another record type before the end of a hello without a name",
+		slices.Concat(record(22, nameless[5:len(nameless)-1]...), record(21, 2, 0)))
+
 	late := slices.Concat(hello64K(1), make([]byte, 100))
 	add(sni.InternalError, "name ends behind 64 KiB", late[:64<<10])
 	add(sni.InternalError, "name ends behind 64 KiB, and more", late)
@@ -210,6 +223,8 @@ func TestAlerts(t *testing.T) {
 	add(sni.UnrecognizedName, "no server name",
 		record(22, shape{}.client(shape{}.vector("", 2, shape{}.extension(padding, 8)))...))
 	add(sni.UnrecognizedName, "no host name", record(22, shape{name: "a.example", kind: 1}.message()...))
+	add(sni.UnrecognizedName, "no host name, and extensions behind it", nameless)
+	add(sni.UnrecognizedName, "no host name, and more behind the hello", append(nameless[:len(nameless):len(nameless)], record(21)...))
 	add(sni.UnrecognizedName, "empty name", record(22, shape{}.message()...))
 	add(sni.UnrecognizedName, "bad name", record(22, shape{name: "a example"}.message()...))
 	add(sni.UnrecognizedName, "unknown name", record(22, shape{name: "unknown.example"}.message()...))

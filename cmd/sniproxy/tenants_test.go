@@ -616,6 +616,7 @@ func TestLogReasons(t *testing.T) {
 	add(record(22, shape{}.client(nil)...), false, "", "client hello has no extensions", sni.UnrecognizedName)
 	add(hello(""), false, "", "no server name", sni.UnrecognizedName)
 	add(nil, true, "", "the client ended the connection before the server name", sni.DecodeError)
+	add(hello("")[:60], true, "", "the client ended the connection before the server name", sni.DecodeError)
 	add(asking("forged")[:60], true, "", "the client ended the connection before the server name", sni.DecodeError)
 	add([]byte{22, 3, 1, 255, 255}, false, "", "record is longer", sni.RecordOverflow)
 	add([]byte("GET /forged\x1b[2J HTTP/1.1\r\n\r\n"), false, "", "first record is not a handshake", sni.UnexpectedMessage)
@@ -656,12 +657,14 @@ func TestLogLate(t *testing.T) {
 	t.Parallel()
 	d := start(t)
 	fillBacklog(t, d.hostPath("deaf.example", "tls-socket"))
+	nameless := shape{}.client(nil)
 	var clients sync.WaitGroup
 	for _, tt := range []struct {
 		sent []byte
 		want notice
 	}{
 		{nil, notice{"", "", "no complete server name within the time limit", sni.UserCanceled}},
+		{record(22, nameless[:len(nameless)-1]...), notice{"", "", "no complete server name within the time limit", sni.UserCanceled}},
 		{hello("deaf.example")[:60], notice{"", "", "no complete server name within the time limit", sni.UserCanceled}},
 		{hello("deaf.example"), notice{"", "deaf.example", "the backlog of tls-socket is full", sni.InternalError}},
 	} {
