@@ -24,6 +24,8 @@ type conn struct {
 	sent    traffic
 	began   int64 // when it was accepted
 
+	account *account // if it is to be told of at its end
+
 	broken bool // the backend does not read any more
 	cut    bool // it stopped in the middle of a write
 
@@ -137,10 +139,10 @@ func (l *loop) readHello(c *conn) {
 		}
 		name, err := parser.Parse(room[:n])
 		switch {
-		case err != nil:
+		case err != nil && !parser.Nameless():
 			l.refuse(c, nil, err)
 			return
-		case name != nil:
+		case name != nil || err != nil:
 			hello := l.buffer[:headroom+n]
 			if c.early != nil {
 				c.early.hello = append(c.early.hello, room[:n]...)
@@ -184,6 +186,7 @@ func (l *loop) register(c *conn, side int, events uint32) bool {
 	if errno := epollCtl(l.epoll, op, s.fd, &event); errno != 0 {
 		// The kernel is out of memory, or of what it grants a user.
 		complainOften(func() string { return fmt.Sprintf("cannot watch a connection: %v", errno) })
+		l.tell(c, cutForMemory)
 		l.abort(c)
 		return false
 	}
@@ -305,12 +308,16 @@ func (l *loop) begin(c *conn, fd int32, marks hostdir.Marks, name, hello []byte)
 	l.waited(c)
 	c.phase = relaying
 	c.sockets[backend].fd = fd
+	if marks.Log || l.logsAll() {
+		c.account = newAccount(int(c.sockets[client].fd), name)
+	}
 	c.flows[client].size, c.flows[backend].size = readMin, readMin
 	c.begun = l.measured
 	first := hello[headroom:]
 	if marks.Proxy > 0 {
 		header, err := proxyHeader(int(c.sockets[client].fd), marks.Proxy, name)
 		if err != nil {
+			l.tell(c, resetByClient)
 			l.abort(c)
 			return
 		}
@@ -387,6 +394,7 @@ func (l *loop) abort(c *conn) {
 
 // close is the end of c, whatever way it went.
 func (l *loop) close(c *conn) {
+	l.tell(c, closedByBoth)
 	c.leave()
 	c.forget()
 	l.waited(c)
@@ -396,6 +404,23 @@ func (l *loop) close(c *conn) {
 	l.ended = append(l.ended, c)
 	l.open.Add(-1)
 	l.counters.ended.Add(1)
+}
+
+// tell has the line printed about how c ended, if there is to be one.
+func (l *loop) tell(c *conn, how string) {
+	if c.account != nil {
+		c.account.tell(c.sent, time.Duration(now()-c.began), how)
+		c.account = nil
+	}
+}
+
+// logsAll tells whether the connections of all hosts are to be told of. It finds out once for all
+// that happens at once.
+func (l *loop) logsAll() bool {
+	if l.logsAllAt != l.round {
+		l.logsAllAt, l.allLogged = l.round, l.runner.dialer.LogAll()
+	}
+	return l.allLogged
 }
 
 // closeBackend closes the connection to the backend, if there is one, and what was on its

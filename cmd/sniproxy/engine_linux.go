@@ -89,6 +89,27 @@ func (e *engine) counters() (all []*counters) {
 	return all
 }
 
+// cut ends all connections, as far as that is possible at once.
+func (e *engine) cut() {
+	for _, l := range e.loops {
+		l.cutting.Store(true)
+		l.wakeUp()
+	}
+	select {
+	case <-e.drained:
+	case <-time.After(cutTimeout):
+	}
+}
+
+func (l *loop) cut() {
+	for _, c := range l.conns {
+		if c.phase != closed && c.sockets[client].fd != 0 {
+			l.tell(c, cutAtStop)
+			l.close(c)
+		}
+	}
+}
+
 // A loop waits for events on its connections, and on the listening socket, and deals with
 // one after the other. Nothing that it does waits for anything else.
 type loop struct {
@@ -97,6 +118,7 @@ type loop struct {
 	epoll    int
 	wake     int32 // an eventfd
 	stopping atomic.Bool
+	cutting  atomic.Bool
 	open     atomic.Int64 // connections, for others to read
 	counters counters
 
@@ -115,6 +137,11 @@ type loop struct {
 	wall, cpu int64
 
 	given given
+
+	// Whether all connections are told of, as was found out in a round.
+	round     int
+	logsAllAt int
+	allLogged bool
 
 	conns []*conn // by the number that epoll knows them by
 	free  []*conn // those that can be used again
@@ -215,6 +242,9 @@ func (l *loop) runWith(r *runner) {
 		}
 		l.takeTurns()
 		l.expire()
+		if l.cutting.Load() {
+			l.cut()
+		}
 		l.reuse()
 		if !l.accepting && l.done() {
 			return
@@ -224,6 +254,7 @@ func (l *loop) runWith(r *runner) {
 			l.measure()
 		}
 		l.ready, l.dealt = l.await(), 0
+		l.round++
 	}
 }
 

@@ -35,6 +35,8 @@ type engine struct {
 
 	taking sync.Mutex // held to accept, and to make room and use it
 
+	told sync.Map // of *conn: relays that are to be told of at their end
+
 	mu      sync.Mutex
 	waiting list.List // of *conn: those that are not relays yet, in order of arrival
 }
@@ -89,10 +91,35 @@ func (e *engine) stop() {
 // counters returns the only ones.
 func (e *engine) counters() []*counters { return []*counters{&e.counts} }
 
+// cut ends all connections that are to be told of, and waits a moment for that.
+func (e *engine) cut() {
+	e.told.Range(func(key, _ any) bool {
+		c := key.(*conn)
+		c.endsAs(cutAtStop)
+		c.client.Close()
+		c.telling.backend.Close()
+		return true
+	})
+	late := time.After(cutTimeout)
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for left := true; left; {
+		left = false
+		e.told.Range(func(any, any) bool {
+			left = true
+			return false
+		})
+		select {
+		case <-tick.C:
+		case <-late:
+			return
+		}
+	}
+}
+
 // A conn is a client's connection.
 type conn struct {
 	client   *os.File
-	addr     unix.Sockaddr // the client's
 	deadline time.Time     // for the relay to begin: helloTimeout after it was accepted
 	place    *list.Element // among those waiting
 	dialling bool          // not to be dropped: its hello is there, and it is being dealt with
@@ -100,16 +127,17 @@ type conn struct {
 	waits    atomic.Bool // it is counted among those waiting
 	moved    atomic.Bool // the relay has moved something
 	sent     traffic
+	telling  *telling
 }
 
 // accept accepts connections until the listener is closed. No failure ends it, as any
 // would end sniproxy-rs.
 func (e *engine) accept() {
 	for {
-		fd, addr, err := e.acceptOne()
+		fd, err := e.acceptOne()
 		switch err {
 		case nil:
-			c := &conn{client: os.NewFile(uintptr(fd), "client"), addr: addr, deadline: time.Now().Add(helloTimeout), counts: &e.counts}
+			c := &conn{client: os.NewFile(uintptr(fd), "client"), deadline: time.Now().Add(helloTimeout), counts: &e.counts}
 			e.enter(c)
 			e.conns.Go(func() {
 				defer e.leave(c)
@@ -135,17 +163,17 @@ func (e *engine) accept() {
 	}
 }
 
-func (e *engine) acceptOne() (fd int, addr unix.Sockaddr, err error) {
+func (e *engine) acceptOne() (fd int, err error) {
 	raw, err := e.file.SyscallConn()
 	if err != nil {
-		return -1, nil, os.ErrClosed
+		return -1, os.ErrClosed
 	}
 	closed := raw.Read(func(uintptr) bool {
 		e.taking.Lock()
 		defer e.taking.Unlock()
-		fd, addr, err = e.listener.accept()
+		fd, _, err = e.listener.accept()
 		for err == unix.EINTR {
-			fd, addr, err = e.listener.accept()
+			fd, _, err = e.listener.accept()
 		}
 		if (err == unix.EMFILE || err == unix.ENFILE) && !e.listener.pending() {
 			err = unix.EAGAIN // it is said before anybody is looked for
@@ -153,9 +181,9 @@ func (e *engine) acceptOne() (fd int, addr unix.Sockaddr, err error) {
 		return err != unix.EAGAIN
 	})
 	if closed != nil {
-		return -1, nil, os.ErrClosed
+		return -1, os.ErrClosed
 	}
-	return fd, addr, err
+	return fd, err
 }
 
 // pause waits after a failure of accept that has a cause outside of the connection, for
@@ -281,6 +309,15 @@ func (e *engine) serve(c *conn) {
 		c.sent[up] = -int64(len(header))
 		hello = append(header, hello...)
 	}
+	if marks.Log || hostdir.LogAll() {
+		c.telling = &telling{backend: backend, account: newAccount(-1, name)}
+		control(c.client, func(fd int) { c.telling.account = newAccount(fd, name) })
+		e.told.Store(c, nil)
+		defer func() {
+			c.telling.account.tell(c.sent, time.Since(c.deadline.Add(-helloTimeout)), c.telling.how)
+			e.told.Delete(c)
+		}()
+	}
 	relay(c, backend, hello)
 }
 
@@ -301,6 +338,9 @@ func (c *conn) hello(parser *sni.Parser) (hello, name []byte, err error) {
 		hello = append(hello, b...)
 		name, err = parser.Parse(b)
 		in.release()
+		if parser.Nameless() {
+			return hello, nil, nil
+		}
 		if err != nil {
 			return nil, nil, err
 		}

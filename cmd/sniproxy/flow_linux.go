@@ -52,7 +52,8 @@ func (l *loop) takeTurns() {
 // relay deals with an event on a side of a relay.
 func (l *loop) relay(c *conn, side int, events uint32) {
 	if side == client && events&unix.EPOLLERR != 0 {
-		l.abort(c) // a reset, whatever else there is to read or send
+		l.tell(c, resetByClient)
+		l.abort(c) // whatever else there is to read or send
 		return
 	}
 	if to := &c.flows[1-side]; to.stalled() && !to.ended && events&(unix.EPOLLOUT|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
@@ -143,6 +144,7 @@ func (l *loop) got(c *conn, from, n int, errno unix.Errno) bool {
 	switch {
 	case errno == unix.EAGAIN:
 	case errno != 0:
+		l.tell(c, resetBy[from])
 		l.abort(c)
 	case n == 0:
 		l.finish(c, from)
@@ -258,6 +260,7 @@ func (l *loop) resume(c *conn, from int) {
 // once: to who reads, or in place of the rest of a write that was done in part.
 func (l *loop) unsendable(c *conn, from int, errno unix.Errno) {
 	if from != client || errno != unix.EPIPE {
+		l.tell(c, resetBy[1-from])
 		l.abort(c)
 		return
 	}
@@ -331,6 +334,7 @@ func (l *loop) endQuiet() {
 // endHalf ends a relay of which one half has ended: with a reset, if it is not that of the
 // backend, so that the client does not mistake what it has for all there is.
 func (l *loop) endHalf(c *conn) {
+	l.tell(c, silentHalfClosed)
 	if c.flows[backend].ended {
 		l.close(c)
 	} else {
@@ -342,8 +346,10 @@ func (l *loop) endHalf(c *conn) {
 func (l *loop) end(c *conn) {
 	switch {
 	case c.cut:
+		l.tell(c, resetByBackend)
 		l.abort(c)
 	case c.broken:
+		l.tell(c, closedByBackend)
 		l.linger(c)
 	default:
 		l.close(c)

@@ -17,6 +17,9 @@ const (
 	// drainTimeout is for connections that are open when the program is stopped.
 	drainTimeout = 10 * time.Second
 
+	// cutTimeout is for ending those that are open after that.
+	cutTimeout = 100 * time.Millisecond
+
 	// A connection to a backend whose backlog is full is tried again after
 	// redialMin, then after twice as long each time, but at most redialMax.
 	redialMin = time.Millisecond

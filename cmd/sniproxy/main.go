@@ -9,9 +9,12 @@
 //   - Standard input is a bound and listening TCP socket: IPv4, IPv6 or both.
 //     Supervisors such as systemd, inetd and s6 hand it over.
 //   - The working directory is the hosts directory. NAME/tls-socket in it is the
-//     socket of the backend for the host NAME. If NAME/send-proxy-v1 exists, what
-//     the backend receives begins with a PROXY protocol header. Both are looked up
-//     for each connection. See package hostdir.
+//     socket of the backend for the host NAME. If NAME/send-proxy-v2 or, without
+//     that, NAME/send-proxy-v1 exists, what the backend receives begins with a PROXY
+//     protocol header; if NAME/log-connections exists, and is the administrator's,
+//     connections are logged at their end. The directory *.REST serves names that
+//     have none of their own, and * those and clients that send none. All of it is
+//     looked up for each connection. See package hostdir.
 //   - Standard output gets "listening on ADDR" once connections are accepted, and
 //     "got SIGHUP, shutting down" at the stop.
 //   - Standard error gets everything else, a line each, without time stamps. Above all a line
@@ -115,12 +118,14 @@ func run() int {
 	e.stop()
 	select {
 	case <-e.drained:
+		return status
 	case s := <-signals:
 		complain("got %s again, cut what was open: %s", unix.SignalName(s.(syscall.Signal)), connections(e.open()))
 	case <-time.After(drainTimeout):
 		// With the exit status of sniproxy-rs, 1, systemd would take it for a failure.
 		complain("cut what was still open after %v: %s", drainTimeout, connections(e.open()))
 	}
+	e.cut()
 	return status
 }
 

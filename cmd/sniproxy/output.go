@@ -68,6 +68,9 @@ func (o *output) print(line string) bool {
 	}
 }
 
+// spare returns for how many lines there is room.
+func (o *output) spare() int { return cap(o.lines) - len(o.lines) }
+
 // complain prints a line on standard error.
 func complain(format string, args ...any) bool {
 	return stderr.print("sniproxy: " + fmt.Sprintf(format, args...) + "\n")
@@ -76,36 +79,54 @@ func complain(format string, args ...any) bool {
 // complainOften prints what line returns, for lines that clients can bring about, or counts
 // it among those left out.
 func complainOften(line func() string) {
-	if len(stderr.lines) < cap(stderr.lines)/2 && often.take() && complain("%s", line()) {
-		return
+	if stderr.spare() < cap(stderr.lines)/2 || !often.take() || !complain("%s", line()) {
+		moreOften.add()
 	}
-	if leftOut.Add(1) == 1 {
-		time.AfterFunc(leftOutDelay, tellLeftOut)
+}
+
+// complainEach is for lines that were asked for, each of them: they are left out only if the log
+// does not take them.
+func complainEach(line string) {
+	if stderr.spare() < cap(stderr.lines)/4 || !complain("%s", line) {
+		moreEach.add()
 	}
 }
 
 var (
-	often   = ration{period: time.Second / 10, burst: 50}
-	leftOut atomic.Int64
+	often     = ration{period: time.Second / 10, burst: 50}
+	moreOften = leftOut{text: "more such lines were left out"}
+	moreEach  = leftOut{text: "lines about connections were dropped, as the log did not take them"}
 )
 
-// leftOutDelay is how long after the first line that was left out their number is told.
+// A leftOut counts lines that were left out, and tells their number leftOutDelay after the first.
+type leftOut struct {
+	text string
+	n    atomic.Int64
+}
+
 const leftOutDelay = 2 * time.Second
 
-func tellLeftOut() {
-	n := leftOut.Swap(0)
-	if n == 0 || complain("%d more such lines were left out", n) {
+func (l *leftOut) add() {
+	if l.n.Add(1) == 1 {
+		time.AfterFunc(leftOutDelay, l.tell)
+	}
+}
+
+func (l *leftOut) tell() {
+	n := l.n.Swap(0)
+	if n == 0 || complain("%d %s", n, l.text) {
 		return
 	}
-	if leftOut.Add(n) == n {
-		time.AfterFunc(leftOutDelay, tellLeftOut)
+	if l.n.Add(n) == n {
+		time.AfterFunc(leftOutDelay, l.tell)
 	}
 }
 
 // flushOutput is for the end of the program: what was printed before gets a moment to
 // be written.
 func flushOutput() {
-	tellLeftOut()
+	moreOften.tell()
+	moreEach.tell()
 	late := time.After(100 * time.Millisecond)
 	for _, o := range []*output{stdout, stderr} {
 		select {

@@ -35,6 +35,9 @@ func relay(c *conn, backend *os.File, hello []byte) {
 		n, err := send(backend, b, client, func(n int) { c.count(up, n) })
 		broken = errors.Is(err, unix.EPIPE)
 		cut = broken && n > 0
+		if err != nil && !broken {
+			c.endsAs(resetByBackend)
+		}
 		return err
 	}
 	flows.Go(func() {
@@ -46,18 +49,25 @@ func relay(c *conn, backend *os.File, hello []byte) {
 		switch {
 		case err == nil:
 			shutdown(backend, unix.SHUT_WR)
-			go endQuiet(&c.moved, over, func() { reset(client, backend) })
+			go endQuiet(&c.moved, over, func() {
+				c.endsAs(silentHalfClosed)
+				reset(client, backend)
+			})
 		case broken:
 			// What the backend has said before is forwarded still; then its side
 			// ends too. If it was reset, Linux says so once: to who reads, or in
 			// place of the rest of a write that was done in part.
 			shutdown(backend, unix.SHUT_RD)
 		default:
+			c.endsAs(resetByClient)
 			reset(client, backend)
 		}
 	})
 	err := forward(func(b []byte) error {
 		_, err := send(client, b, nil, func(n int) { c.count(down, n) })
+		if err != nil {
+			c.endsAs(resetByClient)
+		}
 		return err
 	}, backend)
 	if err == nil && poll(backend)&unix.POLLHUP != 0 {
@@ -69,10 +79,12 @@ func relay(c *conn, backend *os.File, hello []byte) {
 		sending.Unlock()
 	}
 	if err != nil {
+		c.endsAs(resetByBackend)
 		reset(client, backend)
 	} else {
 		shutdown(client, unix.SHUT_WR)
 		go endQuiet(&c.moved, over, func() {
+			c.endsAs(silentHalfClosed)
 			client.Close()
 			backend.Close()
 		})
@@ -80,9 +92,34 @@ func relay(c *conn, backend *os.File, hello []byte) {
 	flows.Wait()
 	switch {
 	case cut:
+		c.endsAs(resetByBackend)
 		reset(client, backend)
 	case broken:
+		c.endsAs(closedByBackend)
 		linger(client)
+	}
+	c.endsAs(closedByBoth)
+}
+
+// A telling is what is needed for the line about a connection at its end.
+type telling struct {
+	account *account
+	backend *os.File
+
+	mu  sync.Mutex
+	how string
+}
+
+// endsAs says how c ends, if that is to be told. What is said first counts: the rest follows from
+// it.
+func (c *conn) endsAs(how string) {
+	if c.telling == nil {
+		return
+	}
+	c.telling.mu.Lock()
+	defer c.telling.mu.Unlock()
+	if c.telling.how == "" {
+		c.telling.how = how
 	}
 }
 
