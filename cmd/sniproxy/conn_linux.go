@@ -75,13 +75,12 @@ type early struct {
 }
 
 // accept accepts one connection. If there are more, the next wait says so.
-func (l *loop) accept() {
+func (l *loop) accept(from *listener) {
 	// Whoever shares the socket may have made it blocking, as systemd does whenever it
 	// starts something with it. So the flag is set anew each time, and should it be gone
 	// again before the next instruction, SO_RCVTIMEO bounds the wait.
-	listener := uintptr(l.engine.listener.fd)
-	syscall.RawSyscall(unix.SYS_FCNTL, listener, unix.F_SETFL, unix.O_RDWR|unix.O_NONBLOCK)
-	fd, _, errno := syscall.RawSyscall6(unix.SYS_ACCEPT4, listener, 0, 0, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0, 0)
+	setNonblock(int32(from.fd))
+	fd, _, errno := syscall.RawSyscall6(unix.SYS_ACCEPT4, uintptr(from.fd), 0, 0, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0, 0)
 	switch errno {
 	case 0:
 		l.readHello(l.add(int32(fd)))
@@ -89,16 +88,16 @@ func (l *loop) accept() {
 		// Somebody else was quicker, or the client is gone.
 	case unix.EMFILE, unix.ENFILE:
 		// It is said before anybody is looked for.
-		if l.engine.listener.pending() && !l.makeRoom(nil) {
+		if from.pending() && !l.makeRoom(nil) {
 			l.pause(errno)
 		}
 	default:
-		if l.engine.listener.stillListens() {
+		if from.stillListens() {
 			l.pause(errno)
 			return
 		}
 		l.rest = now() + int64(time.Hour)
-		l.engine.fail("the listening socket was shut down by another process that shares it")
+		l.engine.fail(from.shutDown())
 	}
 }
 

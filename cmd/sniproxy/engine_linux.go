@@ -3,7 +3,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"runtime"
 	"sync"
@@ -16,7 +15,7 @@ import (
 )
 
 // An engine is a number of loops, one for each processor that the program may use. They
-// share nothing but the listening socket: a connection is in one loop, without a lock, a
+// share nothing but the listening sockets: a connection is in one loop, without a lock, a
 // goroutine or a timer of its own.
 //
 // Only the first loop listens always. Each has the next one listen as well while it is busy:
@@ -24,10 +23,10 @@ import (
 // fall asleep and are woken up more often. Relays that stay are another matter: a busy loop
 // hands some of them over to the next; see share_linux.go.
 type engine struct {
-	listener *listener
-	loops    []*loop
-	lookups  *lookups // those that the loops do not make themselves
-	watch    *watch   // for those that they do make
+	listeners []*listener
+	loops     []*loop
+	lookups   *lookups // those that the loops do not make themselves
+	watch     *watch   // for those that they do make
 
 	failed  chan error    // gets the reason if the engine cannot go on
 	drained chan struct{} // closed when the last connection has ended after stop
@@ -35,17 +34,22 @@ type engine struct {
 	accepting, running sync.WaitGroup // loops that may accept, loops
 }
 
-func startEngine(l *listener) (*engine, error) {
+// startEngine starts an engine that accepts from the listeners, and serves the clients that are
+// there already.
+func startEngine(listeners []*listener, clients []int) (*engine, error) {
 	e := &engine{
-		listener: l,
-		lookups:  newLookups(),
-		failed:   make(chan error, 1),
-		drained:  make(chan struct{}),
+		listeners: listeners,
+		lookups:   newLookups(),
+		failed:    make(chan error, 1),
+		drained:   make(chan struct{}),
 	}
 	// Go's runtime opens two descriptors for a poller of its own when the first timer is
 	// set, and ends the program if none are left then: so now, while there are some.
 	time.AfterFunc(time.Hour, func() {}).Stop()
 	processors := runtime.GOMAXPROCS(0)
+	if len(listeners) == 0 {
+		processors = 1
+	}
 	// Loops do not give their processors back; the rest of the program has one of its own.
 	runtime.GOMAXPROCS(processors + 1)
 	for range processors {
@@ -60,21 +64,29 @@ func startEngine(l *listener) (*engine, error) {
 		lp.next = e.loops[(i+1)%processors]
 	}
 	e.loops[0].invited.Store(true)
+	for _, fd := range clients {
+		lp := e.loops[0]
+		lp.shared = int32(fd)
+		lp.awaitHello(lp.add(lp.shared))
+	}
 	for _, lp := range e.loops {
 		e.accepting.Add(1)
-		e.running.Go(lp.run)
+		e.running.Add(1)
+		go lp.run()
 	}
 	return e, nil
 }
 
-// stop ends accepting, and lets go of the listening socket. It returns when that is done.
+// stop ends accepting, and lets go of the listening sockets. It returns when that is done.
 func (e *engine) stop() {
 	for _, lp := range e.loops {
 		lp.stopping.Store(true)
 		lp.wakeUp()
 	}
 	e.accepting.Wait()
-	unix.Close(e.listener.fd)
+	for _, l := range e.listeners {
+		unix.Close(l.fd)
+	}
 	go func() {
 		e.running.Wait()
 		close(e.drained)
@@ -110,7 +122,7 @@ func (l *loop) cut() {
 	}
 }
 
-// A loop waits for events on its connections, and on the listening socket, and deals with
+// A loop waits for events on its connections, and on the listening sockets, and deals with
 // one after the other. Nothing that it does waits for anything else.
 type loop struct {
 	engine   *engine
@@ -127,7 +139,7 @@ type loop struct {
 
 	next      *loop       // the one that this one has help with its work
 	invited   atomic.Bool // to listen, by the one before
-	listening bool        // whether the listening socket is among what is waited for
+	listening int         // how many of the listening sockets are among what is waited for
 	rest      int64       // not to listen before, after a failure
 
 	// For measuring how busy the loop is: the rounds that it made, how often they were
@@ -142,6 +154,8 @@ type loop struct {
 	round     int
 	logsAllAt int
 	allLogged bool
+
+	shared int32 // the client's socket, 0 if the loop has accepted it
 
 	conns []*conn // by the number that epoll knows them by
 	free  []*conn // those that can be used again
@@ -176,10 +190,11 @@ type loop struct {
 	buffer [headroom + readMax]byte
 }
 
-// What epoll reports events with: the number of a connection and a side of it, or these.
+// What epoll reports events with: the number of a connection and a side of it, wakeEvent, or for
+// listening sockets listenerEvent, listenerEvent-1 and so on.
 const (
-	listenerEvent = -1
-	wakeEvent     = -2
+	wakeEvent     = -1
+	listenerEvent = -2
 )
 
 func newLoop(e *engine, index int) (*loop, error) {
@@ -198,23 +213,25 @@ func newLoop(e *engine, index int) (*loop, error) {
 	return l, nil
 }
 
-// listen adds the listening socket to what is waited for, or takes it away. Of all loops that
-// wait for it, of this program and others, one is woken up for a client (EPOLLEXCLUSIVE).
+// listen adds the listening sockets to what is waited for, or takes them away. Of all loops that
+// wait for one, of this program and others, one is woken up for a client (EPOLLEXCLUSIVE).
 func (l *loop) listen(yes bool) {
-	if l.listening == yes {
-		return
+	for yes && l.listening < len(l.engine.listeners) && l.listenTo(l.listening, unix.EPOLL_CTL_ADD) {
+		l.listening++
 	}
-	op := unix.EPOLL_CTL_DEL
-	if yes {
-		op = unix.EPOLL_CTL_ADD
+	for !yes && l.listening > 0 && l.listenTo(l.listening-1, unix.EPOLL_CTL_DEL) {
+		l.listening--
 	}
-	event := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLEXCLUSIVE, Fd: listenerEvent}
-	if errno := epollCtl(l.epoll, op, int32(l.engine.listener.fd), &event); errno != 0 {
+}
+
+func (l *loop) listenTo(i, op int) bool {
+	event := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLEXCLUSIVE, Fd: int32(listenerEvent - i)}
+	if errno := epollCtl(l.epoll, op, int32(l.engine.listeners[i].fd), &event); errno != 0 {
 		// The kernel is out of memory, or of what it grants a user.
 		l.pause(errno)
-		return
+		return false
 	}
-	l.listening = yes
+	return true
 }
 
 // wakeUp has the loop come round. What is added to its eventfd is small in either byte order,
@@ -247,6 +264,7 @@ func (l *loop) runWith(r *runner) {
 		}
 		l.reuse()
 		if !l.accepting && l.done() {
+			l.engine.running.Done()
 			return
 		}
 		if l.accepting {
@@ -276,19 +294,23 @@ func (l *loop) await() int {
 	if errno != 0 {
 		return 0 // EINTR
 	}
+	if l.shared != 0 {
+		// As for a listening socket, see accept; what bounds the wait is boundWaits.
+		setNonblock(l.shared)
+	}
 	return n
 }
 
 func (l *loop) dispatch(event *unix.EpollEvent) {
-	switch event.Fd {
-	case listenerEvent:
-		// Also at the stop: of all copies on the socket this one alone was woken up for
-		// the client.
-		l.accept()
-	case wakeEvent:
+	switch {
+	case event.Fd >= 0:
+		l.event(l.conns[event.Fd], int(event.Pad), event.Events)
+	case event.Fd == wakeEvent:
 		l.take()
 	default:
-		l.event(l.conns[event.Fd], int(event.Pad), event.Events)
+		// Also at the stop: of all copies on the socket this one alone was woken up for
+		// the client.
+		l.accept(l.engine.listeners[listenerEvent-event.Fd])
 	}
 }
 
@@ -449,9 +471,9 @@ var epoch = time.Now()
 func now() int64 { return int64(time.Since(epoch)) }
 
 // fail tells the engine that it cannot go on.
-func (e *engine) fail(reason string) {
+func (e *engine) fail(reason error) {
 	select {
-	case e.failed <- errors.New(reason):
+	case e.failed <- reason:
 	default:
 	}
 }

@@ -22,9 +22,8 @@ import (
 // each connection, on Go's own poller. It is the plain statement of what the program
 // does.
 type engine struct {
-	listener *listener
-	file     *os.File // the listening socket, for the poller
-	lookups  *lookups
+	files   []*os.File // the listening sockets, for the poller
+	lookups *lookups
 
 	failed  chan error    // gets the reason if the engine cannot go on
 	drained chan struct{} // closed when the last connection has ended after stop
@@ -41,47 +40,62 @@ type engine struct {
 	waiting list.List // of *conn: those that are not relays yet, in order of arrival
 }
 
-func startEngine(l *listener) (*engine, error) {
+// startEngine starts an engine that accepts from the listeners, and serves the clients that are
+// there already.
+func startEngine(listeners []*listener, clients []int) (*engine, error) {
 	e := &engine{
-		listener: l,
-		lookups:  newLookups(),
-		failed:   make(chan error, 1),
-		drained:  make(chan struct{}),
-		ended:    make(chan struct{}, 1),
+		lookups: newLookups(),
+		failed:  make(chan error, len(listeners)),
+		drained: make(chan struct{}),
+		ended:   make(chan struct{}, 1),
 	}
-	var err error
-	if e.file, err = pollable(l); err != nil {
-		return nil, err
-	}
-	e.conns.Go(e.accept)
-	return e, nil
-}
-
-// pollable returns a file for the listening socket l, known to the poller; it takes the
-// place of l.fd. The poller takes a file only if it is non-blocking, which whoever shares
-// the socket may undo at any time; hence the attempts.
-func pollable(l *listener) (*os.File, error) {
-	for {
-		fd, err := unix.FcntlInt(uintptr(l.fd), unix.F_DUPFD_CLOEXEC, 3)
+	for _, l := range listeners {
+		f, err := pollable(&l.fd)
 		if err != nil {
 			return nil, err
 		}
-		if err := unix.SetNonblock(fd, true); err != nil {
+		e.files = append(e.files, f)
+		e.conns.Go(func() { e.accept(l, f) })
+	}
+	for _, fd := range clients {
+		f, err := pollable(&fd)
+		if err != nil {
 			return nil, err
 		}
-		f := os.NewFile(uintptr(fd), "listener")
+		if _, err := unix.Getpeername(fd); err == nil { // otherwise it is gone
+			e.begin(f)
+		}
+	}
+	return e, nil
+}
+
+// pollable returns a file for the socket fd, known to the poller, whose descriptor takes the
+// place of fd. The poller takes a file only if it is non-blocking, which whoever shares
+// the socket may undo at any time; hence the attempts.
+func pollable(fd *int) (*os.File, error) {
+	for {
+		next, err := unix.FcntlInt(uintptr(*fd), unix.F_DUPFD_CLOEXEC, 3)
+		if err != nil {
+			return nil, err
+		}
+		if err := unix.SetNonblock(next, true); err != nil {
+			return nil, err
+		}
+		f := os.NewFile(uintptr(next), "socket")
 		if f.SetDeadline(time.Time{}) == nil {
-			unix.Close(l.fd)
-			l.fd = fd
+			unix.Close(*fd)
+			*fd = next
 			return f, nil
 		}
 		f.Close()
 	}
 }
 
-// stop ends accepting, and lets go of the listening socket. It returns when that is done.
+// stop ends accepting, and lets go of the listening sockets. It returns when that is done.
 func (e *engine) stop() {
-	e.file.Close()
+	for _, f := range e.files {
+		f.Close()
+	}
 	go func() {
 		e.conns.Wait()
 		close(e.drained)
@@ -130,19 +144,14 @@ type conn struct {
 	telling  *telling
 }
 
-// accept accepts connections until the listener is closed. No failure ends it, as any
+// accept accepts connections until the file of the listener is closed. No failure ends it, as any
 // would end sniproxy-rs.
-func (e *engine) accept() {
+func (e *engine) accept(l *listener, f *os.File) {
 	for {
-		fd, err := e.acceptOne()
+		fd, err := e.acceptOne(l, f)
 		switch err {
 		case nil:
-			c := &conn{client: os.NewFile(uintptr(fd), "client"), deadline: time.Now().Add(helloTimeout), counts: &e.counts}
-			e.enter(c)
-			e.conns.Go(func() {
-				defer e.leave(c)
-				e.serve(c)
-			})
+			e.begin(os.NewFile(uintptr(fd), "client"))
 		case os.ErrClosed:
 			return
 		case unix.ECONNABORTED:
@@ -154,8 +163,8 @@ func (e *engine) accept() {
 				e.pause(err)
 			}
 		default:
-			if !e.listener.stillListens() {
-				e.failed <- errors.New("the listening socket was shut down by another process that shares it")
+			if !l.stillListens() {
+				e.failed <- l.shutDown()
 				return
 			}
 			e.pause(err)
@@ -163,19 +172,19 @@ func (e *engine) accept() {
 	}
 }
 
-func (e *engine) acceptOne() (fd int, err error) {
-	raw, err := e.file.SyscallConn()
+func (e *engine) acceptOne(l *listener, f *os.File) (fd int, err error) {
+	raw, err := f.SyscallConn()
 	if err != nil {
 		return -1, os.ErrClosed
 	}
 	closed := raw.Read(func(uintptr) bool {
 		e.taking.Lock()
 		defer e.taking.Unlock()
-		fd, _, err = e.listener.accept()
+		fd, err = l.accept()
 		for err == unix.EINTR {
-			fd, _, err = e.listener.accept()
+			fd, err = l.accept()
 		}
-		if (err == unix.EMFILE || err == unix.ENFILE) && !e.listener.pending() {
+		if (err == unix.EMFILE || err == unix.ENFILE) && !l.pending() {
 			err = unix.EAGAIN // it is said before anybody is looked for
 		}
 		return err != unix.EAGAIN
@@ -194,6 +203,16 @@ func (e *engine) pause(err error) {
 	case <-e.ended:
 	case <-time.After(acceptPause):
 	}
+}
+
+// begin begins to serve a client.
+func (e *engine) begin(client *os.File) {
+	c := &conn{client: client, deadline: time.Now().Add(helloTimeout), counts: &e.counts}
+	e.enter(c)
+	e.conns.Go(func() {
+		defer e.leave(c)
+		e.serve(c)
+	})
 }
 
 // enter counts c, and puts it last among those waiting.

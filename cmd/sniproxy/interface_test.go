@@ -35,7 +35,7 @@ func TestArguments(t *testing.T) {
 }
 
 func TestWrongStdin(t *testing.T) {
-	// Goal: what is not a listening TCP socket is refused with one line, which says what
+	// Goal: what is neither a listening TCP socket nor a connection is refused with one line, which says what
 	// was found and what to do.
 	for _, c := range []struct {
 		name  string
@@ -72,14 +72,6 @@ func TestWrongStdin(t *testing.T) {
 		}},
 		{"Unix datagram socket", "Unix socket", func(t *testing.T) *os.File {
 			return socketFD(t, unix.AF_UNIX, unix.SOCK_DGRAM, nil)
-		}},
-		{"TCP connection", "connection", func(t *testing.T) *os.File {
-			c, err := net.Dial("tcp4", listen(t, "tcp4", "127.0.0.1:0").Addr().String())
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer c.Close()
-			return socketFile(t, c.(*net.TCPConn))
 		}},
 		{"bound TCP socket", "does not listen", func(t *testing.T) *os.File {
 			return socketFD(t, unix.AF_INET, unix.SOCK_STREAM, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}})

@@ -1,13 +1,16 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
+	"os"
+	"strconv"
 
 	"golang.org/x/sys/unix"
 )
 
-// A listener is the socket that was inherited. Its open file description is shared:
+// A listener is a listening socket that was inherited. Its open file description is shared:
 // other processes may accept from it and change its flags at any time. So O_NONBLOCK,
 // although it is set here, is not to be relied upon: it is set anew before each accept. (sniproxy-rs
 // checks only that there is a TCP socket, and relies on the flag.)
@@ -16,33 +19,84 @@ type listener struct {
 	addr netip.AddrPort
 }
 
-// inheritListener takes the listening socket over from standard input, to a descriptor
-// of its own, the only one that is kept.
-func inheritListener() (*listener, error) {
-	addr, err := checkListener(0)
+// inherit takes over the sockets that the program was given: those that systemd has passed, or
+// else the one on standard input, to a descriptor of its own. They listen, or there is just one,
+// and that is the connection of a client. (sniproxy-rs knows only a listening standard input.)
+func inherit() (listeners []*listener, clients []int, err error) {
+	n, err := passed()
 	if err != nil {
-		return nil, fmt.Errorf("%w; it must be a listening TCP socket, as systemd, inetd and s6 hand it over", err)
+		return nil, nil, err
 	}
-	fd, err := unix.FcntlInt(0, unix.F_DUPFD_CLOEXEC, 3)
-	if err != nil {
-		return nil, fmt.Errorf("cannot duplicate standard input: %w", err)
+	first, want := 3, "it must be a listening TCP socket, as systemd, inetd and s6 hand it over"
+	if n == 0 {
+		first, n = 0, 1
 	}
-	if err := tuneListener(fd); err != nil {
-		return nil, fmt.Errorf("cannot set options of the socket on standard input: %w", err)
+	if n == 1 {
+		want += ", or a TCP connection"
 	}
-	if err := coverStandard(fd); err != nil {
-		return nil, fmt.Errorf("cannot replace standard input: %w", err)
+	for fd := first; fd < first+n; fd++ {
+		addr, err := checkSocket(fd)
+		connected := err == errConnection && n == 1
+		if err != nil && !connected {
+			return nil, nil, fmt.Errorf("%s %w; %s", describe(fd), err, want)
+		}
+		own := fd
+		if fd == 0 {
+			if own, err = unix.FcntlInt(0, unix.F_DUPFD_CLOEXEC, 3); err != nil {
+				return nil, nil, fmt.Errorf("cannot duplicate standard input: %w", err)
+			}
+		}
+		if err := coverStandard(own); err != nil {
+			return nil, nil, fmt.Errorf("cannot replace %s: %w", describe(fd), err)
+		}
+		if connected {
+			clients = append(clients, own)
+			err = tuneClient(own)
+		} else {
+			listeners = append(listeners, &listener{own, addr})
+			err = tuneListener(own)
+		}
+		if err != nil {
+			return nil, nil, fmt.Errorf("cannot set options of the socket on %s: %w", describe(fd), err)
+		}
 	}
-	return &listener{fd, addr}, nil
+	return listeners, clients, nil
 }
 
-// checkListener returns the address that the socket fd listens on, or an error that
-// says what fd is instead.
-func checkListener(fd int) (netip.AddrPort, error) {
+// passed returns how many sockets systemd has passed to this process, on descriptors from 3
+// on, as sd_listen_fds(3) has it. Variables that are for another process are none of ours.
+func passed() (int, error) {
+	if os.Getenv("LISTEN_PID") != strconv.Itoa(os.Getpid()) {
+		return 0, nil
+	}
+	s, ok := os.LookupEnv("LISTEN_FDS")
+	if !ok {
+		return 0, nil
+	}
+	n, err := strconv.ParseUint(s, 10, 30)
+	if err != nil {
+		return 0, fmt.Errorf("LISTEN_FDS is %q, which is not a number of sockets", s)
+	}
+	return int(n), nil
+}
+
+// describe names a descriptor where a socket is expected.
+func describe(fd int) string {
+	if fd == 0 {
+		return "standard input"
+	}
+	return fmt.Sprintf("descriptor %d (LISTEN_FDS)", fd)
+}
+
+var errConnection = errors.New("is a TCP connection")
+
+// checkSocket returns the address that the socket fd listens on, errConnection, or an error
+// that says what else fd is.
+func checkSocket(fd int) (netip.AddrPort, error) {
 	none := netip.AddrPort{}
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
-		return none, fmt.Errorf("standard input is closed (%w)", err)
+		return none, fmt.Errorf("is closed (%w)", err)
 	}
 	if what, ok := map[uint32]string{
 		unix.S_IFREG: "a file",
@@ -51,30 +105,31 @@ func checkListener(fd int) (netip.AddrPort, error) {
 		unix.S_IFBLK: "a block device",
 		unix.S_IFCHR: "a terminal or another character device (such as /dev/null, when it was closed)",
 	}[uint32(st.Mode)&unix.S_IFMT]; ok {
-		return none, fmt.Errorf("standard input is %s", what)
+		return none, fmt.Errorf("is %s", what)
 	}
 	sa, err := unix.Getsockname(fd)
 	if err != nil {
-		return none, fmt.Errorf("standard input is not a socket (%w)", err)
+		return none, fmt.Errorf("is not a socket (%w)", err)
 	}
 	addr := addrPort(sa)
 	if !addr.IsValid() {
 		if _, ok := sa.(*unix.SockaddrUnix); ok {
-			return none, fmt.Errorf("standard input is a Unix socket")
+			return none, errors.New("is a Unix socket")
 		}
-		return none, fmt.Errorf("standard input is a socket of another kind than TCP")
+		return none, errors.New("is a socket of another kind than TCP")
 	}
 	if t, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE); err != nil || t != unix.SOCK_STREAM {
-		return none, fmt.Errorf("standard input is a UDP or other socket that is not a stream")
+		return none, errors.New("is a UDP or other socket that is not a stream")
 	}
 	if _, err := unix.GetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY); err != nil {
-		return none, fmt.Errorf("standard input is a stream socket of another kind than TCP")
+		return none, errors.New("is a stream socket of another kind than TCP")
 	}
 	if listens, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN); err != nil || listens == 0 {
-		if _, err := unix.Getpeername(fd); err == nil {
-			return none, fmt.Errorf("standard input is a TCP connection")
+		// One that the client has reset already has no peer any more, but an end to read.
+		if _, err := unix.Getpeername(fd); err == nil || readable(fd) {
+			return none, errConnection
 		}
-		return none, fmt.Errorf("standard input is a TCP socket that does not listen")
+		return none, errors.New("is a TCP socket that does not listen")
 	}
 	return addr, nil
 }
@@ -82,7 +137,7 @@ func checkListener(fd int) (netip.AddrPort, error) {
 // coverStandard puts something harmless over each of the descriptors 0, 1 and 2 that is
 // the same socket as fd: the reading end of a pipe that nobody writes to, since a chroot
 // may have no /dev/null. They are not closed, so that no connection gets their numbers.
-// Only fd is left to close at the stop.
+// Only fd is left to close at the stop, and nothing that is printed gets to a client.
 func coverStandard(fd int) error {
 	var pipe [2]int
 	if err := unix.Pipe(pipe[:]); err != nil {
@@ -90,18 +145,34 @@ func coverStandard(fd int) error {
 	}
 	defer unix.Close(pipe[0])
 	defer unix.Close(pipe[1])
-	var listening, st unix.Stat_t
-	if err := unix.Fstat(fd, &listening); err != nil {
+	var socket, st unix.Stat_t
+	if err := unix.Fstat(fd, &socket); err != nil {
 		return err
 	}
 	for i := range 3 {
-		if unix.Fstat(i, &st) == nil && st.Dev == listening.Dev && st.Ino == listening.Ino {
+		if unix.Fstat(i, &st) == nil && st.Dev == socket.Dev && st.Ino == socket.Ino {
 			if err := dup2(pipe[0], i); err != nil {
 				return err
 			}
 		}
 	}
 	return nil
+}
+
+// boundWaits is for a connection that others may share, as a wrapper of the program or systemd
+// does, and make blocking: reads and writes that find it so end with EAGAIN after this time.
+func boundWaits(fd int) error {
+	for _, name := range []int{unix.SO_RCVTIMEO, unix.SO_SNDTIMEO} {
+		if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, name, &unix.Timeval{Usec: 10_000}); err != nil {
+			return err
+		}
+	}
+	return unix.SetNonblock(fd, true)
+}
+
+// shutDown is why the program cannot go on if not stillListens.
+func (l *listener) shutDown() error {
+	return fmt.Errorf("the listening socket %v was shut down by another process that shares it", l.addr)
 }
 
 // stillListens tells whether the socket can be accepted from at all: whoever shares it
@@ -116,6 +187,13 @@ func (l *listener) pending() bool {
 	p := []unix.PollFd{{Fd: int32(l.fd), Events: unix.POLLIN}}
 	n, err := unix.Poll(p, 0)
 	return err == nil && n > 0
+}
+
+// readable tells whether there is something to read, an end or an error at least.
+func readable(fd int) bool {
+	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	_, err := unix.Poll(p, 0)
+	return err == nil && p[0].Revents&unix.POLLIN != 0
 }
 
 // addrPort returns the address in sa, not valid if it is of another family than IP.

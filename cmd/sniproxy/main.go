@@ -8,6 +8,11 @@
 //
 //   - Standard input is a bound and listening TCP socket: IPv4, IPv6 or both.
 //     Supervisors such as systemd, inetd and s6 hand it over.
+//   - If the environment has LISTEN_FDS, a number of sockets on descriptors from 3 on, and
+//     LISTEN_PID is this process, as systemd has it for several sockets, these are
+//     served, all of them, and standard input is left alone.
+//   - If the one socket is a connection, as of inetd with nowait, systemd with Accept=yes and
+//     tcpserver, that is served, and the program ends with it.
 //   - The working directory is the hosts directory. NAME/tls-socket in it is the
 //     socket of the backend for the host NAME. If NAME/send-proxy-v2 or, without
 //     that, NAME/send-proxy-v1 exists, what the backend receives begins with a PROXY
@@ -15,20 +20,20 @@
 //     connections are logged at their end. The directory *.REST serves names that
 //     have none of their own, and * those and clients that send none. All of it is
 //     looked up for each connection. See package hostdir.
-//   - Standard output gets "listening on ADDR" once connections are accepted, and
-//     "got SIGHUP, shutting down" at the stop.
+//   - Standard output gets "listening on ADDR" once connections are accepted, for each socket
+//     that listens, and "got SIGHUP, shutting down" at the stop.
 //   - Standard error gets everything else, a line each, without time stamps. Above all a line
 //     for each client that is refused: its address, the name if that is canonical, the reason
 //     and the alert. There are at most 50 of them at once and ten a second; how many were left
 //     out is told within three seconds.
 //
 // A descriptor that cannot be written to, or not now, neither ends nor delays the
-// program. Descriptors 0, 1 and 2 may all be the listening socket.
+// program. Descriptors 0, 1 and 2 may all be the socket; nothing is ever printed to a client.
 //
 // # Signals
 //
 // SIGHUP and SIGTERM stop the program gracefully: it accepts nothing more, lets go of
-// the listening socket at once, and exits when the last connection has ended, at the
+// the listening sockets at once, and exits when the last connection has ended, at the
 // latest after ten seconds. A second signal ends it at once.
 //
 // SIGUSR1, at any time, has it print a line of counters on standard error:
@@ -41,7 +46,8 @@
 //
 // # Exit status
 //
-// 0 after a stop, 1 if the program could not start or go on, 2 for wrong usage.
+// 0 after a stop and after a single connection, however that went; 1 if the program could not
+// start, or go on since another process has shut a listening socket down; 2 for wrong usage.
 //
 // # Files of the program
 //
@@ -67,8 +73,9 @@ import (
 
 const usage = `usage: sniproxy < listening TCP socket
 
-It takes no arguments. Standard input is a listening TCP socket, and the working
-directory holds a directory NAME, with the Unix socket tls-socket in it, for each host.
+It takes no arguments. Standard input is a listening TCP socket or a TCP connection,
+unless systemd has passed sockets (LISTEN_FDS), and the working directory holds a
+directory NAME, with the Unix socket tls-socket in it, for each host.
 `
 
 // The main goroutine keeps the main thread. The system would rather give that the signals than
@@ -86,12 +93,13 @@ func run() int {
 	signal.Notify(asked, syscall.SIGUSR1)
 	defer flushOutput()
 
+	// First of all: then nothing that is printed gets into the stream of a client.
+	listeners, clients, err := inherit()
 	// sniproxy-rs ignores arguments.
 	if len(os.Args) != 1 {
 		stderr.print(usage)
 		return 2
 	}
-	l, err := inheritListener()
 	if err != nil {
 		complain("%v", err)
 		return 1
@@ -99,23 +107,33 @@ func run() int {
 	// SIGTERM too, and a second signal: sniproxy-rs knows SIGHUP alone, and is killed by others.
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, syscall.SIGHUP, syscall.SIGTERM)
-	e, err := startEngine(l)
+	e, err := startEngine(listeners, clients)
 	if err != nil {
 		complain("%v", err)
 		return 1
 	}
-	stdout.print(fmt.Sprintf("listening on %v\n", l.addr))
 	go tellCounters(e, asked)
+	for _, l := range listeners {
+		stdout.print(fmt.Sprintf("listening on %v\n", l.addr))
+	}
+	single := len(listeners) == 0
+	if single {
+		e.stop() // there is nothing to accept: it ends with the one connection
+	}
 
 	status := 0
 	select {
+	case <-e.drained: // which comes without a signal only then
+		return 0
 	case s := <-signals:
 		stdout.print(fmt.Sprintf("got %s, shutting down\n", unix.SignalName(s.(syscall.Signal))))
 	case err := <-e.failed:
 		complain("%v; shutting down", err)
 		status = 1
 	}
-	e.stop()
+	if !single {
+		e.stop()
+	}
 	select {
 	case <-e.drained:
 		return status

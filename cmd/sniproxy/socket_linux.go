@@ -25,4 +25,12 @@ func tuneListener(fd int) error {
 	return unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 10_000})
 }
 
+// tuneClient sets the options of a connection that was inherited.
+func tuneClient(fd int) error {
+	if err := tuneListener(fd); err != nil {
+		return err
+	}
+	return boundWaits(fd)
+}
+
 func dup2(from, to int) error { return unix.Dup3(from, to, 0) }

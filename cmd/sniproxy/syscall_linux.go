@@ -53,6 +53,11 @@ func splice(from, to int32, size int) (int, unix.Errno) {
 	}
 }
 
+// setNonblock sets O_NONBLOCK of a socket.
+func setNonblock(fd int32) {
+	syscall.RawSyscall(unix.SYS_FCNTL, uintptr(fd), unix.F_SETFL, unix.O_RDWR|unix.O_NONBLOCK)
+}
+
 func closeFd(fd int32) { syscall.RawSyscall(unix.SYS_CLOSE, uintptr(fd), 0, 0) }
 
 func epollCtl(epoll, op int, fd int32, event *unix.EpollEvent) unix.Errno {

@@ -142,5 +142,5 @@ func (w *watch) replace(l *loop, r *runner, lookup uint64) {
 	if ok {
 		w.distrusted.Add(owner, distrustTime)
 	}
-	w.engine.running.Go(func() { l.rescue(r) })
+	go l.rescue(r)
 }
