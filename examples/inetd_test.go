@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -113,6 +114,103 @@ func testInetd(t *testing.T, cmd *exec.Cmd, hosts, addr string) {
 		t.Fatal(err)
 	}
 	await(t, "a free port", func() bool { return canListen(addr) })
+}
+
+// Goal: the line for inetd.conf with nowait serves each client with a process of its own, which
+// ends with the client. The client gets nothing but what the backend says, or its alert.
+func TestInetdNowait(t *testing.T) {
+	t.Parallel()
+	needRoot(t)
+	inetd := program(t, "inetd")
+	program(t, "env")
+	dir, hosts, port := directory(t), directory(t), freePort(t)
+	conf := example(t, "inetd/nowait.conf", dir,
+		"\n443 stream", "\n127.0.0.1:"+port+" stream",
+		" sniproxy /usr/bin/env", " nobody /usr/bin/env",
+		"-C /srv/sniproxy /usr/bin/sniproxy\n", "-C "+hosts+" "+daemon(t)+"\n")
+	testSingle(t, exec.Command(inetd, "-i", conf), hosts, "127.0.0.1:"+port)
+}
+
+// Goal: the same under tcpserver of ucspi-tcp.
+func TestTcpserver(t *testing.T) {
+	t.Parallel()
+	tcpserver := program(t, "tcpserver")
+	hosts, port := directory(t), freePort(t)
+	options := []string{"-RHl0", "-c", "1000"}
+	if os.Getuid() == 0 {
+		uid, gid := nobody(t)
+		options = append(options, "-u", strconv.Itoa(uid), "-g", strconv.Itoa(gid))
+	}
+	cmd := exec.Command(tcpserver, append(options, "127.0.0.1", port, daemon(t))...)
+	cmd.Dir = hosts
+	testSingle(t, cmd, hosts, "127.0.0.1:"+port)
+}
+
+// Goal: the same under s6-tcpserver of s6-networking, which few systems have.
+func TestS6Tcpserver(t *testing.T) {
+	t.Parallel()
+	tcpserver, err := exec.LookPath("s6-tcpserver")
+	if err != nil {
+		t.Skip("s6-tcpserver is not installed")
+	}
+	hosts, port := directory(t), freePort(t)
+	cmd := exec.Command(tcpserver, "127.0.0.1", port, daemon(t))
+	cmd.Dir = hosts
+	testSingle(t, cmd, hosts, "127.0.0.1:"+port)
+}
+
+// testSingle tests a supervisor that accepts, and starts a daemon for each connection.
+func testSingle(t *testing.T, cmd *exec.Cmd, hosts, addr string) {
+	serve(t, hosts, "a.example")
+	known, unknown := hello(t, "a.example"), hello(t, "unknown.example")
+	start(t, cmd)
+	await(t, "a listening socket", func() bool { return canConnect(addr) })
+	served := startLoad(t, addr, known)
+	served.more(100)
+	served.end()
+
+	refused, err := connect(addr, unknown)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := io.ReadAll(refused)
+	refused.Close()
+	if want := "\x15\x03\x03\x00\x02\x02\x70"; string(got) != want || err != nil { // unrecognized_name
+		t.Errorf("a client that is refused got %q, error %v, want %q", got, err, want)
+	}
+	await(t, "the end of all processes", func() bool { return len(children(cmd.Process.Pid)) == 0 })
+
+	var stay []client
+	for range 3 {
+		c, err := connect(addr, known)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(c, make([]byte, 1)); err != nil { // it has reached its backend
+			t.Fatal(err)
+		}
+		stay = append(stay, c)
+	}
+	pids := children(cmd.Process.Pid)
+	if len(pids) != len(stay) {
+		t.Fatalf("%d processes for %d clients", len(pids), len(stay))
+	}
+	for _, pid := range pids {
+		if !executes(pid, daemon(t)) {
+			t.Errorf("process %d is not sniproxy", pid)
+		}
+		// A stop is graceful, so it harms no client.
+		if err := syscall.Kill(pid, syscall.SIGTERM); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, c := range stay {
+		c.hello = c.hello[1:]
+		if err := c.finish(); err != nil {
+			t.Error(err)
+		}
+	}
+	await(t, "the end of all processes", func() bool { return len(children(cmd.Process.Pid)) == 0 })
 }
 
 // listens tells whether a process has a listening TCP socket.

@@ -28,6 +28,8 @@ func TestSystemd(t *testing.T) {
 		t.Run("upgrade", testUnitsUpgrade)
 		t.Run("upgrades", testUnitsUpgrades)
 		t.Run("kill", testUnitsKill)
+		t.Run("several sockets", testUnitsSeveral)
+		t.Run("accept", testUnitsAccept)
 		return
 	}
 	t.Parallel()
@@ -43,12 +45,16 @@ func TestSystemd(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	dropIn := func(file string) string {
+		return filepath.Join(units, "several", file) + ":" + severalDir + file + ":644"
+	}
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
 	const installed = "/usr/bin/sniproxy-examples"
-	cmd := exec.Command(script, "-t", "120", "-f", daemon(t)+":"+binary, "-f", self+":"+installed, units,
+	cmd := exec.Command(script, "-t", "120", "-f", daemon(t)+":"+binary, "-f", self+":"+installed,
+		"-f", dropIn("socket.conf"), "-f", dropIn("service.conf"), units,
 		"--", installed, "-test.v", "-test.run=^TestSystemd$")
 	cmd.Dir = "/"
 	cmd.Env = append(os.Environ(), inside+"=1")
@@ -67,6 +73,8 @@ const (
 	binary   = "/usr/bin/sniproxy"
 	unitAddr = "127.0.0.1:443" // of the tests' own network
 	unitHost = "a.example"
+
+	severalDir = "/usr/share/doc/sniproxy/several/" // the drop-ins, which one test installs
 )
 
 func mainPID(t *testing.T, unit string) int {
@@ -246,6 +254,106 @@ func testUnitsKill(t *testing.T) {
 	}
 }
 
+// Goal: the drop-ins for several sockets can be added while the service runs; then one process serves
+// them all; a restart and an upgrade under load lose no client of any; the stop frees all ports.
+func testUnitsSeveral(t *testing.T) {
+	hello := startUnits(t)
+	if err := exchange(unitAddr, hello); err != nil {
+		t.Fatal(err)
+	}
+	for dir, file := range map[string]string{
+		"sniproxy.socket.d":       "socket.conf",
+		"sniproxy.service.d":      "service.conf",
+		"sniproxy-next.service.d": "service.conf",
+	} {
+		path := "/etc/systemd/system/" + dir
+		command(t, "install", "-D", "-m", "644", severalDir+file, path+"/several.conf")
+		t.Cleanup(func() {
+			os.RemoveAll(path)
+			command(t, "systemctl", "daemon-reload")
+		})
+	}
+	command(t, "systemctl", "daemon-reload")
+	command(t, "systemctl", "restart", "sniproxy.socket")
+	addrs := []string{"127.0.0.1:443", "[::1]:443", "127.0.0.1:8443"}
+	var loads []*load
+	for _, addr := range addrs {
+		loads = append(loads, startLoad(t, addr, hello))
+	}
+	more := func() {
+		t.Helper()
+		for _, l := range loads {
+			l.more(200)
+		}
+	}
+	more()
+	pid := mainPID(t, "sniproxy.service")
+	command(t, "systemctl", "restart", "sniproxy.service")
+	more()
+	if after := mainPID(t, "sniproxy.service"); after == pid {
+		t.Errorf("process %d serves after the restart", pid)
+	}
+	command(t, "systemctl", "start", "sniproxy-next.service")
+	command(t, "systemctl", "restart", "sniproxy.service")
+	more()
+	command(t, "systemctl", "stop", "sniproxy-next.service")
+	more()
+	for _, l := range loads {
+		l.end()
+	}
+	command(t, "systemctl", "stop", "sniproxy.socket")
+	checkStopped(t, "sniproxy.service")
+	for _, addr := range addrs {
+		if !canListen(addr) {
+			t.Errorf("%s is not free after the stop", addr)
+		}
+	}
+	for _, addr := range []string{"0.0.0.0:443", "[::]:443", "127.0.0.1:8443"} {
+		await(t, addr+" in the journal", func() bool {
+			out, err := exec.Command("journalctl", "--no-pager", "--output=cat", "--unit=sniproxy.service").Output()
+			return err == nil && slices.Contains(strings.Split(string(out), "\n"), "listening on "+addr)
+		})
+	}
+}
+
+// Goal: with Accept=yes systemd starts a service for each connection, in the sandbox of
+// sniproxy.service; it serves, and ends with the client, as a success.
+func testUnitsAccept(t *testing.T) {
+	const socket, service = "sniproxy-accept.socket", "sniproxy-accept@.service"
+	settings := command(t, "sed", "/^Requires=/d; /^Restart/d", "/etc/systemd/system/sniproxy.service")
+	for unit, text := range map[string]string{
+		socket:  "[Socket]\nListenStream=127.0.0.1:8444\nAccept=yes\n",
+		service: settings + "\n",
+	} {
+		path := "/etc/systemd/system/" + unit
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			os.Remove(path)
+			command(t, "systemctl", "daemon-reload")
+		})
+	}
+	serve(t, "/srv/sniproxy", unitHost)
+	command(t, "systemctl", "daemon-reload")
+	command(t, "systemctl", "start", socket)
+	t.Cleanup(func() { command(t, "systemctl", "stop", socket) })
+	hello := hello(t, unitHost)
+	for range 5 {
+		if err := exchange("127.0.0.1:8444", hello); err != nil {
+			t.Error(err)
+		}
+	}
+	awaitProperty(t, socket, "NConnections", "0")
+	if got := property(t, socket, "NAccepted"); got != "5" {
+		t.Errorf("systemd has accepted %s connections", got)
+	}
+	// What fails stays in the list.
+	if got := command(t, "systemctl", "list-units", "--all", "--plain", "--no-legend", "sniproxy-accept@*"); got != "" {
+		t.Errorf("left of the services: %s", got)
+	}
+}
+
 // Goal: sniproxy-next.service has the settings of sniproxy.service, and the socket.
 func TestNextService(t *testing.T) {
 	settings := func(file string) []string {
@@ -260,6 +368,58 @@ func TestNextService(t *testing.T) {
 	this, next := settings("systemd/sniproxy.service"), settings("systemd/sniproxy-next.service")
 	if !slices.Equal(this, next) {
 		t.Errorf("sniproxy.service:\n%q\nsniproxy-next.service:\n%q", this, next)
+	}
+}
+
+// Goal: systemd-socket-activate passes several sockets as systemd does, in LISTEN_FDS; the daemon
+// serves them all, and its stop frees them all.
+func TestSocketActivateSeveral(t *testing.T) {
+	t.Parallel()
+	activate := program(t, "systemd-socket-activate")
+	hosts := directory(t)
+	serve(t, hosts, "a.example")
+	hello := hello(t, "a.example")
+	args := []string{}
+	var addrs []string
+	for range 3 {
+		addr := net.JoinHostPort("127.0.0.1", freePort(t))
+		addrs = append(addrs, addr)
+		args = append(args, "--listen="+addr)
+	}
+	cmd := exec.Command(activate, append(args, daemon(t))...)
+	cmd.Dir = hosts
+	start(t, cmd)
+	for _, addr := range addrs {
+		await(t, "a listening socket", func() bool { return canConnect(addr) })
+		served := startLoad(t, addr, hello)
+		served.more(200)
+		served.end()
+	}
+	if err := cmd.Process.Signal(syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Error(err)
+	}
+	for _, addr := range addrs {
+		if !canListen(addr) {
+			t.Errorf("%s is not free after the stop", addr)
+		}
+	}
+}
+
+// Goal: systemd-socket-activate --accept starts a daemon for each connection, on standard input
+// and output, or without --inetd as the one socket in LISTEN_FDS.
+func TestSocketActivateAccept(t *testing.T) {
+	activate := program(t, "systemd-socket-activate")
+	for _, args := range [][]string{{"--accept", "--inetd"}, {"--accept"}} {
+		t.Run(strings.Join(args, " "), func(t *testing.T) {
+			t.Parallel()
+			hosts, addr := directory(t), net.JoinHostPort("127.0.0.1", freePort(t))
+			cmd := exec.Command(activate, append(args, "--listen="+addr, daemon(t))...)
+			cmd.Dir = hosts
+			testSingle(t, cmd, hosts, addr)
+		})
 	}
 }
 
