@@ -41,6 +41,8 @@ type bound struct {
 //	readlinkat    whether there is a send-proxy-v2,
 //	readlinkat    a send-proxy-v1,
 //	readlinkat    a log-connections
+//	statx         a directory *, which may have the log of all hosts turned on; once for
+//	              all connections that are dealt with in one round of the loop
 //	close         the directory
 //	epoll_ctl     for the answer of the backend, and its end
 //	write         the hello
@@ -77,6 +79,7 @@ var eventLoopCalls = map[string]bound{
 	"recvfrom":    {1, 1, -1},
 	"shutdown":    {0, 0, +1},
 	"socket":      {1, 1, 0},
+	"statx":       {0, 1, 0},
 	"write":       {2, 2, 0},
 }
 
@@ -90,7 +93,7 @@ var goroutineCalls = map[string]bound{
 	"epoll_pwait": {2, 12, 0},
 	"fcntl":       {2, 8, 0},
 	"getsockopt":  {0, 2, 0},
-	"newfstatat":  {7, 7, 0},
+	"newfstatat":  {8, 8, 0},
 	"poll":        {0, 1, 0}, // or ppoll, by the architecture
 	"ppoll":       {0, 1, 0},
 	"read":        {4, 10, 0},
