@@ -155,7 +155,7 @@ type loop struct {
 	logsAllAt int
 	allLogged bool
 
-	shared int32 // the client's socket, 0 if the loop has accepted it
+	shared int32 // the connection that was inherited, which others may have too; 0 if there is none
 
 	conns []*conn // by the number that epoll knows them by
 	free  []*conn // those that can be used again
