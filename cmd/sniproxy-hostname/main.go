@@ -6,6 +6,9 @@
 // encoded by UTS #46 (non-transitional), so that 🕸💍.ws gives xn--sr8hvo.ws; letters become lower case, and one dot
 // at the end is taken off. In a build with the tag hashed, the line is the hash of that name.
 //
+// A NAME may also be a wildcard: *.NAME, which stands for all names with one label before NAME, or * for everything
+// else. An asterisk anywhere else is refused.
+//
 // What sniproxy refuses as a server name is refused here too, and so is what no DNS name can be. For such a NAME
 // there is a message on standard error and nothing on standard output; the others are printed all the same.
 //
@@ -39,7 +42,8 @@ const usage = `usage: sniproxy-hostname NAME...
 
 Prints the name of the directory in which sniproxy looks for the backend of
 each host NAME, one a line. A NAME may be Unicode; it is then encoded to
-A-labels (xn--...).
+A-labels (xn--...). It may be a wildcard: '*.NAME' for all names with one label
+before NAME, '*' for everything else.
 `
 
 const hashedUsage = `
@@ -76,7 +80,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	}
 	status := 0
 	for _, arg := range args {
-		name, err := canonical(arg)
+		name, err := entry(arg)
 		if err != nil {
 			fmt.Fprintf(stderr, "sniproxy-hostname: %q: %v\n", arg, err)
 			status = 1
@@ -88,6 +92,23 @@ func run(args []string, stdout, stderr io.Writer) int {
 		}
 	}
 	return status
+}
+
+// entry returns the name for which the proxy looks a directory up: that of a host, or a wildcard. The asterisk is no
+// part of a name, so it is not mapped; only the one in ASCII is a wildcard.
+func entry(s string) ([]byte, error) {
+	if s == "*" {
+		return []byte(s), nil
+	}
+	host, wildcard := strings.CutPrefix(s, "*.")
+	name, err := canonical(host)
+	if err != nil || !wildcard {
+		return name, err
+	}
+	if len("*.")+len(name) > maxName {
+		return nil, fmt.Errorf("wildcard is longer than %d bytes", maxName)
+	}
+	return append([]byte("*."), name...), nil
 }
 
 // canonical returns the canonical name of the host that a person calls s.

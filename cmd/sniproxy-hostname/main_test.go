@@ -59,6 +59,15 @@ var accepted = []struct{ arg, name, hash string }{
 	{"a\u200db.example", "xn--ab-m1t.example", "DXQPsj9o70nt067N3V9KSLCdoqmSNqEogI7W0QemY3g"}, // a joiner
 	{strings.Repeat("a", 63) + ".b", strings.Repeat("a", 63) + ".b", "bYm_pnk8yWd9WF3-ovqEdE4rlrjvVd_WKx-9cpPqSo8"},
 	{strings.Repeat("a.", 127), strings.Repeat("a.", 126) + "a", "fFhUWsj7qDas0_o5zolXwEfjSDkBvYmxrxkafLeWUfg"}, // 253 bytes
+
+	// Wildcards.
+	{"*", "*", "THZAGiAyUnBitgkW8lL0G149daP6UKY3azrtufWdjJo"},
+	{"*.Example.com", "*.example.com", "TVgeyCpe1FfRC9o4Wz7T5YQWYxS89Mv6YQnJ30Q2gVM"},
+	{"*.b.example。", "*.b.example", "mNSbCUYgry5fuzaqOhyZ7sVCynlUxjfC7OpUO-tiZUo"},
+	{"*.🕸💍.ws", "*.xn--sr8hvo.ws", "P1wJSdyS2yjzJFyvxMhP-iZvyxXDegD7-FZ-G4VNZ28"},
+	{"*.אב", "*.xn--4dbc", "Yw8rPEE8qr93J4-x8mz-2iQWWU8Kpmil8gmDV0OX4po"},
+	{"*.com", "*.com", "aNAw0PxQRRoqNX37h2Jz1um1B83gBblbNGbsctvsdeM"},
+	{"*." + strings.Repeat("a.", 126)[:251], "*." + strings.Repeat("a.", 126)[:251], "9vp3kFbyUjsuo-oZdH1C0fU1bAtlJOh89WGBv385uP4"},
 }
 
 // Goal: every kind of name that is accepted gives exactly the line that the proxy expects in this build.
@@ -97,7 +106,6 @@ var refused = []struct{ arg, reason string }{
 	{"a℀b.com", "character other than"}, // U+2100 stands for a/c
 	{"a\nb.com", "character other than"},
 	{"127.0.0.1:443", "character other than"},
-	{"*.example", "character other than"},
 	{"xn--.com", "empty label"},
 	{"xn--abc-.com", "not a valid internationalized name"}, // ASCII in disguise
 	{"א1b.com", "not a valid internationalized name"},      // RFC 5893, the Bidi rule
@@ -105,6 +113,24 @@ var refused = []struct{ arg, reason string }{
 	{"\u202e.com", "not a valid internationalized name"},   // right-to-left override
 	{strings.Repeat("a.", 126) + "aa", "longer than 253 bytes"},
 	{strings.Repeat("a.", 200) + "a", "longer than 254 bytes"},
+
+	{"*.", "empty"},
+	{"*..", "empty"},
+	{"*..a", "empty label"},
+	{"**", "character other than"},
+	{"*a.example", "character other than"},
+	{"a*.example", "character other than"},
+	{"a.*.example", "character other than"},
+	{"a.*", "character other than"},
+	{"*.*", "character other than"},
+	{"*.*.example", "character other than"},
+	{"*.-a", "begins with a hyphen"},
+	{"*./a", "character other than"},
+	{"＊.example", "character other than"}, // U+FF0A, which would become an asterisk
+	{"*。example", "character other than"},
+	{"*.xn--a.com", "not a valid internationalized name"},
+	{"*." + strings.Repeat("a.", 125) + "aa", "longer than 253 bytes"},
+	{"*." + strings.Repeat("a", 64), "longer than 63 bytes"},
 }
 
 // Goal: every kind of name that is refused gives no directory name, one line that names the program, the argument in a
@@ -213,14 +239,16 @@ func FuzzHostname(f *testing.F) {
 		f.Add(c.arg)
 	}
 	f.Fuzz(func(t *testing.T, arg string) {
-		name, err := canonical(arg)
+		name, err := entry(arg)
 		if err != nil {
 			return
 		}
-		if onWire, err := sni.AppendCanonical(nil, name); err != nil || !bytes.Equal(onWire, name) {
-			t.Errorf("%q gives %q, which the proxy takes for %q, %v", arg, name, onWire, err)
+		// The proxy looks a wildcard up for a name that has another label in place of the asterisk.
+		host := bytes.Replace(name, []byte("*"), []byte("a"), 1)
+		if onWire, err := sni.AppendCanonical(nil, host); err != nil || !bytes.Equal(onWire, host) {
+			t.Errorf("%q gives %q; the proxy takes %q for %q, %v", arg, name, host, onWire, err)
 		}
-		if again, err := canonical(string(name)); err != nil || !bytes.Equal(again, name) {
+		if again, err := entry(string(name)); err != nil || !bytes.Equal(again, name) {
 			t.Errorf("%q gives %q, and that gives %q, %v", arg, name, again, err)
 		}
 	})
