@@ -1,0 +1,262 @@
+package hostdir_test
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir"
+)
+
+// A dialling is a way to connect to a host.
+type dialling struct {
+	what string
+	dial func(name string) (fd int, marks hostdir.Marks, err error)
+}
+
+// eachDialling runs a test with each way to connect to a host that the system has, in a hosts
+// directory of its own.
+func eachDialling(t *testing.T, test func(t *testing.T, dial func(name string) (fd int, marks hostdir.Marks, err error))) {
+	for _, way := range append(dialers(t), dialling{"Dial", func(name string) (int, hostdir.Marks, error) {
+		return hostdir.Dial([]byte(name))
+	}}, dialling{"Connect", func(name string) (int, hostdir.Marks, error) {
+		for {
+			fd, err := hostdir.Socket()
+			if err != nil {
+				return -1, hostdir.Marks{}, err
+			}
+			marks, err := hostdir.Connect(fd, []byte(name))
+			if err == nil {
+				return fd, marks, nil
+			}
+			unix.Close(fd)
+			if problem(err) != hostdir.Exchanged {
+				return -1, marks, err
+			}
+		}
+	}}) {
+		t.Run(way.what, func(t *testing.T) {
+			chdir(t)
+			test(t, way.dial)
+		})
+	}
+}
+
+// A site is a host that tells who was connected to.
+type site struct {
+	name string
+	fd   int
+}
+
+func sites(t *testing.T, names ...string) (s []site) {
+	t.Helper()
+	for _, name := range names {
+		fd := listen(t, name, 100)
+		must(t, unix.SetNonblock(fd, true))
+		s = append(s, site{name, fd})
+	}
+	return s
+}
+
+// reached returns the name of the site that has one connection waiting, which it takes.
+func reached(t *testing.T, all []site) string {
+	t.Helper()
+	var names []string
+	for _, s := range all {
+		if fd, _, err := unix.Accept(s.fd); err == nil {
+			unix.Close(fd)
+			names = append(names, s.name)
+		}
+	}
+	return strings.Join(names, " and ")
+}
+
+func TestDialWildcard(t *testing.T) {
+	// Goal: a name is served by the entry of that name or, if there is none, by the wildcard that
+	// has an asterisk for its first label or, if there is none either, by *, which also has the
+	// clients without a name.
+	eachDialling(t, func(t *testing.T, dial func(string) (int, hostdir.Marks, error)) {
+		all := sites(t, "a.example.com", "*.example.com", "*.com")
+		words := map[string]string{
+			"a.example.com": "a.example.com", "b.example.com": "*.example.com", "example.com": "*.com",
+			"a.b.example.com": "", "a.a.example.com": "", "com": "", "a": "", "": "",
+			strings.Repeat("a", 242) + ".example.com": "*.example.com",
+		}
+		check := func() {
+			t.Helper()
+			for name, want := range words {
+				fd, marks, err := dial(name)
+				if err == nil {
+					unix.Close(fd)
+				}
+				if got := reached(t, all); got != want || marks != (hostdir.Marks{}) {
+					t.Errorf("%.40q: reached %q, markers %+v, error %v, want %q", name, got, marks, err, want)
+				}
+				var e *hostdir.Error
+				if want == "" && (!errors.As(err, &e) || e.Problem != hostdir.NoDirectory || e.Ignored) {
+					t.Errorf("%.40q: error %#v", name, err)
+				}
+			}
+		}
+		check()
+		all = append(all, sites(t, "*")...)
+		for name, want := range words {
+			if want == "" {
+				words[name] = "*"
+			}
+		}
+		check()
+	})
+}
+
+func TestDialWildcardDown(t *testing.T) {
+	// Goal: an entry that is there and cannot serve has no substitute, and no descriptor is lost.
+	eachDialling(t, func(t *testing.T, dial func(string) (int, hostdir.Marks, error)) {
+		all := sites(t, "*.good.example", "*")
+		bad := map[string]hostdir.Problem{
+			"file": hostdir.NoDirectory, "dangling": hostdir.NoDirectory, "loop": hostdir.NoDirectory,
+			"empty": hostdir.NoSocket, "abandoned": hostdir.NobodyListens,
+		}
+		put := func(what, entry string) {
+			t.Helper()
+			path := dirName(entry)
+			switch what {
+			case "file":
+				must(t, os.WriteFile(path, nil, 0o644))
+			case "dangling":
+				must(t, os.Symlink("nowhere", path))
+			case "loop":
+				must(t, os.Symlink(path, path))
+			case "empty":
+				must(t, os.Mkdir(path, 0o755))
+			case "abandoned":
+				unix.Close(listen(t, entry, 1))
+			}
+		}
+		base := descriptors(t)
+		for what, want := range bad {
+			for _, entry := range []string{"bad.good.example", "*.bad.example"} {
+				put(what, entry)
+				name := strings.Replace(entry, "*", "a", 1)
+				_, _, err := dial(name)
+				if got := reached(t, all); got != "" || problem(err) != want {
+					t.Errorf("%s as %s: reached %q, error %v", what, entry, got, err)
+				}
+				must(t, os.RemoveAll(dirName(entry)))
+				fd, _, err := dial(name)
+				if err != nil {
+					t.Fatal(err)
+				}
+				unix.Close(fd)
+				reached(t, all)
+			}
+		}
+		must(t, os.RemoveAll(dirName("*")))
+		for what, want := range bad {
+			put(what, "*")
+			for _, name := range []string{"any.example", "any", ""} {
+				if _, _, err := dial(name); problem(err) != want {
+					t.Errorf("%s as *: %q: error %v", what, name, err)
+				}
+			}
+			must(t, os.RemoveAll(dirName("*")))
+		}
+		// "abandoned" has closed its descriptor, which may belong to something else by now.
+		if got := descriptors(t); got != base {
+			t.Errorf("%d descriptors, %d before", got, base)
+		}
+	})
+}
+
+func TestDialMarkers(t *testing.T) {
+	// Goal: the markers are those of the entry that serves the name; version 2 of the PROXY
+	// protocol is preferred.
+	eachDialling(t, func(t *testing.T, dial func(string) (int, hostdir.Marks, error)) {
+		all := sites(t, "a.example", "*.example", "*")
+		for entry, markers := range map[string][]string{
+			"a.example": {"send-proxy-v1", "send-proxy-v2"},
+			"*.example": {"send-proxy-v1", "log-connections"},
+			"*":         {"send-proxy-v2"},
+		} {
+			for _, marker := range markers {
+				must(t, os.Symlink("nowhere", dirName(entry)+"/"+marker))
+			}
+		}
+		for name, want := range map[string]hostdir.Marks{
+			"a.example": {Proxy: 2}, "b.example": {Proxy: 1, Log: true}, "c": {Proxy: 2}, "": {Proxy: 2},
+		} {
+			fd, marks, err := dial(name)
+			if err != nil || marks != want {
+				t.Errorf("%q: markers %+v, error %v, want %+v", name, marks, err, want)
+			}
+			unix.Close(fd)
+		}
+		reached(t, all)
+	})
+}
+
+func TestDialWildcardOwner(t *testing.T) {
+	// Goal: a wildcard counts only if the entry itself belongs to the owner of the hosts
+	// directory or to root; one that does not is passed over, and if nothing follows the error
+	// says so.
+	if os.Geteuid() != 0 {
+		t.Skip("only root can give files away")
+	}
+	const owner, other = 65533, 65532
+	eachDialling(t, func(t *testing.T, dial func(string) (int, hostdir.Marks, error)) {
+		must(t, os.Chown(".", owner, owner))
+		all := sites(t, "target", "*.directory.example")
+		must(t, os.Chown(dirName("target"), other, other))
+		must(t, os.Symlink(dirName("target"), dirName("*.link.example")))
+		must(t, os.Symlink("nowhere", dirName("*.dangling.example")))
+		kinds := []string{"directory", "link", "dangling"}
+		check := func(uid int, kind, name string, wantSite string, wantIgnored bool) {
+			t.Helper()
+			fd, _, err := dial(name)
+			if err == nil {
+				unix.Close(fd)
+			}
+			var e *hostdir.Error
+			errors.As(err, &e)
+			if got := reached(t, all); got != wantSite {
+				t.Errorf("%s of %d: %q: reached %q, error %v, want %q", kind, uid, name, got, err, wantSite)
+			}
+			if wantSite == "" && (e == nil || e.Problem != hostdir.NoDirectory || e.Ignored != wantIgnored ||
+				wantIgnored != strings.Contains(e.Error(), "belongs neither to root nor to the owner")) {
+				t.Errorf("%s of %d: %q: error %#v (%v), want Ignored %v", kind, uid, name, e, err, wantIgnored)
+			}
+		}
+		for _, uid := range []int{0, owner, other, 1} {
+			counts := uid == 0 || uid == owner
+			for _, kind := range kinds {
+				entry := dirName(fmt.Sprintf("*.%s.example", kind))
+				must(t, os.Lchown(entry, uid, uid))
+				want := map[string]string{"directory": "*.directory.example", "link": "target", "dangling": ""}[kind]
+				if !counts {
+					want = ""
+				}
+				check(uid, kind, "a."+kind+".example", want, !counts)
+				check(uid, kind, "a.b."+kind+".example", "", false)
+
+				must(t, os.Rename(entry, dirName("*")))
+				for _, name := range []string{"a." + kind + ".example", "a", ""} {
+					check(uid, kind+" for all", name, want, !counts)
+				}
+				must(t, os.Rename(dirName("*"), entry))
+
+				// What is ignored leaves the name to a good *.
+				if !counts {
+					all = append(all, sites(t, "*")...)
+					check(uid, kind, "a."+kind+".example", "*", false)
+					must(t, os.RemoveAll(dirName("*")))
+					all = slices.Clip(all[:len(all)-1])
+				}
+			}
+		}
+	})
+}
