@@ -1,0 +1,159 @@
+package main
+
+import (
+	"errors"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// swap exchanges what is at two paths, at once.
+func swap(a, b string) error {
+	return unix.Renameat2(unix.AT_FDCWD, a, unix.AT_FDCWD, b, unix.RENAME_EXCHANGE)
+}
+
+// keepSwapping exchanges two entries of a directory again and again, until stop is called, at
+// moments that nobody chooses.
+func keepSwapping(t *testing.T, dir, a, b string) (stop func()) {
+	t.Helper()
+	// The directory may be where only the thread of the test sees it.
+	fd, err := unix.Open(dir, unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var over atomic.Bool
+	var swaps sync.WaitGroup
+	swaps.Go(func() {
+		defer unix.Close(fd)
+		for !over.Load() {
+			if err := unix.Renameat2(fd, a, fd, b, unix.RENAME_EXCHANGE); err != nil {
+				t.Errorf("swap: %v", err)
+				return
+			}
+		}
+	})
+	return func() {
+		over.Store(true)
+		swaps.Wait()
+	}
+}
+
+func TestDirectoryExchanged(t *testing.T) {
+	// Goal: while the directory of a name, or that of its wildcard, is exchanged for another
+	// one under load, each client is served by the one or the other, with the header for which
+	// that has a marker.
+	for _, entry := range []string{"a.example", "*.example", "*"} {
+		t.Run(entry, func(t *testing.T) {
+			d := start(t)
+			backend := func(word, begin string) func(*net.UnixConn) {
+				return func(c *net.UnixConn) {
+					got := make([]byte, len(begin))
+					if _, err := io.ReadFull(c, got); err == nil && string(got) != begin {
+						io.WriteString(c, "the wrong header for ")
+					}
+					io.Copy(io.Discard, c)
+					io.WriteString(c, word)
+				}
+			}
+			d.serve(entry, backend("green", "\x16\x03"))
+			other := filepath.Join(d.dir, ".other")
+			if err := os.Rename(d.hostDir(entry), other); err != nil {
+				t.Fatal(err)
+			}
+			d.serve(entry, backend("blue", "\r\n\r\n\x00\r\nQUIT\n"))
+			writeMarker(t, d.hostPath(entry, "send-proxy-v2"))
+			counts := map[string]int{}
+			swaps := 0
+			var clients sync.WaitGroup
+			answers := make(chan string)
+			for range 4 {
+				clients.Go(func() {
+					for range 300 {
+						got, err := d.tell(sayHello("a.example"), 1<<20, true)
+						if err != nil {
+							t.Error(err)
+						}
+						answers <- string(got)
+					}
+				})
+			}
+			go func() {
+				clients.Wait()
+				close(answers)
+			}()
+			for got := range answers {
+				if counts[got]++; got != "green" && got != "blue" && counts[got] < 3 {
+					t.Errorf("an answer is %q", got)
+				}
+				if err := swap(d.hostDir(entry), other); err != nil {
+					t.Fatal(err)
+				}
+				swaps++
+			}
+			t.Logf("%d swaps, answers: %v", swaps, counts)
+			if counts["green"] == 0 || counts["blue"] == 0 {
+				t.Errorf("the answers are %v", counts)
+			}
+		})
+	}
+}
+
+func TestWildcardTenantExchanges(t *testing.T) {
+	// Goal: where tenants may rename the administrator's wildcard, since the hosts directory has
+	// no sticky bit, no moment for exchanging it with one of their own gets them a client. That
+	// holds for directories and symlinks, also on a file system on which times have coarse steps.
+	if os.Geteuid() != 0 {
+		t.Skip("only root can give files away")
+	}
+	for _, kind := range []string{"directory", "symlink"} {
+		for _, fs := range []string{"", "ramfs"} {
+			t.Run(kind+" "+fs, func(t *testing.T) {
+				hosts := hostsDir(t)
+				if fs != "" {
+					ownMounts(t)
+					mountOn(t, fs, hosts, fs, 0, "")
+					if err := os.Chmod(hosts, 0o777); err != nil {
+						t.Fatal(err)
+					}
+				}
+				d := startOn(t, listen(t, "tcp4", "127.0.0.1:0"), hosts, ordinaryUser(t))
+				d.serve("*", answering("everything"))
+				mine, theirs := d.hostDir("*.example"), filepath.Join(d.dir, ".theirs")
+				if kind == "directory" {
+					d.serve("*.example", answering("theirs"))
+					if err := os.Rename(mine, theirs); err != nil {
+						t.Fatal(err)
+					}
+					d.serve("*.example", answering("mine"))
+				} else {
+					d.serve("mine", answering("mine"))
+					d.serve("theirs", answering("theirs"))
+					if err := errors.Join(os.Symlink(hostDir("", "mine"), mine), os.Symlink(hostDir("", "theirs"), theirs)); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if err := os.Lchown(theirs, tenant, tenant); err != nil {
+					t.Fatal(err)
+				}
+				stop := keepSwapping(t, d.dir, filepath.Base(mine), filepath.Base(theirs))
+				defer stop()
+				counts := map[string]int{}
+				d.flows(500, []string{"a.example"}, func(_, got string) {
+					if counts[got]++; got != "mine" && got != "everything" && counts[got] < 3 {
+						t.Errorf("an answer is %q", got)
+					}
+				})
+				t.Logf("answers: %v", counts)
+				if counts["everything"] == 0 {
+					t.Error("no client came while the tenant's was there")
+				}
+			})
+		}
+	}
+}

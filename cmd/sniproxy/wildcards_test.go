@@ -1,0 +1,724 @@
+package main
+
+import (
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+
+	"sniproxy/hostdir"
+	"sniproxy/sni"
+)
+
+// answering is a backend that reads a hello, whatever is in it, and answers with a word.
+func answering(word string) func(*net.UnixConn) {
+	return func(c *net.UnixConn) {
+		// The proxy sends all that it has read in one write.
+		if n, err := c.Read(make([]byte, sni.MaxHello)); n > 0 && err == nil {
+			io.WriteString(c, word)
+		}
+	}
+}
+
+// sayHello returns a hello with any name, also one that crypto/tls would not send.
+func sayHello(name string) []byte { return records(shape{name: name}.message(), 1<<14) }
+
+// expectAnswers fails the test unless clients that ask for the names get the words. The word ""
+// stands for the alert unrecognized_name.
+func (d *daemon) expectAnswers(words map[string]string) {
+	d.t.Helper()
+	for name, word := range words {
+		got, err := d.exchange(sayHello(name))
+		if err != nil || word == "" && alert(got) != int(sni.UnrecognizedName) || word != "" && string(got) != word {
+			d.t.Errorf("%.60q: got %q, error %v, want %q", name, got, err, word)
+		}
+	}
+}
+
+func TestWildcard(t *testing.T) {
+	// Goal: a wildcard serves the names with exactly one label in the place of its asterisk
+	// that have no directory of their own, and * serves all others; without * these are unknown.
+	// What is made or removed meanwhile counts at once.
+	d := start(t)
+	for _, name := range []string{"exact.example.com", "*.example.com", "*.b.example.com", "*.com", "*.c"} {
+		d.serve(name, answering(name))
+	}
+	words := map[string]string{
+		"exact.example.com":        "exact.example.com",
+		"EXACT.Example.COM":        "exact.example.com",
+		"a.example.com":            "*.example.com",
+		"A.EXAMPLE.com":            "*.example.com",
+		"_a-.example.com":          "*.example.com",
+		"xn--fa-hia.example.com":   "*.example.com",
+		"b.example.com":            "*.example.com", // not that of *.b.example.com
+		"com.example.com":          "*.example.com",
+		"a.b.example.com":          "*.b.example.com",
+		"exact.b.example.com":      "*.b.example.com",
+		"example.com":              "*.com", // not that of *.example.com
+		"example.com.c":            "",
+		"com.c":                    "*.c",
+		"a.b.b.example.com":        "",
+		"a.exact.example.com":      "",
+		"a.example":                "",
+		"a.example.com.example":    "",
+		"a.example.comm":           "",
+		"aexample.com.example.net": "",
+		"com":                      "",
+		"c":                        "",
+		"a":                        "",
+	}
+	d.expectAnswers(words)
+
+	d.serve("*", answering("*"))
+	for name, word := range words {
+		if word == "" {
+			words[name] = "*"
+		}
+	}
+	d.expectAnswers(words)
+
+	d.serve("com", answering("com"))
+	if err := os.RemoveAll(d.hostDir("*.example.com")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(d.hostDir("exact.example.com"), d.hostDir("a.b.example.com")); err != nil {
+		t.Fatal(err)
+	}
+	for name, word := range words {
+		if word == "*.example.com" {
+			words[name] = "*"
+		}
+	}
+	maps.Copy(words, map[string]string{
+		"com": "com", "exact.example.com": "*", "EXACT.Example.COM": "*", "a.b.example.com": "exact.example.com",
+	})
+	d.expectAnswers(words)
+
+	if err := os.RemoveAll(d.hostDir("*")); err != nil {
+		t.Fatal(err)
+	}
+	for name, word := range words {
+		if word == "*" {
+			words[name] = ""
+		}
+	}
+	d.expectAnswers(words)
+}
+
+func TestWildcardDown(t *testing.T) {
+	// Goal: what is there and cannot serve has no substitute: neither the wildcard for a
+	// name that has a directory, or anything in the place of one, nor * for a wildcard. The reason
+	// in the log is that of what is there.
+	d := start(t, ordinaryUser(t))
+	d.serve("*", answering("*"))
+	d.serve("*.up.example", answering("wildcard"))
+	bad := maps.Clone(badHosts)
+	maps.Copy(bad, tricks)
+	delete(bad, "no directory")
+	d.put("exact.down.example", bad["no socket"])
+	for what, do := range bad {
+		t.Run(what, func(t *testing.T) {
+			for _, entry := range []string{"bad.up.example", "*.down.example"} {
+				name := strings.Replace(entry, "*", "bad", 1)
+				d.put(entry, do)
+				d.expectAnswers(map[string]string{name: "", "good.up.example": "wildcard", "exact.down.example": "", "any.example": "*"})
+				if err := os.RemoveAll(d.hostDir(entry)); err != nil {
+					t.Fatal(err)
+				}
+				word := "*"
+				if entry == "bad.up.example" {
+					word = "wildcard"
+				}
+				d.expectAnswers(map[string]string{name: word})
+			}
+		})
+	}
+	if err := os.RemoveAll(d.hostDir("*")); err != nil {
+		t.Fatal(err)
+	}
+	for what, do := range bad {
+		t.Run(what+" for everything", func(t *testing.T) {
+			d.put("*", do)
+			d.expectAnswers(map[string]string{"any.example": "", "any": "", "good.up.example": "wildcard"})
+			if err := os.RemoveAll(d.hostDir("*")); err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
+}
+
+func TestWildcardDownLog(t *testing.T) {
+	// Goal: the line about a client that is refused has the reason why what is there cannot
+	// serve, whichever entry that is.
+	d := start(t, ordinaryUser(t))
+	uid := os.Geteuid()
+	if uid == 0 {
+		uid = 65534
+	}
+	d.put("exact.example", badHosts["abandoned socket"])
+	d.put("*.example", badHosts["no socket"])
+	d.put("*", tricks["directory without permission"])
+	for name, reason := range map[string]string{
+		"exact.example": "nobody listens on tls-socket",
+		"any.example":   "no tls-socket in the directory",
+		"a.any.example": fmt.Sprintf("permission denied for uid %d", uid),
+		"example":       fmt.Sprintf("permission denied for uid %d", uid),
+	} {
+		c := d.dial()
+		c.Write(sayHello(name))
+		got, err := io.ReadAll(c)
+		expectRecord(t, got, err, sni.UnrecognizedName)
+		d.expectNotice(notice{c.LocalAddr().String(), name, reason, sni.UnrecognizedName})
+	}
+}
+
+func TestWildcardLongNames(t *testing.T) {
+	// Goal: the longest names reach their wildcard as far as the path of its socket fits, and *
+	// in any case, unless they have a directory of their own, whatever its length.
+	d := start(t)
+	d.serve("*", answering("*"))
+	elsewhere := hostsDir(t)
+	serveHost(t, elsewhere, "target", answering("wildcard"))
+	label := strings.Repeat("a", 63)
+	rest := strings.Repeat("."+label, 3)
+	for _, first := range []int{1, 61, 62, 63} {
+		name := strings.Repeat("b", first) + rest
+		if len(name) > sni.MaxName {
+			d.expectAnswers(map[string]string{name: ""})
+			continue
+		}
+		d.expectAnswers(map[string]string{name: "*"})
+		entries := []string{"*" + rest, name}
+		if first == 62 && len(name) != sni.MaxName {
+			t.Fatalf("the name has %d bytes", len(name))
+		}
+		word := "wildcard"
+		if !hostdir.Hashed && !anyName {
+			word = ""
+		}
+		for _, entry := range entries {
+			if err := os.Symlink(hostDir(elsewhere, "target"), d.hostDir(entry)); err != nil {
+				t.Fatal(err)
+			}
+			d.expectAnswers(map[string]string{name: word})
+			if err := os.Remove(d.hostDir(entry)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
+
+// flows has clients ask for names, one after the other in each of four goroutines, and calls
+// answered for each answer, in one goroutine.
+func (d *daemon) flows(n int, names []string, answered func(name, got string)) {
+	type answer struct{ name, got string }
+	answers := make(chan answer)
+	var clients sync.WaitGroup
+	for i := range 4 {
+		clients.Go(func() {
+			for j := range n {
+				name := names[(i+j)%len(names)]
+				got, err := d.exchange(sayHello(name))
+				if err != nil {
+					d.t.Errorf("%s: %v", name, err)
+				}
+				answers <- answer{name, string(got)}
+			}
+		})
+	}
+	go func() {
+		clients.Wait()
+		close(answers)
+	}()
+	for a := range answers {
+		answered(a.name, a.got)
+	}
+}
+
+func TestWildcardComesAndGoes(t *testing.T) {
+	// Goal: while the directory of a name comes and goes under load, its clients are served by
+	// it or by the wildcard, and while the wildcard comes and goes, by it or by *. None is
+	// refused, and none is served by anything else.
+	for _, tt := range []struct{ entry, word, other, third string }{
+		{"a.example", "exact", "wildcard", "everything"},
+		{"*.example", "wildcard", "everything", "exact"},
+	} {
+		t.Run(tt.entry, func(t *testing.T) {
+			d := start(t)
+			d.serve("*", answering("everything"))
+			d.serve("*.example", answering("wildcard"))
+			d.serve("b.example", answering("neighbour"))
+			if tt.entry == "a.example" {
+				d.serve("a.example", answering("exact"))
+			}
+			dir, aside := d.hostDir(tt.entry), filepath.Join(d.dir, ".aside")
+			counts := map[string]int{}
+			d.flows(500, []string{"a.example", "a.example", "b.example"}, func(name, got string) {
+				if name == "b.example" {
+					if got != "neighbour" {
+						t.Errorf("a client of the neighbour got %q", got)
+					}
+					return
+				}
+				if counts[got]++; got != tt.word && got != tt.other && counts[got] < 3 {
+					t.Errorf("an answer is %q", got)
+				}
+				// The others are in the middle of something.
+				if err := os.Rename(dir, aside); errors.Is(err, os.ErrNotExist) {
+					err = os.Rename(aside, dir)
+					if err != nil {
+						t.Error(err)
+					}
+				} else if err != nil {
+					t.Error(err)
+				}
+			})
+			t.Logf("answers: %v", counts)
+			if counts[tt.word] == 0 || counts[tt.other] == 0 {
+				t.Errorf("of %q there were %d answers, of %q %d", tt.word, counts[tt.word], tt.other, counts[tt.other])
+			}
+		})
+	}
+}
+
+// namelessHellos are hellos that are complete and valid, and name no host.
+func namelessHellos() map[string][]byte {
+	other := byte(7) // a type of name that there is not
+	return map[string][]byte{
+		"of crypto/tls":          hello(""),
+		"of crypto/tls, TLS 1.2": helloConfig(&tls.Config{MaxVersion: tls.VersionTLS12}),
+		"without extensions":     record(22, shape{}.client(nil)...),
+		"with an empty list":     record(22, shape{}.client(shape{}.vector("extensions", 2, nil))...),
+		"with other extensions":  record(22, shape{}.client(shape{}.vector("extensions", 2, shape{}.extension(padding, 300)))...),
+		"with another type":      record(22, shape{kind: other, name: "a.example"}.message()...),
+		"in records of 3 bytes":  records(shape{}.client(shape{}.vector("extensions", 2, shape{}.extension(padding, 30))), 3),
+		"large":                  records(shape{}.client(shape{}.vector("extensions", 2, shape{}.extension(padding, 30_000))), 1<<14),
+	}
+}
+
+func TestNameless(t *testing.T) {
+	// Goal: clients whose complete hello has no server name are served by *, however the hello
+	// is cut, and get all bytes; without * they are refused, with a line that says why.
+	d := start(t)
+	for what, sent := range namelessHellos() {
+		got, err := d.exchange(sent)
+		if err != nil || alert(got) != int(sni.UnrecognizedName) {
+			t.Errorf("%s, without *: got %q, error %v", what, got, err)
+		}
+	}
+	c := d.dial()
+	c.Write(hello(""))
+	io.ReadAll(c)
+	d.expectNotice(notice{c.LocalAddr().String(), "", "no server name", sni.UnrecognizedName})
+
+	d.serve("a.example", answering("a.example"))
+	d.serve("*.example", answering("*.example"))
+	d.serve("*", func(c *net.UnixConn) { io.Copy(c, c) })
+	for what, sent := range namelessHellos() {
+		whole := append(slices.Clip(sent), "and more"...)
+		for _, piece := range []int{len(whole), 1 << 10, 7} {
+			if got, err := d.tell(whole, piece, true); err != nil || string(got) != string(whole) {
+				t.Errorf("%s, in pieces of %d: got %d bytes back, error %v, want %d", what, piece, len(got), err, len(whole))
+			}
+		}
+	}
+}
+
+func TestNamelessDown(t *testing.T) {
+	// Goal: a * that cannot serve gives clients without a name the alert unrecognized_name, with
+	// the reason in the log, as it does to those with one.
+	d := start(t, ordinaryUser(t))
+	for what, do := range badHosts {
+		t.Run(what, func(t *testing.T) {
+			d.put("*", do)
+			d.expectAlert(hello(""), sni.UnrecognizedName)
+			if err := os.RemoveAll(d.hostDir("*")); err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
+	d.put("*", badHosts["no socket"])
+	c := d.dial()
+	c.Write(hello(""))
+	got, err := io.ReadAll(c)
+	expectRecord(t, got, err, sni.UnrecognizedName)
+	d.expectNotice(notice{c.LocalAddr().String(), "", "no tls-socket in the directory", sni.UnrecognizedName})
+}
+
+func TestNotUnderstood(t *testing.T) {
+	// Goal: what cannot be understood is served by nobody, also where there is a * and a
+	// wildcard for anything: a hello that is malformed, cut or not TLS, at any place and behind the place
+	// of the name as well, and one with a name that is not canonical. The alerts are those that
+	// there are without a *.
+	d, without := start(t), start(t)
+	var served atomic.Int64
+	for _, name := range []string{"*", "*.example", "*.0.0.1", "*.a"} {
+		d.serve(name, func(c *net.UnixConn) {
+			served.Add(1)
+			answering("served")(c)
+		})
+	}
+	expectRefused := func(what string, sent []byte, end bool) {
+		t.Helper()
+		want, err := without.tell(sent, len(sent)+1, end)
+		if err != nil || alert(want) < 0 {
+			t.Fatalf("%s: without * the answer is %x, error %v", what, want, err)
+		}
+		got, err := d.tell(sent, len(sent)+1, end)
+		if err != nil || string(got) != string(want) {
+			t.Errorf("%s: got %x, error %v, want %x", what, got, err, want)
+		}
+	}
+
+	for _, name := range []string{
+		"", ".", "..", "a.", "a.example.", "a..example", ".example", "..example", "-a.example", "a.-example", "*", "*.example", "**",
+		"a b.example", "a\nb.example", "a/b.example", "../a.example", "a\x00.example", "\x00", "\xff.example", "\xc3\xa9.example",
+		"[::1]", "::1", "2001:db8::1", "127.0.0.1:443", "127.0.0.1.", "fe80::1%eth0", "a,b.example", "a%00.example", "a\\b.example",
+		strings.Repeat("a", 255), strings.Repeat("a.", 130) + "example", strings.Repeat("a", 60_000),
+	} {
+		expectRefused(fmt.Sprintf("name %.40q", name), sayHello(name), false)
+	}
+
+	// Whatever length is wrong, without a name and up to a name.
+	extensions := func(s shape) []byte {
+		return s.client(s.vector("extensions", 2, s.extension(43, 2), s.extension(padding, 20)))
+	}
+	for _, length := range []string{"message", "session", "suites", "compression", "extensions", "other"} {
+		for _, by := range []int{1, -1, 4, 1 << 16} {
+			message := extensions(shape{wrong: []string{length}, by: by})
+			what := fmt.Sprintf("nameless, length of %s wrong by %d", length, by)
+			// One that is too long may only wait for the rest.
+			expectRefused(what, record(22, message...), true)
+		}
+	}
+	for _, length := range []string{"name", "list", "server name"} {
+		for _, by := range []int{1, 1 << 16} {
+			message := shape{name: "a.example", wrong: []string{length}, by: by}.message()
+			expectRefused(fmt.Sprintf("length of %s wrong by %d", length, by), record(22, message...), true)
+		}
+	}
+
+	// Whatever is cut off, or not there.
+	whole := hello("")
+	for _, n := range []int{0, 1, 5, 6, 60, len(whole) / 2, len(whole) - 1} {
+		expectRefused(fmt.Sprintf("nameless, %d bytes of %d", n, len(whole)), whole[:n], true)
+	}
+	good := extensions(shape{})
+	half := len(good) / 2
+	for what, sent := range map[string][]byte{
+		"plain HTTP":                []byte("GET / HTTP/1.1\r\nHost: a.example\r\n\r\n"),
+		"SSH":                       []byte("SSH-2.0-OpenSSH_9.2\r\n"),
+		"a record that is too long": {22, 3, 1, 0x48, 0},
+		"another message":           record(22, append([]byte{2}, good[1:]...)...),
+		"an alert in the middle":    slices.Concat(record(22, good[:half]...), record(21, 1, 0), record(22, good[half:]...)),
+		"an empty record":           slices.Concat(record(22, good[:half]...), record(22), record(22, good[half:]...)),
+		"the name twice": record(22, shape{}.client(shape{}.vector("extensions", 2,
+			[]byte{0, 0, 0, 0}, []byte{0, 0, 0, 0}))...),
+		"an empty server name": record(22, shape{}.client(shape{}.vector("extensions", 2, []byte{0, 0, 0, 0}))...),
+	} {
+		expectRefused(what, sent, true)
+	}
+	if n := served.Load(); n > 0 {
+		t.Errorf("%d were served", n)
+	}
+
+	// An IPv4 address is a canonical name; clients must not send it, and some do.
+	d.expectAnswers(map[string]string{"127.0.0.1": "served", "10.20.30.40": "served", "a.example": "served"})
+}
+
+func TestNamelessClients(t *testing.T) {
+	// Goal: the clients in use that name no host, since they are told not to or since they
+	// connect to an address, reach the site in *.
+	d := start(t)
+	ca := newAuthority(t)
+	d.serveHTTPS("*", &tls.Config{Certificates: []tls.Certificate{ca.issue(t, "site.example")}})
+	for _, tt := range []struct {
+		program string
+		name    string
+		args    []string
+	}{
+		{"openssl", ", TLS 1.3", []string{"s_client", "-connect", d.addr, "-noservername", "-tls1_3"}},
+		{"openssl", ", TLS 1.2", []string{"s_client", "-connect", d.addr, "-noservername", "-tls1_2"}},
+		{"curl", ", HTTP/2", []string{"-q", "-sS", "-k", "--noproxy", "*", "--http2", "https://" + d.addr + "/"}},
+		{"curl", ", HTTP/1.1", []string{"-q", "-sS", "-k", "--noproxy", "*", "--http1.1", "https://" + d.addr + "/"}},
+		{"gnutls-cli", "", []string{"--insecure", "--disable-sni", "--port", d.addr[len("127.0.0.1:"):], "127.0.0.1"}},
+	} {
+		t.Run(tt.program+tt.name, func(t *testing.T) {
+			out, status := execute(t, tt.program, tt.args...)
+			if status != 0 || !strings.Contains(out, "host= tls=") {
+				t.Errorf("exit status %d; it printed %q", status, out)
+			}
+		})
+	}
+	t.Run("crypto/tls", func(t *testing.T) {
+		c, err := tls.Dial("tcp", d.addr, &tls.Config{InsecureSkipVerify: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		io.WriteString(c, "GET / HTTP/1.0\r\n\r\n")
+		if got, err := io.ReadAll(c); err != nil || !strings.Contains(string(got), "host= tls=") {
+			t.Errorf("got %q, error %v", got, err)
+		}
+	})
+}
+
+// Users that tests of owners give entries to. The daemon itself runs as 65534.
+const (
+	hostmaster = 65533
+	tenant     = 65532
+)
+
+// startOwned starts a daemon, as another user, in a hosts directory that the user owner has.
+func startOwned(t *testing.T, owner int, mode os.FileMode) *daemon {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("only root can give files away")
+	}
+	d := start(t, ordinaryUser(t))
+	if err := errors.Join(os.Chown(d.dir, owner, owner), os.Chmod(d.dir, mode)); err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+// followed tells whether the kernel lets the daemon follow symlinks of a user in its hosts
+// directory, for which fs.protected_symlinks may be a reason not to.
+func (d *daemon) followed(owner int) bool {
+	b, err := os.ReadFile("/proc/sys/fs/protected_symlinks")
+	if err != nil || strings.TrimSpace(string(b)) == "0" {
+		return true
+	}
+	st, err := os.Stat(d.dir)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	mode := st.Mode()
+	return mode&os.ModeSticky == 0 || mode.Perm()&0o002 == 0 || owner == 65534 || owner == ownerOf(d.t, d.dir)
+}
+
+const notCounted = ", and the wildcard for it belongs neither to root nor to the owner of the hosts directory"
+
+func TestWildcardOwners(t *testing.T) {
+	// Goal: whatever the mode of the hosts directory, a wildcard counts only if it belongs to
+	// the owner of that or to root, be it a directory or a symlink, and then whoever has what
+	// that leads to. One that does not count is as good as absent, but that the line about a
+	// client that is refused says so.
+	const ignored = "no directory" + notCounted
+	for _, hosts := range []struct {
+		owner int
+		mode  os.FileMode
+	}{
+		{0, os.ModeSticky | 0o777},
+		{0, os.ModeSticky | 0o775},
+		{0, 0o755},
+		{hostmaster, os.ModeSticky | 0o777},
+		{hostmaster, 0o755},
+		{hostmaster, 0o775},
+		{65534, 0o755},
+	} {
+		t.Run(fmt.Sprintf("%d %v", hosts.owner, hosts.mode), func(t *testing.T) {
+			d := startOwned(t, hosts.owner, hosts.mode)
+			elsewhere := hostsDir(t)
+			for name, owner := range map[string]int{"roots": 0, "tenants": tenant} {
+				serveHost(t, elsewhere, name, answering("link"))
+				if err := os.Chown(hostDir(elsewhere, name), owner, owner); err != nil {
+					t.Fatal(err)
+				}
+			}
+			refused := func(name, reason string, sent []byte) {
+				t.Helper()
+				c := d.dial()
+				defer c.Close()
+				c.Write(sent)
+				got, err := io.ReadAll(c)
+				expectRecord(t, got, err, sni.UnrecognizedName)
+				d.expectNotice(notice{c.LocalAddr().String(), name, reason, sni.UnrecognizedName})
+			}
+
+			for _, owner := range []int{0, hostmaster, tenant, 65534} {
+				counts := owner == 0 || owner == hosts.owner
+				for _, target := range []string{"", "roots", "tenants"} {
+					if target != "" && counts && !d.followed(owner) {
+						continue // see TestWildcardProtectedSymlinks
+					}
+					word := "link"
+					entry := d.hostDir("*.example")
+					if target == "" {
+						word = "directory"
+						d.serve("*.example", answering(word))
+					} else if err := os.Symlink(hostDir(elsewhere, target), entry); err != nil {
+						t.Fatal(err)
+					}
+					if err := os.Lchown(entry, owner, owner); err != nil {
+						t.Fatal(err)
+					}
+					if counts {
+						d.expectAnswers(map[string]string{"a.example": word})
+					} else {
+						refused("a.example", ignored, sayHello("a.example"))
+					}
+					// The same as the entry for everything else.
+					if err := os.Rename(entry, d.hostDir("*")); err != nil {
+						t.Fatal(err)
+					}
+					if counts {
+						d.expectAnswers(map[string]string{"a.example": word, "single": word})
+						if got, err := d.exchange(hello("")); err != nil || string(got) != word {
+							t.Errorf("without a name: got %q, error %v, want %q", got, err, word)
+						}
+					} else {
+						refused("single", ignored, sayHello("single"))
+						refused("", "no server name, and the directory * belongs neither to root nor to the owner of the hosts directory", hello(""))
+					}
+					if err := os.RemoveAll(d.hostDir("*")); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+		})
+	}
+}
+
+func TestWildcardIgnored(t *testing.T) {
+	// Goal: of a tenant's wildcards nobody has any more than if they were not there: names
+	// have their directories, whoever made those, what else they would have is served by a good
+	// *, whose own failure is what is said in the log. Who has the hosts directory is asked
+	// for each client.
+	d := startOwned(t, 0, os.ModeSticky|0o777)
+	give := func(name string, owner int) {
+		t.Helper()
+		if err := os.Lchown(d.hostDir(name), owner, owner); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d.serve("a.example", answering("exact"))
+	give("a.example", tenant)
+	d.serve("*.example", answering("tenant's"))
+	give("*.example", tenant)
+	d.expectAnswers(map[string]string{"a.example": "exact", "b.example": ""})
+
+	d.serve("*", answering("everything"))
+	d.expectAnswers(map[string]string{"a.example": "exact", "b.example": "everything", "a.b.example": "everything"})
+
+	if err := os.Rename(d.hostPath("*", "tls-socket"), d.hostPath("*", "aside")); err != nil {
+		t.Fatal(err)
+	}
+	c := d.dial()
+	c.Write(sayHello("b.example"))
+	got, err := io.ReadAll(c)
+	expectRecord(t, got, err, sni.UnrecognizedName)
+	d.expectNotice(notice{c.LocalAddr().String(), "b.example", "no tls-socket in the directory", sni.UnrecognizedName})
+	if err := os.Rename(d.hostPath("*", "aside"), d.hostPath("*", "tls-socket")); err != nil {
+		t.Fatal(err)
+	}
+
+	// * is ignored as well, and a name without another candidate has nothing to be said of.
+	give("*", 65534)
+	d.expectAnswers(map[string]string{"a.example": "exact", "b.example": "", "single": ""})
+	if err := os.RemoveAll(d.hostDir("*")); err != nil {
+		t.Fatal(err)
+	}
+	c = d.dial()
+	c.Write(sayHello("a.b.example"))
+	got, err = io.ReadAll(c)
+	expectRecord(t, got, err, sni.UnrecognizedName)
+	told, _, _ := notices(d.err.String())
+	d.expectNotice(notice{c.LocalAddr().String(), "a.b.example", "no directory", sni.UnrecognizedName})
+	if strings.Contains(told[len(told)-1].reason, "belongs") {
+		t.Errorf("the log has %+v", told[len(told)-1])
+	}
+
+	// A directory cannot have two owners, but it can change hands.
+	for _, owner := range []int{tenant, 0, tenant} {
+		if err := os.Chown(d.dir, owner, owner); err != nil {
+			t.Fatal(err)
+		}
+		word := "tenant's"
+		if owner == 0 {
+			word = ""
+		}
+		d.expectAnswers(map[string]string{"b.example": word})
+	}
+}
+
+func TestWildcardProtectedSymlinks(t *testing.T) {
+	// Goal: where the kernel protects symlinks (fs.protected_symlinks), one in a hosts directory
+	// that is sticky and that all may write to is followed for its owner and for that of the
+	// directory alone, so that of root only if root has the directory; elsewhere all are.
+	b, err := os.ReadFile("/proc/sys/fs/protected_symlinks")
+	if err != nil || strings.TrimSpace(string(b)) == "0" {
+		t.Skip("fs.protected_symlinks is not set")
+	}
+	for _, tt := range []struct {
+		owner, link int // of the hosts directory and of the symlink
+		mode        os.FileMode
+		word        string
+	}{
+		{0, 0, os.ModeSticky | 0o777, "served"},
+		{hostmaster, hostmaster, os.ModeSticky | 0o777, "served"},
+		{hostmaster, 0, os.ModeSticky | 0o777, ""},
+		{hostmaster, 0, os.ModeSticky | 0o775, "served"},
+		{hostmaster, 0, 0o777, "served"},
+		{hostmaster, 0, 0o755, "served"},
+	} {
+		t.Run(fmt.Sprintf("link of %d in %v of %d", tt.link, tt.mode, tt.owner), func(t *testing.T) {
+			d := startOwned(t, tt.owner, tt.mode)
+			elsewhere := hostsDir(t)
+			serveHost(t, elsewhere, "target", answering("served"))
+			if err := os.Symlink(hostDir(elsewhere, "target"), d.hostDir("*")); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Lchown(d.hostDir("*"), tt.link, tt.link); err != nil {
+				t.Fatal(err)
+			}
+			c := d.dial()
+			c.Write(sayHello("a.example"))
+			got, err := io.ReadAll(c)
+			if tt.word != "" {
+				if err != nil || string(got) != tt.word {
+					t.Errorf("got %q, error %v, want %q", got, err, tt.word)
+				}
+				return
+			}
+			expectRecord(t, got, err, sni.UnrecognizedName)
+			d.expectNotice(notice{c.LocalAddr().String(), "a.example", "permission denied for uid 65534", sni.UnrecognizedName})
+		})
+	}
+}
+
+func TestWildcardSymlinks(t *testing.T) {
+	// Goal: a link from one name to another makes a wildcard of neither: symlinks are what they
+	// lead to, and the name is that of the entry.
+	d := start(t)
+	d.serve("one.example", answering("one"))
+	for link, target := range map[string]string{"*.one.example": "one.example", "www.two.example": "*.one.example"} {
+		if err := os.Symlink(hostDir("", target), d.hostDir(link)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d.expectAnswers(map[string]string{
+		"one.example": "one", "www.one.example": "one", "www.two.example": "one",
+		"two.example": "", "a.two.example": "", "a.www.one.example": "",
+	})
+}
+
+// ownerOf returns who owns a file; a symlink is not followed.
+func ownerOf(t testing.TB, path string) int {
+	t.Helper()
+	st, err := os.Lstat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return int(st.Sys().(*syscall.Stat_t).Uid)
+}
