@@ -218,7 +218,7 @@ func TestProxyV2Backends(t *testing.T) {
 		most      int     // bytes of a header that it takes
 		unlimited version // since which it takes all
 	}{
-		{"nginx", nginxConfig, []string{"-e", "stderr", "-c"}, " $proxy_protocol_tlv_authority", version{1, 23, 2}, 107, version{1, 23, 3}},
+		{"nginx", nginxConfig, []string{"-e", "stderr", "-c"}, " $proxy_protocol_tlv_authority", version{1, 23, 2}, 108, version{1, 23, 3}},
 		{"haproxy", haproxyConfig, []string{"-db", "-f"}, " %%[fc_pp_authority]", version{}, 0, version{}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -74,7 +74,7 @@ func TestDirectoryExchanged(t *testing.T) {
 			answers := make(chan string)
 			for range 4 {
 				clients.Go(func() {
-					for range 300 {
+					for range 100 {
 						got, err := d.tell(sayHello("a.example"), 1<<20, true)
 						if err != nil {
 							t.Error(err)
@@ -144,7 +144,7 @@ func TestWildcardTenantExchanges(t *testing.T) {
 				stop := keepSwapping(t, d.dir, filepath.Base(mine), filepath.Base(theirs))
 				defer stop()
 				counts := map[string]int{}
-				d.flows(500, []string{"a.example"}, func(_, got string) {
+				d.flows(300, []string{"a.example"}, func(_, got string) {
 					if counts[got]++; got != "mine" && got != "everything" && counts[got] < 3 {
 						t.Errorf("an answer is %q", got)
 					}
