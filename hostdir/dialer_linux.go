@@ -243,7 +243,7 @@ func (d *Dialer) LogAll() bool {
 	if errno != 0 || !d.administrators(st.Uid) {
 		return false
 	}
-	fd, errno := openat(uintptr(d.hosts), &buf[0])
+	fd, errno := openat(uintptr(d.hosts), &buf[0], unix.O_DIRECTORY)
 	if errno != 0 {
 		return false
 	}
@@ -281,38 +281,48 @@ func (d *Dialer) enter(entry []byte, general, now bool) (uintptr, error) {
 	return fd, nil
 }
 
-// open opens a host's directory. If it is a general one, it must be the administrator's, also if
-// another one takes its place just now.
+// open opens a host's directory. If it is a general one, it must be the administrator's: the entry
+// is opened before its owner is asked for, so it does not matter what takes its place meanwhile.
 func (d *Dialer) open(entry []byte, general, now bool) (uintptr, error) {
+	hosts := uintptr(d.hosts)
 	if !general {
 		return d.openAny(entry, now)
 	}
-	for {
-		before, errno := stat(uintptr(d.hosts), entry)
-		switch {
-		case errno == unix.ENOENT:
-			return 0, errAbsent
-		case errno != 0:
-			return 0, enterError(errno)
-		case !d.administrators(before.Uid):
-			return 0, errIgnored
-		}
-		fd, err := d.openAny(entry, now)
-		if err != nil {
-			return 0, err
-		}
-		after, errno := stat(uintptr(d.hosts), entry)
-		if errno == 0 && after.Ino == before.Ino && after.Uid == before.Uid && after.Ctime == before.Ctime {
-			return fd, nil
-		}
-		closeRaw(fd)
+	fd, errno := openat(hosts, &entry[0], unix.O_NOFOLLOW)
+	if errno == unix.ENOENT {
+		return 0, errAbsent
 	}
+	if errno != 0 {
+		return 0, enterError(errno)
+	}
+	st, errno := stat(fd, empty)
+	if errno == 0 && d.administrators(st.Uid) && st.Mode&unix.S_IFMT == unix.S_IFDIR {
+		return fd, d.mayWait(fd, now)
+	}
+	defer closeRaw(fd)
+	switch {
+	case errno != 0:
+		return 0, enterError(errno)
+	case !d.administrators(st.Uid):
+		return 0, errIgnored
+	}
+	// Of what is no symlink, readlink(2) says ENOENT.
+	var target [unix.PathMax]byte
+	n, errno := readlink(fd, empty, target[:])
+	if errno != 0 || n == len(target) {
+		return 0, enterError(unix.ENOTDIR)
+	}
+	if now {
+		return d.openCached(target[:n+1])
+	}
+	to, errno := openat(hosts, &target[0], unix.O_DIRECTORY)
+	return to, enterError(errno)
 }
 
 func (d *Dialer) openAny(entry []byte, now bool) (uintptr, error) {
 	hosts, dir := uintptr(d.hosts), &entry[0]
 	if !now {
-		fd, errno := openat(hosts, dir)
+		fd, errno := openat(hosts, dir, unix.O_DIRECTORY)
 		if errno == unix.ENOENT {
 			if _, errno := stat(hosts, entry); errno == unix.ENOENT {
 				return 0, errAbsent
@@ -325,20 +335,31 @@ func (d *Dialer) openAny(entry []byte, now bool) (uintptr, error) {
 	case unix.ENOENT:
 		return 0, errAbsent
 	case unix.ENOTDIR, unix.EXDEV: // a symlink, or a mount
-	default:
-		return fd, enterError(errno)
+		return d.openCached(entry)
 	}
-	fd, errno = openat2(hosts, dir, &cachedDirectory)
+	return fd, enterError(errno)
+}
+
+// openCached opens a directory that a symlink or a mount leads to, without waiting.
+func (d *Dialer) openCached(path []byte) (uintptr, error) {
+	fd, errno := openat2(uintptr(d.hosts), &path[0], &cachedDirectory)
 	if errno != 0 {
 		return fd, enterError(errno)
 	}
-	// Entering the directory may wait as well, if the file system has a permission check of
-	// its own. Those on block devices have none.
+	return fd, d.mayWait(fd, true)
+}
+
+// mayWait closes the directory if entering it may wait and must not, as it may if the file
+// system has a permission check of its own. Those on block devices have none.
+func (d *Dialer) mayWait(fd uintptr, now bool) error {
+	if !now {
+		return nil
+	}
 	if on, errno := deviceOf(fd); errno != 0 || on.major == 0 && on != d.device {
 		closeRaw(fd)
-		return 0, &Error{Problem: MayWait}
+		return &Error{Problem: MayWait}
 	}
-	return fd, nil
+	return nil
 }
 
 // checkSocket sees to it that connecting to the tls-socket in a directory does not wait,
@@ -361,7 +382,8 @@ func checkSocket(dir uintptr) error {
 			return connectError(".", errno)
 		}
 		// Now it will be in the cache, unless it is a symlink that leads elsewhere.
-		if errno := readlink(dir, tlsSocket); errno != 0 && errno != unix.EINVAL {
+		var link [1]byte
+		if _, errno := readlink(dir, tlsSocket, link[:]); errno != 0 && errno != unix.EINVAL {
 			return connectError(".", errno)
 		}
 	}
@@ -384,19 +406,19 @@ func connect(fd uintptr) unix.Errno {
 
 // readlink is the shortest way to ask whether there is something in a directory, without
 // following a symlink: of what exists and is none, readlink(2) says EINVAL.
-func readlink(dir uintptr, name []byte) unix.Errno {
-	var link [1]byte
+func readlink(dir uintptr, name, link []byte) (int, unix.Errno) {
 	for {
-		_, _, errno := syscall.Syscall6(unix.SYS_READLINKAT, dir, uintptr(unsafe.Pointer(&name[0])), uintptr(unsafe.Pointer(&link)), 1, 0, 0)
+		n, _, errno := syscall.Syscall6(unix.SYS_READLINKAT, dir, uintptr(unsafe.Pointer(&name[0])), uintptr(unsafe.Pointer(&link[0])), uintptr(len(link)), 0, 0)
 		if errno != unix.EINTR {
-			return errno
+			return int(n), errno
 		}
 	}
 }
 
 // has tells whether there is something in a directory.
 func has(dir uintptr, name []byte) (bool, unix.Errno) {
-	switch errno := readlink(dir, name); errno {
+	var link [1]byte
+	switch _, errno := readlink(dir, name, link[:]); errno {
 	case 0, unix.EINVAL:
 		return true, 0
 	case unix.ENOENT:
@@ -406,10 +428,10 @@ func has(dir uintptr, name []byte) (bool, unix.Errno) {
 	}
 }
 
-// openat opens a directory, as a place to look things up in.
-func openat(dir uintptr, path *byte) (uintptr, unix.Errno) {
+// openat opens a directory, as a place to look things up in, or an entry of one.
+func openat(dir uintptr, path *byte, flags uintptr) (uintptr, unix.Errno) {
 	for {
-		fd, _, errno := syscall.Syscall6(unix.SYS_OPENAT, dir, uintptr(unsafe.Pointer(path)), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0, 0, 0)
+		fd, _, errno := syscall.Syscall6(unix.SYS_OPENAT, dir, uintptr(unsafe.Pointer(path)), unix.O_PATH|unix.O_CLOEXEC|flags, 0, 0, 0)
 		if errno != unix.EINTR {
 			return fd, errno
 		}
@@ -444,7 +466,7 @@ func deviceOf(fd uintptr) (device, unix.Errno) {
 func stat(dir uintptr, name []byte) (st unix.Statx_t, errno unix.Errno) {
 	const flags = unix.AT_EMPTY_PATH | unix.AT_SYMLINK_NOFOLLOW | unix.AT_STATX_DONT_SYNC
 	_, _, errno = syscall.Syscall6(unix.SYS_STATX, dir, uintptr(unsafe.Pointer(&name[0])), flags,
-		unix.STATX_UID|unix.STATX_INO|unix.STATX_CTIME, uintptr(unsafe.Pointer(&st)), 0)
+		unix.STATX_TYPE|unix.STATX_UID, uintptr(unsafe.Pointer(&st)), 0)
 	return st, errno
 }
 

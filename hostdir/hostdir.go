@@ -210,11 +210,15 @@ func connectTo(fd int, dir string, general bool) (marks Marks, err error) {
 		return Marks{}, errAbsent
 	case general && !administrators(before.owner):
 		return Marks{}, errIgnored
-	case before.recent():
+	case (before.link || general) && before.recent():
 		return Marks{}, &Error{Problem: Exchanged}
 	}
 	if err := unix.Connect(fd, &unix.SockaddrUnix{Name: dir + "/tls-socket"}); err != nil {
-		return Marks{}, connectError(dir, err)
+		err = connectError(dir, err)
+		if identify(dir) != before { // what the error is about may be gone, and another entry counts
+			err = &Error{Problem: Exchanged}
+		}
+		return Marks{}, err
 	}
 	for _, v := range []uint8{2, 1} {
 		there, _, err := exists(fmt.Sprintf("%s/send-proxy-v%d", dir, v))
@@ -265,7 +269,8 @@ type identity struct {
 	owner            uint32 // of what is there, not of what it leads to
 	dirDev, dirIno   uint64
 	linkDev, linkIno uint64
-	linkChanged      unix.Timespec // a symlink may be switched, and switched back
+	changed          unix.Timespec // it may be switched, and switched back
+	link             bool          // it is a symlink
 }
 
 func identify(path string) (id identity) {
@@ -276,12 +281,12 @@ func identify(path string) (id identity) {
 	if err := unix.Lstat(path, &link); err != nil {
 		return identity{absent: err == unix.ENOENT}
 	}
-	id = identity{owner: link.Uid, linkDev: uint64(link.Dev), linkIno: uint64(link.Ino)}
+	id = identity{
+		owner: link.Uid, linkDev: uint64(link.Dev), linkIno: uint64(link.Ino),
+		changed: link.Ctim, link: link.Mode&unix.S_IFMT == unix.S_IFLNK,
+	}
 	if found {
 		id.dirDev, id.dirIno = uint64(dir.Dev), uint64(dir.Ino)
-	}
-	if link.Mode&unix.S_IFMT == unix.S_IFLNK {
-		id.linkChanged = link.Ctim
 	}
 	return id
 }
@@ -290,10 +295,10 @@ func identify(path string) (id identity) {
 // when something was changed.
 const clockTick = 20 * time.Millisecond
 
-// recent tells whether a symlink was switched so lately that after another switch, and one back,
+// recent tells whether an entry was switched so lately that after another switch, and one back,
 // the time may still be the same, and the number too, since numbers are used again.
 func (id identity) recent() bool {
-	ago := time.Since(time.Unix(id.linkChanged.Unix()))
+	ago := time.Since(time.Unix(id.changed.Unix()))
 	return ago.Abs() < clockTick
 }
 
