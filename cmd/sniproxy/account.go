@@ -22,10 +22,6 @@ const (
 	cutAtStop        = "cut at the stop"
 )
 
-// resetBy is how a connection ended on whose side, by the number of what comes from there,
-// something failed.
-var resetBy = [2]string{up: resetByClient, down: resetByBackend}
-
 func newAccount(fd int, name []byte) *account { return &account{peer(fd), string(name)} }
 
 // tell prints the line.

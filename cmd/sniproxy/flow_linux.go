@@ -139,6 +139,10 @@ func (l *loop) splice(c *conn, from int) (n int, more bool) {
 	return n, l.sendPipe(c, from)
 }
 
+// resetBy is how a connection ended on whose side, by the number of what comes from there,
+// something failed.
+var resetBy = [2]string{up: resetByClient, down: resetByBackend}
+
 // got deals with the outcome of a read. It reports whether there is something to send on.
 func (l *loop) got(c *conn, from, n int, errno unix.Errno) bool {
 	switch {
