@@ -655,7 +655,8 @@ func TestWildcardIgnored(t *testing.T) {
 func TestWildcardProtectedSymlinks(t *testing.T) {
 	// Goal: where the kernel protects symlinks (fs.protected_symlinks), one in a hosts directory
 	// that is sticky and that all may write to is followed for its owner and for that of the
-	// directory alone, so that of root only if root has the directory; elsewhere all are.
+	// directory alone, so that of root only if root has the directory; elsewhere all are. The
+	// engine for Linux reads the symlink of a wildcard itself, so there it does not matter.
 	b, err := os.ReadFile("/proc/sys/fs/protected_symlinks")
 	if err != nil || strings.TrimSpace(string(b)) == "0" {
 		t.Skip("fs.protected_symlinks is not set")
@@ -663,36 +664,39 @@ func TestWildcardProtectedSymlinks(t *testing.T) {
 	for _, tt := range []struct {
 		owner, link int // of the hosts directory and of the symlink
 		mode        os.FileMode
-		word        string
+		refused     bool
 	}{
-		{0, 0, os.ModeSticky | 0o777, "served"},
-		{hostmaster, hostmaster, os.ModeSticky | 0o777, "served"},
-		{hostmaster, 0, os.ModeSticky | 0o777, ""},
-		{hostmaster, 0, os.ModeSticky | 0o775, "served"},
-		{hostmaster, 0, 0o777, "served"},
-		{hostmaster, 0, 0o755, "served"},
+		{0, 0, os.ModeSticky | 0o777, false},
+		{hostmaster, hostmaster, os.ModeSticky | 0o777, false},
+		{hostmaster, 0, os.ModeSticky | 0o777, true},
+		{hostmaster, 0, os.ModeSticky | 0o775, false},
+		{hostmaster, 0, 0o777, false},
+		{hostmaster, 0, 0o755, false},
 	} {
 		t.Run(fmt.Sprintf("link of %d in %v of %d", tt.link, tt.mode, tt.owner), func(t *testing.T) {
 			d := startOwned(t, tt.owner, tt.mode)
 			elsewhere := hostsDir(t)
 			serveHost(t, elsewhere, "target", answering("served"))
-			if err := os.Symlink(hostDir(elsewhere, "target"), d.hostDir("*")); err != nil {
-				t.Fatal(err)
-			}
-			if err := os.Lchown(d.hostDir("*"), tt.link, tt.link); err != nil {
-				t.Fatal(err)
-			}
-			c := d.dial()
-			c.Write(sayHello("a.example"))
-			got, err := io.ReadAll(c)
-			if tt.word != "" {
-				if err != nil || string(got) != tt.word {
-					t.Errorf("got %q, error %v, want %q", got, err, tt.word)
+			for _, entry := range []string{"a.example", "*"} {
+				if err := os.Symlink(hostDir(elsewhere, "target"), d.hostDir(entry)); err != nil {
+					t.Fatal(err)
 				}
-				return
+				if err := os.Lchown(d.hostDir(entry), tt.link, tt.link); err != nil {
+					t.Fatal(err)
+				}
+				c := d.dial()
+				c.Write(sayHello("a.example"))
+				got, err := io.ReadAll(c)
+				if tt.refused && (entry != "*" || isPortable(t)) {
+					expectRecord(t, got, err, sni.UnrecognizedName)
+					d.expectNotice(notice{c.LocalAddr().String(), "a.example", "permission denied for uid 65534", sni.UnrecognizedName})
+				} else if err != nil || string(got) != "served" {
+					t.Errorf("%s: got %q, error %v", entry, got, err)
+				}
+				if err := os.Remove(d.hostDir(entry)); err != nil {
+					t.Fatal(err)
+				}
 			}
-			expectRecord(t, got, err, sni.UnrecognizedName)
-			d.expectNotice(notice{c.LocalAddr().String(), "a.example", "permission denied for uid 65534", sni.UnrecognizedName})
 		})
 	}
 }
