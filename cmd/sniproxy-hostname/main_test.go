@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"sniproxy/cmd/internal/hostname"
 	"sniproxy/hostdir"
 	"sniproxy/sni"
 )
@@ -239,7 +240,7 @@ func FuzzHostname(f *testing.F) {
 		f.Add(c.arg)
 	}
 	f.Fuzz(func(t *testing.T, arg string) {
-		name, err := entry(arg)
+		name, err := hostname.Parse(arg)
 		if err != nil {
 			return
 		}
@@ -248,7 +249,7 @@ func FuzzHostname(f *testing.F) {
 		if onWire, err := sni.AppendCanonical(nil, host); err != nil || !bytes.Equal(onWire, host) {
 			t.Errorf("%q gives %q; the proxy takes %q for %q, %v", arg, name, host, onWire, err)
 		}
-		if again, err := entry(string(name)); err != nil || !bytes.Equal(again, name) {
+		if again, err := hostname.Parse(string(name)); err != nil || !bytes.Equal(again, name) {
 			t.Errorf("%q gives %q, and that gives %q, %v", arg, name, again, err)
 		}
 	})
