@@ -169,7 +169,7 @@ func (t *trial) entry(dst, name []byte) []byte {
 	var star [MaxName]byte
 	switch t.step {
 	case 1:
-		if len(name) == 0 {
+		if len(name) == 0 || name[0] == '*' { // a wildcard: see Deciding
 			return nil
 		}
 	case 2:
