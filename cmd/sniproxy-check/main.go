@@ -1,0 +1,218 @@
+// Sniproxy-check tells what sniproxy, run by the same user, would do for the hosts in a hosts directory.
+//
+//	sniproxy-check [HOSTS-DIRECTORY [NAME…]]
+//
+// For every entry of the directory, which is the working directory by default, or for every NAME, whether there is an
+// entry for it or not, it prints a line: the name, and "ok" with what else there is to know, or what is the matter and
+// what to do about it. Entries that begin with a dot are passed over. NAME is a host name, as sniproxy-hostname takes it,
+// or a wildcard: *.example.com, or *.
+//
+// In a build with the tag hashed, entries are hashes, and have no other name; a NAME is looked for by its hash.
+//
+// It makes the look-up that sniproxy makes, in the way of the engine that it was built for, and so it connects to each
+// backend, sends nothing, and closes the connection. A backend may log that as a failed handshake. Whether a host can be
+// served is what that look-up has come to; why it cannot is looked for after it.
+//
+// The exit status is 0 if every host can be served, 1 if one cannot, or if the hosts directory cannot be read or the
+// output not be written, and 2 for wrong usage.
+package main
+
+import (
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"sniproxy/cmd/internal/hostname"
+	"sniproxy/hostdir"
+	"sniproxy/sni"
+)
+
+const usage = `usage: sniproxy-check [HOSTS-DIRECTORY [NAME...]]
+
+Tells, for every host in a hosts directory, or for every NAME, whether sniproxy,
+run by the same user, can serve it, and if not, why not and what to do. The
+default is the working directory. A NAME may be a wildcard.
+
+It connects to each backend, sends nothing, and closes the connection; the
+backend may log that as a failed handshake.
+`
+
+const hashedUsage = `
+This is a hashed build: it looks for the hash of each NAME, as the hashed build
+of sniproxy does.
+`
+
+// atOnce is how many hosts are looked up at the same time. Almost all of them take no time, but a file system that does
+// not answer takes ten seconds, as does a backend whose backlog is full.
+const atOnce = 32
+
+func main() {
+	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
+}
+
+func run(args []string, stdout, stderr io.Writer) int {
+	dir, names := ".", args
+	if len(args) > 0 {
+		dir, names = args[0], args[1:]
+		if strings.HasPrefix(dir, "-") {
+			fmt.Fprint(stderr, usage)
+			if hostdir.Hashed {
+				fmt.Fprint(stderr, hashedUsage)
+			}
+			return 2
+		}
+	}
+	if err := os.Chdir(dir); err != nil {
+		fmt.Fprintf(stderr, "sniproxy-check: cannot enter the hosts directory %s\n", trouble(dir, err))
+		return 1
+	}
+	var hosts []host
+	for _, name := range names {
+		hosts = append(hosts, named(name))
+	}
+	if len(names) == 0 {
+		entries, err := os.ReadDir(".")
+		if err != nil {
+			fmt.Fprintf(stderr, "sniproxy-check: cannot list the hosts directory %s; sniproxy need not do that: with NAMEs it can be checked all the same\n", trouble(dir, err))
+			return 1
+		}
+		for _, e := range entries {
+			if !strings.HasPrefix(e.Name(), ".") {
+				hosts = append(hosts, listed(e.Name()))
+			}
+		}
+		if len(hosts) == 0 {
+			fmt.Fprintf(stderr, "sniproxy-check: there are no hosts in %s\n", show(dir))
+		}
+	}
+	status := 0
+	for coming := range verdicts(hosts) {
+		v := <-coming
+		if !v.ok {
+			status = 1
+		}
+		if _, err := fmt.Fprintln(stdout, v.line); err != nil {
+			fmt.Fprintf(stderr, "sniproxy-check: %v\n", err)
+			return 1
+		}
+	}
+	return status
+}
+
+// trouble says what is the matter with a hosts directory that cannot be used.
+func trouble(dir string, err error) string {
+	var path *os.PathError
+	if errors.As(err, &path) {
+		err = path.Err
+	}
+	text := fmt.Sprintf("%s: %v", show(dir), err)
+	if err != unix.EACCES {
+		return text
+	}
+	at, walkErr := walk(dir)
+	switch {
+	case walkErr == unix.EACCES:
+		return fmt.Sprintf("%s: %s", text, needs(unix.X_OK, at))
+	case walkErr == nil && unix.Access(at, unix.X_OK) != nil:
+		return fmt.Sprintf("%s: %s", text, needs(unix.X_OK, at))
+	case walkErr == nil && unix.Access(at, unix.R_OK) != nil:
+		return fmt.Sprintf("%s: %s", text, needs(unix.R_OK, at))
+	}
+	return text
+}
+
+// A host is what one line of the output is about.
+type host struct {
+	label string // what the line begins with
+	name  []byte // the canonical name, or a wildcard; nil if only the entry is known
+	entry []byte // the entry of that name
+	wrong string // why no client ever gets there
+}
+
+// named returns the host that the user calls s.
+func named(s string) host {
+	// sniproxy itself is less strict than sniproxy-hostname, which refuses what no DNS name can be.
+	name, err := canonical(s)
+	if err != nil {
+		name, err = hostname.Parse(s)
+	}
+	if err != nil {
+		return host{label: show(s), wrong: fmt.Sprintf("not a host name: %v", err)}
+	}
+	return host{label: string(name), name: name, entry: hostdir.AppendName(nil, name)}
+}
+
+// listed returns the host that an entry of the hosts directory is for.
+func listed(entry string) host {
+	h := host{label: show(entry), entry: []byte(entry)}
+	if hostdir.Hashed {
+		switch star := []byte("*"); {
+		case slices.Equal(hostdir.AppendName(nil, star), h.entry):
+			h.name = star
+		case !isHash(entry):
+			h.wrong = "not the hash of a name, as this is a hashed build"
+			if name, err := hostname.Parse(entry); err == nil {
+				h.wrong += ": rename it to " + string(hostdir.AppendName(nil, name))
+			}
+		}
+		return h
+	}
+	name, err := canonical(entry)
+	if err == nil && string(name) == entry {
+		h.name = name
+		return h
+	}
+	h.wrong = "not a canonical name, so it is never looked up"
+	if name, parseErr := hostname.Parse(entry); isHash(entry) {
+		h.wrong += ": it may be a hash, which only a hashed build looks for"
+	} else if parseErr == nil {
+		h.wrong += ": rename it to " + string(name)
+	} else {
+		h.wrong += ": " + parseErr.Error()
+	}
+	return h
+}
+
+// canonical returns the canonical name that sniproxy makes of a name, or a wildcard for such names.
+func canonical(s string) ([]byte, error) {
+	if s == "*" {
+		return []byte(s), nil
+	}
+	rest, wildcard := strings.CutPrefix(s, "*.")
+	if !wildcard {
+		return sni.AppendCanonical(nil, []byte(s))
+	}
+	// The shortest of the names that it is for has one byte in place of the asterisk.
+	name, err := sni.AppendCanonical(nil, []byte("a."+rest))
+	if err == nil {
+		name[0] = '*'
+	}
+	return name, err
+}
+
+// isHash tells whether an entry can be the hash of a name.
+func isHash(entry string) bool {
+	hash, err := base64.RawURLEncoding.Strict().DecodeString(entry)
+	return err == nil && len(hash) == 32
+}
+
+// verdicts looks the hosts up, some at a time, and sends for each, in their order, a channel that will have what there is
+// to say of it.
+func verdicts(hosts []host) <-chan chan verdict {
+	coming := make(chan chan verdict, atOnce)
+	go func() {
+		defer close(coming)
+		for _, h := range hosts {
+			v := make(chan verdict, 1)
+			coming <- v
+			go func() { v <- judge(h) }()
+		}
+	}()
+	return coming
+}

@@ -1,0 +1,409 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir"
+)
+
+// workspace holds what the tests share. Any user may enter it.
+var workspace string
+
+func TestMain(m *testing.M) {
+	if os.Getenv("SNIPROXY_CHECK_RUN_MAIN") != "" {
+		main()
+	}
+	os.Exit(func() int {
+		var err error
+		if workspace, err = os.MkdirTemp("", "check"); err == nil {
+			defer os.RemoveAll(workspace)
+			err = os.Chmod(workspace, 0o755)
+		}
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		return m.Run()
+	}())
+}
+
+// directory makes a directory that any user may enter, unlike those of t.TempDir.
+func directory(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp(workspace, "")
+	must(t, err)
+	must(t, os.Chmod(dir, 0o755))
+	t.Cleanup(func() {
+		// An ordinary user can remove nothing from what is closed to all.
+		filepath.WalkDir(dir, func(path string, e os.DirEntry, _ error) error {
+			if e != nil && e.IsDir() {
+				os.Chmod(path, 0o755)
+			}
+			return nil
+		})
+		os.RemoveAll(dir)
+	})
+	return dir
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// engines are the build tags of the engines that sniproxy has on this system.
+var engines = map[bool][]string{true: {"", "portable"}, false: {""}}[runtime.GOOS == "linux"]
+
+var (
+	built   = map[string]string{}
+	builtMu sync.Mutex
+)
+
+// build returns the path of a program of the project, built for an engine, that every user may execute.
+func build(t *testing.T, program, engine string) string {
+	t.Helper()
+	builtMu.Lock()
+	defer builtMu.Unlock()
+	path := filepath.Join(workspace, program+"-"+engine)
+	if built[path] == "" {
+		tags := engine
+		if hostdir.Hashed {
+			tags += ",hashed"
+		}
+		out, err := exec.Command("go", "build", "-buildvcs=false", "-tags", tags, "-o", path, "sniproxy/cmd/"+program).CombinedOutput()
+		if err != nil {
+			t.Fatalf("go build: %v\n%s", err, out)
+		}
+		built[path] = path
+	}
+	return path
+}
+
+// self returns the path of this test binary, which is sniproxy-check when it is run by command, with the race detector
+// if the test has it.
+func self(t *testing.T) string {
+	t.Helper()
+	path := filepath.Join(workspace, "self")
+	builtMu.Lock()
+	defer builtMu.Unlock()
+	if built[path] == "" {
+		own, err := os.Executable()
+		must(t, err)
+		binary, err := os.ReadFile(own) // it is in a directory that only its owner can enter
+		must(t, err)
+		must(t, os.WriteFile(path, binary, 0o755))
+		built[path] = path
+	}
+	return path
+}
+
+// A user is who runs a program.
+type user struct{ uid int }
+
+// users returns those that the test can be.
+func users() []user {
+	if os.Geteuid() == 0 {
+		return []user{{0}, {65534}}
+	}
+	return []user{{os.Geteuid()}}
+}
+
+// command returns a program that is to be run by a user.
+func (u user) command(path string, args ...string) *exec.Cmd {
+	cmd := exec.Command(path, args...)
+	cmd.Dir = "/"
+	// The race detector would let each run sleep for a second at its end.
+	cmd.Env = append(os.Environ(), "SNIPROXY_CHECK_RUN_MAIN=1", "GORACE=atexit_sleep_ms=0")
+	if u.uid != os.Geteuid() {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(u.uid), Gid: uint32(u.uid)}}
+	}
+	return cmd
+}
+
+// check runs sniproxy-check to its end.
+func check(t *testing.T, u user, dir string, args ...string) (stdout, stderr string, status int) {
+	t.Helper()
+	cmd := u.command(self(t), args...)
+	if dir != "" {
+		cmd.Dir = dir
+	}
+	var out, messages bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &messages
+	if err := cmd.Run(); err != nil {
+		if _, ok := errors.AsType[*exec.ExitError](err); !ok {
+			t.Fatal(err)
+		}
+	}
+	return out.String(), messages.String(), cmd.ProcessState.ExitCode()
+}
+
+// entryOf returns the name of the directory of a host.
+func entryOf(name string) string { return string(hostdir.AppendName(nil, []byte(name))) }
+
+// Goal: an option, of which there are none, gives the usage, on stderr, and exit status 2. The usage says that backends
+// are connected to; that of a hashed build, and only that, says what it is.
+func TestUsage(t *testing.T) {
+	for _, arg := range []string{"-h", "--help", "-"} {
+		stdout, stderr, status := check(t, users()[0], "", arg)
+		if stdout != "" || status != 2 || !strings.HasPrefix(stderr, "usage: sniproxy-check [HOSTS-DIRECTORY [NAME...]]\n") {
+			t.Errorf("%s: stdout %q, stderr %q, exit status %d; want the usage and 2", arg, stdout, stderr, status)
+		}
+		if !strings.Contains(stderr, "It connects to each backend") {
+			t.Errorf("the usage does not say that backends are connected to: %q", stderr)
+		}
+		if got := strings.Contains(stderr, "hashed build"); got != hostdir.Hashed {
+			t.Errorf("usage %q mentions a hashed build: %t; want %t", stderr, got, hostdir.Hashed)
+		}
+	}
+}
+
+// Goal: the hosts directory is the working directory by default; entries that begin with a dot are passed over; the exit
+// status is 0 if every host can be served, and 1 if one cannot.
+func TestDirectory(t *testing.T) {
+	hosts := directory(t)
+	for _, name := range []string{"one.example", "two.example"} {
+		serve(t, filepath.Join(hosts, entryOf(name)))
+	}
+	must(t, os.Mkdir(filepath.Join(hosts, ".hidden"), 0o755))
+	for _, u := range users() {
+		for _, c := range []struct {
+			dir  string
+			args []string
+		}{{hosts, nil}, {hosts, []string{"."}}, {"", []string{hosts}}, {filepath.Dir(hosts), []string{filepath.Base(hosts)}}} {
+			stdout, stderr, status := check(t, u, c.dir, c.args...)
+			if strings.Count(stdout, "\n") != 2 || strings.Count(stdout, ": ok\n") != 2 || stderr != "" || status != 0 {
+				t.Errorf("uid %d, %q: stdout %q, stderr %q, exit status %d", u.uid, c.args, stdout, stderr, status)
+			}
+		}
+		stdout, stderr, status := check(t, u, "", hosts, "One.Example.", "three.example")
+		if !strings.HasPrefix(stdout, "one.example: ok\nthree.example: no directory: ") || stderr != "" || status != 1 {
+			t.Errorf("uid %d: stdout %q, stderr %q, exit status %d", u.uid, stdout, stderr, status)
+		}
+	}
+}
+
+// Goal: an empty hosts directory is no failure, but is told of.
+func TestEmpty(t *testing.T) {
+	stdout, stderr, status := check(t, users()[0], "", directory(t))
+	if stdout != "" || !strings.HasPrefix(stderr, "sniproxy-check: there are no hosts in ") || status != 0 {
+		t.Errorf("stdout %q, stderr %q, exit status %d", stdout, stderr, status)
+	}
+}
+
+// Goal: a hosts directory that cannot be entered or listed gives one line on stderr, which says what is missing and
+// where, and exit status 1. One that cannot be listed can be checked by name, as sniproxy can serve it.
+func TestDirectoryUnreadable(t *testing.T) {
+	u := users()[len(users())-1]
+	if u.uid == 0 {
+		t.Skip("nothing is forbidden to root")
+	}
+	parent := directory(t)
+	hosts := filepath.Join(parent, "hosts")
+	serve(t, filepath.Join(hosts, entryOf("one.example")))
+	must(t, os.WriteFile(filepath.Join(parent, "file"), nil, 0o644))
+	mode := func(parentMode, hostsMode os.FileMode) func() {
+		return func() {
+			must(t, os.Chmod(parent, 0o755))
+			must(t, os.Chmod(hosts, hostsMode))
+			must(t, os.Chmod(parent, parentMode))
+		}
+	}
+	for _, c := range []struct {
+		prepare func()
+		dir     string
+		want    string
+	}{
+		{mode(0o755, 0o755), parent + "/none", "sniproxy-check: cannot enter the hosts directory DIR: no such file or directory\n"},
+		{mode(0o755, 0o755), parent + "/file", "sniproxy-check: cannot enter the hosts directory DIR: not a directory\n"},
+		{mode(0o755, 0o444), hosts, "sniproxy-check: cannot enter the hosts directory DIR: permission denied: x is missing on the directory DIR (mode 0444, uid ME)"},
+		{mode(0o644, 0o755), hosts, "sniproxy-check: cannot enter the hosts directory DIR: permission denied: x is missing on the directory PARENT (mode 0644, uid ME)"},
+		{mode(0o755, 0o111), hosts, "sniproxy-check: cannot list the hosts directory DIR: permission denied: r is missing on the directory DIR (mode 0111, uid ME)"},
+	} {
+		c.prepare()
+		stdout, stderr, status := check(t, u, "", c.dir)
+		want := strings.NewReplacer("DIR", c.dir, "PARENT", parent, "ME", fmt.Sprint(os.Geteuid())).Replace(c.want)
+		if stdout != "" || !strings.HasPrefix(stderr, want) || strings.Count(stderr, "\n") != 1 || status != 1 {
+			t.Errorf("stdout %q, stderr %q, exit status %d; want %q", stdout, stderr, status, want)
+		}
+	}
+	if stdout, stderr, status := check(t, u, "", hosts, "one.example"); stdout != "one.example: ok\n" || stderr != "" || status != 0 {
+		t.Errorf("by name: stdout %q, stderr %q, exit status %d", stdout, stderr, status)
+	}
+	must(t, os.Chmod(hosts, 0o755))
+}
+
+// Goal: output that cannot be written is told on stderr and by exit status 1, so that no script takes nothing for good.
+func TestOutputLost(t *testing.T) {
+	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+	if err != nil {
+		t.Skip(err) // only Linux and some BSDs have it
+	}
+	defer full.Close()
+	hosts := directory(t)
+	serve(t, filepath.Join(hosts, entryOf("one.example")))
+	cmd := users()[0].command(self(t), hosts)
+	var stderr strings.Builder
+	cmd.Stdout, cmd.Stderr = full, &stderr
+	err = cmd.Run()
+	if status := cmd.ProcessState.ExitCode(); status != 1 || !strings.HasPrefix(stderr.String(), "sniproxy-check: write ") {
+		t.Errorf("%v, stderr %q", err, stderr.String())
+	}
+}
+
+// Goal: many hosts, some of which take their time, are told of in the order of their names, each once.
+func TestOrder(t *testing.T) {
+	hosts := directory(t)
+	var names []string
+	for i := range 3 * atOnce {
+		name := fmt.Sprintf("host%02d.example", i)
+		names = append(names, name)
+		if i == 7 {
+			continue // which is told of soonest
+		}
+		serve(t, filepath.Join(hosts, entryOf(name)))
+	}
+	stdout, _, status := check(t, users()[0], "", append([]string{hosts}, names...)...)
+	lines := strings.Split(strings.TrimSuffix(stdout, "\n"), "\n")
+	if len(lines) != len(names) || status != 1 {
+		t.Fatalf("%d lines, exit status %d", len(lines), status)
+	}
+	for i, line := range lines {
+		if want := names[i] + ": ok"; line != want && i != 7 {
+			t.Errorf("line %d is %q, want %q", i, line, want)
+		}
+	}
+}
+
+// Goal: where no descriptor is left, sniproxy-check says so, in the words of sniproxy, and what to do, and does not say
+// that the host is good.
+func TestNoRoom(t *testing.T) {
+	z := newZoo(t)
+	z.add(animal{name: "one.example", make: good(t)})
+	const reason = "no descriptor is left to connect to tls-socket with"
+	limited := func(n int, args ...string) *exec.Cmd {
+		script := fmt.Sprintf(`ulimit -n %d; exec "$0" "$@"`, n)
+		return users()[0].command("/bin/sh", append([]string{"-c", script}, args...)...)
+	}
+	for _, engine := range engines {
+		said := false
+		checker, proxy := build(t, "sniproxy-check", engine), build(t, "sniproxy", engine)
+		for n := 3; ; n++ {
+			out, err := limited(n, checker, z.hosts, "one.example").Output()
+			if err == nil && string(out) == "one.example: ok\n" {
+				break
+			}
+			if strings.HasPrefix(string(out), "one.example: "+reason+": raise the limit") {
+				said = true
+			} else if len(out) > 0 || n == 100 {
+				t.Fatalf("engine %q, with %d descriptors: %q, %v", engine, n, out, err)
+			}
+		}
+		if !said {
+			t.Errorf("engine %q: sniproxy-check never said that no descriptor was left", engine)
+		}
+		said = false
+		for n := 3; !said; n++ {
+			v := &visit{zoo: z, engine: engine, user: users()[0]}
+			end := v.start(limited(n, proxy))
+			answer := make(chan string, 1)
+			go func() { answer <- v.ask(z.animals[0]) }()
+			full := make(chan error, 1)
+			go func() {
+				_, err := v.log.await("cannot accept connections for the moment: too many open files")
+				full <- err
+			}()
+			select {
+			case got := <-answer:
+				if got == "ok" || n == 100 {
+					t.Fatalf("engine %q: sniproxy never said that no descriptor was left", engine)
+				}
+				said = got == reason
+			case <-full:
+			}
+			end()
+		}
+	}
+}
+
+// Goal: of the symlinks on a path, the one that fs.protected_symlinks keeps from being followed is found: in a sticky
+// directory of everybody's, and neither ours nor the owner's of the directory. Whether that is set does not matter here.
+func TestUnprotected(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, for the owners")
+	}
+	dir := directory(t)
+	sticky := filepath.Join(dir, "sticky")
+	must(t, os.Mkdir(sticky, 0o755))
+	must(t, os.Chmod(sticky, 0o777|os.ModeSticky))
+	must(t, os.Mkdir(filepath.Join(dir, "target"), 0o755))
+	symlink(t, "../target")(filepath.Join(sticky, "ours"))
+	theirs(t, symlink(t, "../target"))(filepath.Join(sticky, "theirs"))
+	theirs(t, symlink(t, "target"))(filepath.Join(dir, "elsewhere"))
+	symlink(t, "sticky/theirs")(filepath.Join(dir, "through"))
+	bad := filepath.Join(sticky, "theirs")
+	for path, want := range map[string]string{"sticky/ours": "", "sticky/theirs": bad, "elsewhere": "", "through/.": bad} {
+		if got := unprotected(filepath.Join(dir, path)); got != want {
+			t.Errorf("%s: %q, want %q", path, got, want)
+		}
+	}
+}
+
+// Goal: the examples of the README are what the program prints.
+func TestReadme(t *testing.T) {
+	if hostdir.Hashed || os.Geteuid() != 0 {
+		t.Skip("needs root, for the owners, and a build without hashes")
+	}
+	hosts := directory(t)
+	path := func(entry string) string { return filepath.Join(hosts, entry) }
+	good(t)(path("*.one.example"))
+	theirs(t, good(t))(path("*.two.example"))
+	abandon(t, path("five.example"))
+	theirs(t, good(t))(path("four.example"))
+	must(t, os.Chmod(path("four.example"), 0o700))
+	good(t, "send-proxy-v2", "log-connections")(path("one.example"))
+	symlink(t, "../backends/six")(path("six.example"))
+	good(t)(path("Three.example"))
+	good(t, "send-proxy-v3")(path("two.example"))
+
+	text, err := os.ReadFile("../../README.md")
+	must(t, err)
+	examples := regexp.MustCompile(`(?m)^    \$ sniproxy-check /srv/sniproxy(.*)\n((?:    [^$].*\n)+)`).FindAllStringSubmatch(string(text), -1)
+	if len(examples) != 2 {
+		t.Errorf("the README has %d examples", len(examples))
+	}
+	for _, example := range examples {
+		want := strings.ReplaceAll("\n"+example[2], "\n    ", "\n")[1:]
+		stdout, stderr, status := check(t, user{998}, "", append([]string{hosts}, strings.Fields(example[1])...)...)
+		if stdout != want || stderr != "" || status != 1 {
+			t.Errorf("%s: stderr %q, exit status %d, and it prints\n%s, but the README has\n%s", example[1], stderr, status, stdout, want)
+		}
+	}
+}
+
+func touch(t *testing.T, paths ...string) {
+	t.Helper()
+	for _, path := range paths {
+		must(t, os.WriteFile(path, nil, 0o644))
+	}
+}
+
+// abandon makes a host whose backend has died.
+func abandon(t *testing.T, dir string) {
+	t.Helper()
+	unix.Close(bind(t, dir, unix.SOCK_STREAM))
+}

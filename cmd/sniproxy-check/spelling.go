@@ -1,0 +1,72 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+)
+
+var markers = []string{"send-proxy-v1", "send-proxy-v2", "log-connections"}
+
+// misspelt remarks on what there is in a host's directory that looks like a marker and is none.
+func misspelt(dir string) (remarks []string) {
+	files, _ := os.ReadDir(dir) // sniproxy need not list it, so we need not be allowed to
+	for _, f := range files {
+		name := f.Name()
+		if slices.Contains(markers, name) {
+			continue
+		}
+		meant := strings.HasPrefix(name, "send-proxy") || strings.HasPrefix(name, "log")
+		for _, m := range markers {
+			meant = meant || alike(name, m)
+		}
+		if meant {
+			remarks = append(remarks, fmt.Sprintf("%s in it means nothing, only %s, %s and %s do", show(name), markers[0], markers[1], markers[2]))
+		}
+	}
+	return remarks
+}
+
+// closeTo returns the path of a file in a directory whose name is like the one that it should have, "" if there is none.
+func closeTo(dir, name string) string {
+	files, _ := os.ReadDir(dir)
+	for _, f := range files {
+		if alike(f.Name(), name) {
+			return dir + "/" + f.Name()
+		}
+	}
+	return ""
+}
+
+// alike tells whether a name may be meant for another one: whether, letters and digits alone, it takes at most two
+// insertions, deletions or replacements to make one of the other.
+func alike(name, other string) bool {
+	a, b := bare(name), bare(other)
+	row := make([]int, len(b)+1) // the distances of a[:i] from each b[:j]
+	for j := range row {
+		row[j] = j
+	}
+	for i := range a {
+		diagonal := row[0]
+		row[0] = i + 1
+		for j := range b {
+			replaced := diagonal
+			if a[i] != b[j] {
+				replaced++
+			}
+			diagonal = row[j+1]
+			row[j+1] = min(replaced, row[j]+1, row[j+1]+1)
+		}
+	}
+	return row[len(b)] <= 2
+}
+
+func bare(name string) string {
+	return strings.Map(func(r rune) rune {
+		if r >= 'a' && r <= 'z' || r >= '0' && r <= '9' {
+			return r
+		}
+		return -1
+	}, strings.ToLower(name))
+}
