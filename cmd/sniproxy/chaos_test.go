@@ -553,8 +553,13 @@ func (v *conversation) verdict(c, b *chaosReport) string {
 
 // unserved is the verdict on a client that no backend knows.
 func (v *conversation) unserved(c *chaosReport) string {
-	// What follows a hello that is cut short is read as if it belonged to it.
-	sent := make([]byte, min(c.sent, sni.MaxHello))
+	// What follows a hello that is cut short is read as if it belonged to it, unless it was sent
+	// after the answer.
+	size := min(c.sent, sni.MaxHello)
+	if v.scripts[0].after {
+		size = min(size, len(v.begin))
+	}
+	sent := make([]byte, size)
 	newChaosStream(v.begin, v.seed, 0).next(sent)
 	var p sni.Parser
 	name, err := p.Parse(sent)
