@@ -613,7 +613,7 @@ func TestLogReasons(t *testing.T) {
 		}
 		add(asking(name), false, "", a.Reason, sni.UnrecognizedName)
 	}
-	add(record(22, shape{}.client(nil)...), false, "", "client hello has no extensions", sni.UnrecognizedName)
+	add(record(22, shape{}.client(nil)...), false, "", "no server name", sni.UnrecognizedName)
 	add(hello(""), false, "", "no server name", sni.UnrecognizedName)
 	add(nil, true, "", "the client ended the connection before the server name", sni.DecodeError)
 	add(hello("")[:60], true, "", "the client ended the connection before the server name", sni.DecodeError)
@@ -790,6 +790,7 @@ func TestLogRation(t *testing.T) {
 	// Goal: of many lines about refused clients only some are printed, and of the others it
 	// is told how many they are, though nothing more happens; then there is room again.
 	// At the stop it is told at once.
+	t.Parallel() // it waits for the ration
 	const burst, perSecond, clients = 50, 10, 1000
 	d := start(t)
 	begin := time.Now()
