@@ -59,7 +59,7 @@ func TestCostIdleDescriptors(t *testing.T) {
 func TestCostIdleMemory(t *testing.T) {
 	limit := 512.0
 	if isPortable(t) {
-		limit = 12 << 10 // stacks of goroutines, above all
+		limit = 13 << 10 // stacks of goroutines, above all
 	}
 	d := start(t, build(t))
 	conns := descriptorsFor(t, 5000)
