@@ -316,6 +316,7 @@ func TestRefusedUpload(t *testing.T) {
 	// Goal: a refused client that never reads, and sends without end, is cut off: one that
 	// sends as fast as it can within a bounded size, one that sends a little at a time, or
 	// nothing more, within a bounded time; until then it can send.
+	t.Parallel() // it waits for that time
 	d := start(t)
 	base := d.fds()
 	unknown := record(22, shape{name: "unknown.example"}.message()...)

@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -29,6 +30,11 @@ const impersonate = "SNIPROXY_TEST_DAEMON"
 func TestMain(m *testing.M) {
 	if os.Getenv(impersonate) != "" {
 		os.Exit(run())
+	}
+	// Tests that run in parallel wait for time limits most of the time, not for processors.
+	flag.Parse()
+	if parallel := flag.Lookup("test.parallel"); parallel.Value.String() == parallel.DefValue {
+		flag.Set("test.parallel", "8")
 	}
 	os.Exit(m.Run())
 }

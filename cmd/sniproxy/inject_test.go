@@ -113,6 +113,7 @@ func TestInject(t *testing.T) {
 		t.Skip("this is not about races, and a daemon with the race detector is too slow under strace")
 	}
 	strace := need(t, "strace")
+	t.Parallel() // strace waits a lot
 	injections := eventLoopInjections
 	if isPortable(t) {
 		injections = goroutineInjections
