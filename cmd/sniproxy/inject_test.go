@@ -112,6 +112,9 @@ func TestInject(t *testing.T) {
 	if raceEnabled {
 		t.Skip("this is not about races, and a daemon with the race detector is too slow under strace")
 	}
+	if testing.Short() {
+		t.Skip("it takes long")
+	}
 	strace := need(t, "strace")
 	t.Parallel() // strace waits a lot
 	injections := eventLoopInjections

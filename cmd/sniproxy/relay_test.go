@@ -622,7 +622,7 @@ func TestRelayMemoryOfStuckClients(t *testing.T) {
 		stuff(backend, &taken)
 	}
 	awaitStill(t, &taken)
-	d.expectGrowth(base, conns*128<<10)
+	d.expectGrowth(base, conns*192<<10)
 }
 
 // Goal: keepalive is on at the client's side, so that clients that vanished are noticed.

@@ -240,6 +240,7 @@ func TestTenantStuck(t *testing.T) {
 	// Goal: backends that never read while their clients send without end, and backends
 	// that send without end to clients that never read, cost the daemon a bounded amount of
 	// memory, and no processor time; another host is served, and nothing is left behind.
+	t.Parallel() // it waits for them to stand still
 	const conns = 50
 	for _, tt := range []struct {
 		name     string
@@ -823,6 +824,7 @@ func TestLogRation(t *testing.T) {
 func TestLogLifecycle(t *testing.T) {
 	// Goal: while so many clients are refused that most lines about them are left out, what
 	// the daemon says of itself is not.
+	t.Parallel() // it waits for the ration
 	d := start(t)
 	l := d.host("live.example")
 	d.pair(l, "live.example")
@@ -853,6 +855,7 @@ func TestLogLifecycle(t *testing.T) {
 func TestLogUnread(t *testing.T) {
 	// Goal: while nobody reads the log, and no line more fits into it, clients are refused
 	// and served as ever; nothing of what happened is lost when somebody reads again.
+	t.Parallel() // it waits for the number of lines left out
 	const clients = 1000
 	r, w := openPipe(t)
 	fill(t, w)
