@@ -59,7 +59,8 @@ var eventLoopInjections = []injection{
 	{calls: "epoll_ctl", when: "3+7", harmful: "EBADF EEXIST EINVAL ELOOP ENOENT ENOMEM ENOSPC EPERM"},
 	// After a failure of accept4 the loop does not wait for clients for a while.
 	{calls: "epoll_ctl,accept4", when: "2+5", harmful: "ENOMEM ENOSPC"},
-	{calls: "epoll_ctl", when: "2+3", share: true, harmful: "ENOMEM ENOSPC"},
+	// Now and then a relay that cannot be handed over ends without a reset.
+	{calls: "epoll_ctl", when: "2+3", share: true, ending: "ENOMEM ENOSPC"},
 	// In other threads it is Go's runtime that waits and writes, and ends the program if it cannot.
 	{calls: "epoll_pwait", when: "2+3", harmless: "EINTR", loopOnly: true},
 	{calls: "write", when: "3+7", harmless: "EINTR", harmful: writeErrors, ending: "EPIPE", loopOnly: true},
