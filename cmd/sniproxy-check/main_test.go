@@ -290,7 +290,7 @@ func TestOrder(t *testing.T) {
 }
 
 // Goal: where no descriptor is left, sniproxy-check says so, in the words of sniproxy, and what to do, and does not say
-// that the host is good.
+// that the host is good. Nor does it crash then, unless there is too little for Go's runtime to begin with.
 func TestNoRoom(t *testing.T) {
 	z := newZoo(t)
 	z.add(animal{name: "one.example", make: good(t)})
@@ -303,14 +303,21 @@ func TestNoRoom(t *testing.T) {
 		said := false
 		checker, proxy := build(t, "sniproxy-check", engine), build(t, "sniproxy", engine)
 		for n := 3; ; n++ {
-			out, err := limited(n, checker, z.hosts, "one.example").Output()
-			if err == nil && string(out) == "one.example: ok\n" {
+			var stdout, stderr strings.Builder
+			cmd := limited(n, checker, z.hosts, "one.example")
+			cmd.Stdout, cmd.Stderr = &stdout, &stderr
+			err := cmd.Run()
+			out, trace := stdout.String(), stderr.String()
+			if err == nil && out == "one.example: ok\n" {
 				break
 			}
-			if strings.HasPrefix(string(out), "one.example: "+reason+": raise the limit") {
+			switch {
+			case strings.HasPrefix(out, "one.example: "+reason+": raise the limit") && trace == "":
 				said = true
-			} else if len(out) > 0 || n == 100 {
-				t.Fatalf("engine %q, with %d descriptors: %q, %v", engine, n, out, err)
+			case strings.Contains(trace, "netpollinit") && !strings.Contains(trace, "main.judge") && !said && n < 100:
+				// It has not begun: without these descriptors Go's runtime ends every program that waits for a timer.
+			default:
+				t.Fatalf("engine %q, with %d descriptors: %q, %.100q, %v", engine, n, out, trace, err)
 			}
 		}
 		if !said {
