@@ -546,11 +546,11 @@ func (v *visit) ask(a animal) string {
 func (v *visit) compare() (reasons []string) {
 	t := v.t
 	v.done.Wait()
-	if t.Failed() {
-		defer func() {
+	defer func() {
+		if t.Failed() {
 			t.Logf("engine %q, uid %d:\n%s\n%s\n%s", v.engine, v.user.uid, v.listed.String(), v.named.String(), v.log.String())
-		}()
-	}
+		}
+	}()
 	listed, named := byLabel(v.listed.String()), byLabel(v.named.String())
 	inList, inNames := 0, 0
 	for i, a := range v.animals {
