@@ -326,9 +326,9 @@ func TestNoRoom(t *testing.T) {
 		said = false
 		for n := 3; !said; n++ {
 			v := &visit{zoo: z, engine: engine, user: users()[0]}
-			end := v.start(limited(n, proxy))
+			v.start(limited(n, proxy))
 			answer := make(chan string, 1)
-			go func() { answer <- v.ask(z.animals[0]) }()
+			go func() { answer <- v.ask(z.animals[0]).text }()
 			full := make(chan error, 1)
 			go func() {
 				_, err := v.log.await("cannot accept connections for the moment: too many open files")
@@ -342,7 +342,7 @@ func TestNoRoom(t *testing.T) {
 				said = got == reason
 			case <-full:
 			}
-			end()
+			v.end(unix.SIGKILL)
 		}
 	}
 }

@@ -182,6 +182,11 @@ func (z *zoo) addHosts() {
 		animal{name: "v2.example", make: good(t, "send-proxy-v2"), says: "ok, PROXY v2"},
 		animal{name: "both.example", make: good(t, "send-proxy-v1", "send-proxy-v2"), says: "ok, PROXY v2"},
 		animal{name: "logged.example", make: good(t, "log-connections"), says: "ok, logged"},
+		animal{name: "logged2.example", make: good(t, "log-connections", "send-proxy-v2"), says: "ok, PROXY v2, logged"},
+		animal{name: "dangling-marker.example", make: func(dir string) {
+			good(t)(dir)
+			symlink(t, "nowhere")(filepath.Join(dir, "log-connections"))
+		}, says: "ok, logged"},
 		animal{name: "v3.example", make: good(t, "send-proxy-v3"), says: inIt("send-proxy-v3")},
 		animal{name: "underscores.example", make: good(t, "send_proxy_v1"), says: inIt("send_proxy_v1")},
 		animal{name: "bare.example", make: good(t, "send-proxy"), says: inIt("send-proxy")},
@@ -330,6 +335,9 @@ func (z *zoo) addWildcards() {
 		animal{name: "*.w.example", make: good(t, "send-proxy-v2"), says: "ok, PROXY v2"},
 		animal{name: "a.w.example", says: `ok, PROXY v2, served by \*\.w\.example`},
 		animal{name: "b.w.example", make: good(t), says: "ok"},
+		animal{name: "*.l.example", make: good(t, "log-connections"), says: "ok, logged"},
+		animal{name: "a.l.example", says: `ok, logged, served by \*\.l\.example`},
+		animal{name: "b.l.example", make: good(t), says: "ok"},
 		animal{name: "c.w.example", make: func(dir string) { must(t, os.Mkdir(dir, 0o755)) }, says: "no tls-socket in the directory: .*"},
 		animal{name: "d.a.w.example", says: "no directory: make one, .*"},
 		animal{name: "w.example", says: "no directory: make one, .*"},
@@ -356,6 +364,11 @@ func (z *zoo) addWildcards() {
 		animal{name: "*.ours.example", make: symlink(t, entryOf("b.theirs.example")), says: "ok"},
 		animal{name: "marked.example", make: theirs(t, good(t, "log-connections"), "log-connections"),
 			says: "ok; log-connections does not count: it is that of uid 1000, chown -h it to root or to uid 500, who has the hosts directory"},
+		animal{name: "marked-by-root.example", make: theirs(t, good(t, "log-connections")), says: "ok, logged"},
+		animal{name: "marked-by-owner.example", make: func(dir string) {
+			good(t, "log-connections")(dir)
+			must(t, os.Chown(filepath.Join(dir, "log-connections"), 500, 500))
+		}, says: "ok, logged"},
 	)
 }
 
@@ -372,10 +385,13 @@ func (z *zoo) addEverything() {
 	)
 	if os.Geteuid() == 0 {
 		z.add(
-			animal{name: "*.theirs.example", make: theirs(t, good(t)), asIf: "ok, PROXY v1, served by *",
+			animal{name: "*.theirs.example", make: theirs(t, good(t)), asIf: "ok, PROXY v1, logged, served by *",
 				says: `it does not count, \* serves its clients: it is that of uid 1000, chown -h it to root`},
 			animal{name: "a.theirs.example",
 				says: `ok, PROXY v1, logged, served by \*; \*\.theirs\.example does not count: it is that of uid 1000, chown -h it to root`},
+			animal{name: "b.theirs.example", make: theirs(t, good(t)), says: "ok, logged"},
+			animal{name: "marked.example", make: theirs(t, good(t, "log-connections"), "log-connections"),
+				says: "ok, logged; log-connections does not count: it is that of uid 1000, chown -h it to root"},
 		)
 	}
 }
@@ -386,25 +402,66 @@ func (z *zoo) addNobodys() {
 		animal{name: "*", make: theirs(z.t, good(z.t, "log-connections")), says: "no directory, and the wildcard for it belongs neither .*"},
 		animal{name: "unknown.example", says: "no directory, and the wildcard for it belongs neither .*"},
 		animal{name: "known.example", make: good(z.t), says: "ok"},
+		animal{name: "logged.example", make: good(z.t, "log-connections"), says: "ok, logged"},
+	)
+}
+
+// addLinked adds a directory * that is a symlink to somebody else's, who cannot have all connections logged.
+func (z *zoo) addLinked() {
+	t := z.t
+	tenants := filepath.Join(z.others, "tenants")
+	theirs(t, good(t, "log-connections"), "log-connections")(tenants)
+	z.add(
+		animal{name: "*", make: symlink(t, tenants), says: "ok; log-connections does not count: it is that of uid 1000, chown -h it to root"},
+		animal{name: "known.example", make: good(t), says: "ok"},
+		animal{name: "logged.example", make: good(t, "log-connections"), says: "ok, logged"},
+	)
+}
+
+// addDown adds a directory * that cannot serve, but has the connections of all hosts logged.
+func (z *zoo) addDown() {
+	t := z.t
+	z.add(
+		animal{name: "*", make: func(dir string) {
+			abandon(t, dir)
+			touch(t, filepath.Join(dir, "log-connections"))
+		}, says: "nobody listens on tls-socket: .*"},
+		animal{name: "unknown.example", says: "nobody listens on tls-socket: .*"},
+		animal{name: "known.example", make: good(t), says: "ok, logged"},
+		animal{name: "*.w.example", make: good(t), says: "ok, logged"},
+		animal{name: "a.w.example", says: `ok, logged, served by \*\.w\.example`},
+	)
+}
+
+// addClosed adds a directory * that is closed to all but root.
+func (z *zoo) addClosed() {
+	t := z.t
+	z.add(
+		animal{name: "*", make: func(dir string) {
+			good(t, "log-connections")(dir)
+			must(t, os.Chmod(dir, 0o600))
+		}, says: "ok, logged", forbidden: `permission denied for uid UID: x is missing on the directory ENTRY \(mode 0600, uid OWNER\): chmod or setfacl it`},
+		animal{name: "known.example", make: good(t), says: "ok, logged", forbidden: "ok"},
 	)
 }
 
 // Goal: of every host and every name in a zoo of hosts directories, sniproxy-check says what sniproxy does, in the words
-// of its log: for each engine, and whoever runs them. And it says why. Every reason for a refusal that sniproxy has is
+// of its log, and whether it logs the connection: for each engine, and whoever runs them. And it says why. Every reason for a refusal that sniproxy has is
 // there, but for those that have to do with the hello, with look-ups of others, or with want of descriptors.
 func TestZoo(t *testing.T) {
-	first, second, third := newZoo(t), newZoo(t), newZoo(t)
-	first.addHosts()
-	first.addEntries()
-	first.addNames()
-	first.addFileSystems()
-	second.addWildcards()
-	third.addEverything()
-	zoos := []*zoo{first, second, third}
+	zoos := []*zoo{newZoo(t)}
+	zoos[0].addHosts()
+	zoos[0].addEntries()
+	zoos[0].addNames()
+	zoos[0].addFileSystems()
+	more := []func(*zoo){(*zoo).addWildcards, (*zoo).addEverything, (*zoo).addDown, (*zoo).addClosed}
 	if os.Geteuid() == 0 {
-		fourth := newZoo(t)
-		fourth.addNobodys()
-		zoos = append(zoos, fourth)
+		more = append(more, (*zoo).addNobodys, (*zoo).addLinked)
+	}
+	for _, add := range more {
+		z := newZoo(t)
+		add(z)
+		zoos = append(zoos, z)
 	}
 	var visits []*visit
 	for _, z := range zoos {
@@ -427,7 +484,7 @@ func TestZoo(t *testing.T) {
 			continue
 		case p == hostdir.NoRoom: // see TestNoRoom
 			continue
-		case p == hostdir.Other && !first.mounts:
+		case p == hostdir.Other && !zoos[0].mounts:
 			continue
 		}
 		text := strings.TrimSuffix((&hostdir.Error{Problem: p, Errno: unix.ENOTCONN}).Error(), fmt.Sprintf(" for uid %d", os.Geteuid()))
@@ -444,16 +501,24 @@ type visit struct {
 	user   user
 	addr   string
 	log    lines
+	end    func(unix.Signal) // ends sniproxy with a signal
 
 	listed, named bytes.Buffer
-	answers       []string // of sniproxy, for each animal
+	outcomes      []outcome // of sniproxy, for each animal
 	done          sync.WaitGroup
+}
+
+// An outcome is what sniproxy does for a client.
+type outcome struct {
+	text   string // "ok" and the facts, in the words of sniproxy-check, or the reason for which it refuses the client
+	by     string // what follows behind ", logged": which directory serves the client, if it is not the host's own
+	client string // in the words of the log: its address, and the name that it asked for
 }
 
 // visit begins a visit. The programs are started here, since the mounts are those of this thread.
 func (z *zoo) visit(engine string, u user) *visit {
 	t := z.t
-	v := &visit{zoo: z, engine: engine, user: u, answers: make([]string, len(z.animals))}
+	v := &visit{zoo: z, engine: engine, user: u, outcomes: make([]outcome, len(z.animals))}
 	v.start(u.command(build(t, "sniproxy", engine)))
 
 	var names []string
@@ -473,13 +538,13 @@ func (z *zoo) visit(engine string, u user) *visit {
 		v.done.Go(func() { cmd.Wait() })
 	}
 	for i, a := range z.animals {
-		v.done.Go(func() { v.answers[i] = v.ask(a) })
+		v.done.Go(func() { v.outcomes[i] = v.ask(a) })
 	}
 	return v
 }
 
-// start starts sniproxy, and returns what ends it.
-func (v *visit) start(proxy *exec.Cmd) (end func()) {
+// start starts sniproxy.
+func (v *visit) start(proxy *exec.Cmd) {
 	t := v.t
 	l, err := net.ListenTCP("tcp4", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
 	must(t, err)
@@ -490,62 +555,87 @@ func (v *visit) start(proxy *exec.Cmd) (end func()) {
 	defer stdin.Close()
 	proxy.Dir, proxy.Stdin, proxy.Stderr = v.hosts, stdin, &v.log
 	must(t, proxy.Start())
-	end = sync.OnceFunc(func() {
-		proxy.Process.Kill()
-		proxy.Wait()
-	})
-	t.Cleanup(end)
-	return end
+	var once sync.Once
+	v.end = func(s unix.Signal) {
+		once.Do(func() {
+			proxy.Process.Signal(s)
+			proxy.Wait()
+		})
+	}
+	t.Cleanup(func() { v.end(unix.SIGKILL) })
 }
 
-// ask returns what sniproxy does for a client of a host: "ok" and the facts, in the words of sniproxy-check, or the reason
-// for which it refuses the client.
-func (v *visit) ask(a animal) string {
+// ask returns what sniproxy does for a client of a host.
+func (v *visit) ask(a animal) outcome {
+	name := strings.Replace(a.name, "*", "any-label", 1)
 	c, err := net.Dial("tcp4", v.addr)
 	if err != nil {
-		return err.Error()
+		return outcome{text: err.Error()}
 	}
 	defer c.Close()
 	c.SetDeadline(time.Now().Add(patience))
-	if _, err := c.Write(hello(strings.Replace(a.name, "*", "any-label", 1))); err != nil {
-		return err.Error()
+	if _, err := c.Write(hello(name)); err != nil {
+		return outcome{text: err.Error()}
 	}
 	got, err := io.ReadAll(c)
 	if err != nil {
-		return err.Error()
+		return outcome{text: err.Error()}
 	}
 	if len(got) > 0 && got[0] == 21 {
 		line, err := v.log.await("refused " + c.LocalAddr().String())
 		if err != nil {
-			return err.Error()
+			return outcome{text: err.Error()}
 		}
 		_, reason, _ := strings.Cut(line, ": ") // " for NAME: ", or ": "
-		return reason[:strings.LastIndex(reason, " (alert ")]
+		return outcome{text: reason[:strings.LastIndex(reason, " (alert ")]}
 	}
 	version, entry, _ := strings.Cut(string(got), " ")
 	text := "ok"
 	if version != "0" {
 		text += ", PROXY v" + version
 	}
+	return outcome{text, v.servedBy(a, entry), c.LocalAddr().String() + " for " + name}
+}
+
+// servedBy returns what is to be said of it that the backend in an entry serves the clients of a host.
+func (v *visit) servedBy(a animal, entry string) string {
 	// Which directory a symlink leads to is its own business.
 	if info, err := os.Lstat(filepath.Join(v.hosts, a.entryName())); err == nil && (info.Mode()&os.ModeSymlink != 0 || entry == a.entryName()) {
-		return text
+		return ""
 	}
 	if _, err := os.Lstat(filepath.Join(v.hosts, a.entryName(), "tls-socket")); err == nil && entry == "elsewhere" {
-		return text
+		return ""
 	}
 	for _, other := range v.animals {
 		if entry == other.entryName() {
 			entry = other.name
 		}
 	}
-	return text + ", served by " + entry
+	return ", served by " + entry
+}
+
+// addLogged adds to the outcomes which of them sniproxy has a line in its log about. All lines are there when it has ended.
+func (v *visit) addLogged() {
+	v.end(unix.SIGTERM)
+	log, logged := v.log.String(), 0
+	for i := range v.outcomes {
+		o := &v.outcomes[i]
+		if o.client != "" && strings.Contains(log, "sniproxy: served "+o.client+": bytes ") {
+			o.text += ", logged"
+			logged++
+		}
+		o.text += o.by
+	}
+	if n := strings.Count(log, "sniproxy: served "); n != logged {
+		v.t.Errorf("engine %q, uid %d: the log has %d lines about connections, and %d are about our clients", v.engine, v.user.uid, n, logged)
+	}
 }
 
 // compare compares, and returns all reasons for which sniproxy refused somebody.
 func (v *visit) compare() (reasons []string) {
 	t := v.t
 	v.done.Wait()
+	v.addLogged()
 	defer func() {
 		if t.Failed() {
 			t.Logf("engine %q, uid %d:\n%s\n%s\n%s", v.engine, v.user.uid, v.listed.String(), v.named.String(), v.log.String())
@@ -554,7 +644,7 @@ func (v *visit) compare() (reasons []string) {
 	listed, named := byLabel(v.listed.String()), byLabel(v.named.String())
 	inList, inNames := 0, 0
 	for i, a := range v.animals {
-		answer := v.answers[i]
+		answer := v.outcomes[i].text
 		if !strings.HasPrefix(answer, "ok") {
 			reasons = append(reasons, answer)
 		}
@@ -566,7 +656,7 @@ func (v *visit) compare() (reasons []string) {
 		case a.forbidden != "" && v.user.uid != 0:
 			want = a.forbidden
 		}
-		want = strings.NewReplacer("ENTRY", a.entryName(), "UID", strconv.Itoa(v.user.uid), "OWNER", strconv.Itoa(os.Geteuid())).Replace(want)
+		want = strings.NewReplacer("ENTRY", regexp.QuoteMeta(a.entryName()), "UID", strconv.Itoa(v.user.uid), "OWNER", strconv.Itoa(os.Geteuid())).Replace(want)
 		pattern := regexp.MustCompile("^(?:" + want + ")$")
 
 		var lines []string
@@ -608,7 +698,6 @@ func (v *visit) compare() (reasons []string) {
 // agree tells whether what sniproxy-check says of a host is what sniproxy does.
 func agree(a animal, line, answer string) bool {
 	head, _, _ := strings.Cut(line, "; ")
-	head = strings.ReplaceAll(head, ", logged", "")
 	switch {
 	case a.asIf != "":
 		return answer == a.asIf
