@@ -328,7 +328,7 @@ func TestNoRoom(t *testing.T) {
 			v := &visit{zoo: z, engine: engine, user: users()[0]}
 			v.start(limited(n, proxy))
 			answer := make(chan string, 1)
-			go func() { answer <- v.ask(z.animals[0]).text }()
+			go func() { answer <- v.ask(z.animals[0], z.animals[0].hellos()[0]).text }()
 			full := make(chan error, 1)
 			go func() {
 				_, err := v.log.await("cannot accept connections for the moment: too many open files")

@@ -446,7 +446,8 @@ func (z *zoo) addClosed() {
 }
 
 // Goal: of every host and every name in a zoo of hosts directories, sniproxy-check says what sniproxy does, in the words
-// of its log, and whether it logs the connection: for each engine, and whoever runs them. And it says why. Every reason for a refusal that sniproxy has is
+// of its log, and whether it logs the connection: for each engine, and whoever runs them. What it says of * is said of
+// clients without a name as well. And it says why. Every reason for a refusal that sniproxy has is
 // there, but for those that have to do with the hello, with look-ups of others, or with want of descriptors.
 func TestZoo(t *testing.T) {
 	zoos := []*zoo{newZoo(t)}
@@ -504,7 +505,7 @@ type visit struct {
 	end    func(unix.Signal) // ends sniproxy with a signal
 
 	listed, named bytes.Buffer
-	outcomes      []outcome // of sniproxy, for each animal
+	outcomes      [][]outcome // of sniproxy, for the clients of each animal
 	done          sync.WaitGroup
 }
 
@@ -512,13 +513,13 @@ type visit struct {
 type outcome struct {
 	text   string // "ok" and the facts, in the words of sniproxy-check, or the reason for which it refuses the client
 	by     string // what follows behind ", logged": which directory serves the client, if it is not the host's own
-	client string // in the words of the log: its address, and the name that it asked for
+	client string // in the words of the log: its address, and the name that it asked for, if it did
 }
 
 // visit begins a visit. The programs are started here, since the mounts are those of this thread.
 func (z *zoo) visit(engine string, u user) *visit {
 	t := z.t
-	v := &visit{zoo: z, engine: engine, user: u, outcomes: make([]outcome, len(z.animals))}
+	v := &visit{zoo: z, engine: engine, user: u, outcomes: make([][]outcome, len(z.animals))}
 	v.start(u.command(build(t, "sniproxy", engine)))
 
 	var names []string
@@ -538,7 +539,11 @@ func (z *zoo) visit(engine string, u user) *visit {
 		v.done.Go(func() { cmd.Wait() })
 	}
 	for i, a := range z.animals {
-		v.done.Go(func() { v.outcomes[i] = v.ask(a) })
+		hellos := a.hellos()
+		v.outcomes[i] = make([]outcome, len(hellos))
+		for j, h := range hellos {
+			v.done.Go(func() { v.outcomes[i][j] = v.ask(a, h) })
+		}
 	}
 	return v
 }
@@ -565,16 +570,34 @@ func (v *visit) start(proxy *exec.Cmd) {
 	t.Cleanup(func() { v.end(unix.SIGKILL) })
 }
 
-// ask returns what sniproxy does for a client of a host.
-func (v *visit) ask(a animal) outcome {
+// A hello is what a client sends, and how the log calls it.
+type hello struct {
+	bytes []byte
+	asks  string // " for NAME", or " without a name"
+}
+
+// hellos returns those of the clients that a host is for. The first has a name; others have none, and are for *.
+func (a animal) hellos() []hello {
 	name := strings.Replace(a.name, "*", "any-label", 1)
+	hellos := []hello{{clientHello(serverName(0, name)), " for " + name}}
+	if a.name == "*" {
+		const otherType = 1 // of a name, which is not host_name
+		for _, b := range [][]byte{clientHello(), clientHello(nil), clientHello(serverName(otherType, "name.example"))} {
+			hellos = append(hellos, hello{b, " without a name"})
+		}
+	}
+	return hellos
+}
+
+// ask returns what sniproxy does for a client of a host.
+func (v *visit) ask(a animal, h hello) outcome {
 	c, err := net.Dial("tcp4", v.addr)
 	if err != nil {
 		return outcome{text: err.Error()}
 	}
 	defer c.Close()
 	c.SetDeadline(time.Now().Add(patience))
-	if _, err := c.Write(hello(name)); err != nil {
+	if _, err := c.Write(h.bytes); err != nil {
 		return outcome{text: err.Error()}
 	}
 	got, err := io.ReadAll(c)
@@ -594,7 +617,7 @@ func (v *visit) ask(a animal) outcome {
 	if version != "0" {
 		text += ", PROXY v" + version
 	}
-	return outcome{text, v.servedBy(a, entry), c.LocalAddr().String() + " for " + name}
+	return outcome{text, v.servedBy(a, entry), c.LocalAddr().String() + h.asks}
 }
 
 // servedBy returns what is to be said of it that the backend in an entry serves the clients of a host.
@@ -618,13 +641,15 @@ func (v *visit) servedBy(a animal, entry string) string {
 func (v *visit) addLogged() {
 	v.end(unix.SIGTERM)
 	log, logged := v.log.String(), 0
-	for i := range v.outcomes {
-		o := &v.outcomes[i]
-		if o.client != "" && strings.Contains(log, "sniproxy: served "+o.client+": bytes ") {
-			o.text += ", logged"
-			logged++
+	for _, ofAnimal := range v.outcomes {
+		for i := range ofAnimal {
+			o := &ofAnimal[i]
+			if o.client != "" && strings.Contains(log, "sniproxy: served "+o.client+": bytes ") {
+				o.text += ", logged"
+				logged++
+			}
+			o.text += o.by
 		}
-		o.text += o.by
 	}
 	if n := strings.Count(log, "sniproxy: served "); n != logged {
 		v.t.Errorf("engine %q, uid %d: the log has %d lines about connections, and %d are about our clients", v.engine, v.user.uid, n, logged)
@@ -644,9 +669,10 @@ func (v *visit) compare() (reasons []string) {
 	listed, named := byLabel(v.listed.String()), byLabel(v.named.String())
 	inList, inNames := 0, 0
 	for i, a := range v.animals {
-		answer := v.outcomes[i].text
-		if !strings.HasPrefix(answer, "ok") {
-			reasons = append(reasons, answer)
+		for _, o := range v.outcomes[i] {
+			if !strings.HasPrefix(o.text, "ok") {
+				reasons = append(reasons, o.text)
+			}
 		}
 		where := fmt.Sprintf("engine %q, uid %d, %.60q", v.engine, v.user.uid, a.name)
 		want := a.says
@@ -684,8 +710,13 @@ func (v *visit) compare() (reasons []string) {
 			if !pattern.MatchString(line) {
 				t.Errorf("%s: it says %q, want %q", where, line, want)
 			}
-			if agreed := agree(a, line, answer); !agreed {
-				t.Errorf("%s: it says %q, and sniproxy %q", where, line, answer)
+			for i, o := range v.outcomes[i] {
+				if i > 0 {
+					line = ofNameless.Replace(line)
+				}
+				if !agree(a, line, o.text) {
+					t.Errorf("%s, client %d: it says %q, and sniproxy %q", where, i, line, o.text)
+				}
 			}
 		}
 	}
@@ -694,6 +725,13 @@ func (v *visit) compare() (reasons []string) {
 	}
 	return reasons
 }
+
+// ofNameless makes of what sniproxy-check says of * what that means for clients without a name: where no directory is for
+// them, sniproxy does not say that of a directory, which nobody has asked for, but that there is no name.
+var ofNameless = strings.NewReplacer(
+	"no directory, and the wildcard for it belongs", "no server name, and the directory * belongs",
+	"no directory", "no server name",
+)
 
 // agree tells whether what sniproxy-check says of a host is what sniproxy does.
 func agree(a animal, line, answer string) bool {
@@ -767,18 +805,27 @@ func (l *lines) await(part string) (string, error) {
 	}
 }
 
-// hello returns a small ClientHello with a server name, which may be anything.
-func hello(name string) []byte {
-	vector := func(size int, b ...[]byte) []byte {
-		all := bytes.Join(b, nil)
-		length := make([]byte, size)
-		for i, n := size-1, len(all); i >= 0; i, n = i-1, n>>8 {
-			length[i] = byte(n)
-		}
-		return append(length, all...)
+// clientHello returns a small ClientHello with some extensions, or without any if there is not even an empty list.
+func clientHello(extensions ...[]byte) []byte {
+	message := [][]byte{{3, 3}, make([]byte, 32), vector(1), vector(2, []byte{0x13, 1}), vector(1, []byte{0})}
+	if extensions != nil {
+		message = append(message, vector(2, extensions...))
 	}
-	serverName := vector(2, []byte{0}, vector(2, []byte(name)))
-	extensions := vector(2, []byte{0, 0}, vector(2, serverName))
-	message := vector(3, []byte{3, 3}, make([]byte, 32), vector(1), vector(2, []byte{0x13, 1}), vector(1, []byte{0}), extensions)
-	return append([]byte{22, 3, 1}, vector(2, []byte{1}, message)...)
+	return append([]byte{22, 3, 1}, vector(2, []byte{1}, vector(3, message...))...)
+}
+
+// serverName returns the extension server_name with a name of a type, which may be anything.
+func serverName(kind byte, name string) []byte {
+	list := vector(2, []byte{kind}, vector(2, []byte(name)))
+	return append([]byte{0, 0}, vector(2, list)...)
+}
+
+// vector returns a vector of the presentation language of RFC 8446: its length, in some bytes, and what is in it.
+func vector(size int, parts ...[]byte) []byte {
+	all := bytes.Join(parts, nil)
+	length := make([]byte, size)
+	for i, n := size-1, len(all); i >= 0; i, n = i-1, n>>8 {
+		length[i] = byte(n)
+	}
+	return append(length, all...)
 }
