@@ -60,6 +60,8 @@ func explain(entry string, ignored []string, err error) string {
 		}
 	case hostdir.BacklogFull:
 		why = "the backend has accepted nobody for ten seconds"
+	case hostdir.Exchanged:
+		why = "the entry, or what it leads to, is replaced again and again, so that nobody can tell whose socket and markers belong together"
 	case hostdir.NoRoom:
 		why = "raise the limit (ulimit -n)"
 	}

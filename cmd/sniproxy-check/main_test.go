@@ -347,6 +347,27 @@ func TestNoRoom(t *testing.T) {
 	}
 }
 
+// Goal: while a host's directory is exchanged the look-up is made again, as that of sniproxy is; if it is exchanged all the
+// time, that is what is said, and not that a file system does not answer.
+func TestExchanged(t *testing.T) {
+	t.Parallel()
+	exchanged := &hostdir.Error{Problem: hostdir.Exchanged}
+	times := 0
+	_, err := redial(func([]byte) (int, hostdir.Marks, error) {
+		if times++; times < 3 {
+			return -1, hostdir.Marks{}, exchanged
+		}
+		return -1, hostdir.Marks{}, &hostdir.Error{Problem: hostdir.NobodyListens}
+	}, nil)
+	if times != 3 || !isProblem(err, hostdir.NobodyListens) {
+		t.Errorf("after %d look-ups: %v", times, err)
+	}
+	_, err = redial(func([]byte) (int, hostdir.Marks, error) { return -1, hostdir.Marks{}, exchanged }, nil)
+	if got := explain("one.example", nil, err); !strings.HasPrefix(got, "the directory was exchanged: the entry, ") {
+		t.Errorf("it says %q", got)
+	}
+}
+
 // Goal: of the symlinks on a path, the one that fs.protected_symlinks keeps from being followed is found: in a sticky
 // directory of everybody's, and neither ours nor the owner's of the directory. Whether that is set does not matter here.
 func TestUnprotected(t *testing.T) {

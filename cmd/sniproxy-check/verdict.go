@@ -108,7 +108,8 @@ func starred(h host, entry string) string {
 	return entry
 }
 
-// redial connects, as sniproxy does: while the backlog of the backend is full it tries again. The connection is closed.
+// redial connects, as sniproxy does: while the backlog of the backend is full, or the directory is exchanged, it tries
+// again. The connection is closed.
 func redial(dial func([]byte) (int, hostdir.Marks, error), what []byte) (hostdir.Marks, error) {
 	deadline := time.Now().Add(lookupLimit)
 	for wait := redialMin; ; wait = min(2*wait, redialMax) {
@@ -116,7 +117,8 @@ func redial(dial func([]byte) (int, hostdir.Marks, error), what []byte) (hostdir
 		if err == nil {
 			unix.Close(fd)
 		}
-		if !isProblem(err, hostdir.BacklogFull) || time.Now().Add(wait).After(deadline) {
+		again := isProblem(err, hostdir.BacklogFull) || isProblem(err, hostdir.Exchanged)
+		if !again || time.Now().Add(wait).After(deadline) {
 			return marks, err
 		}
 		time.Sleep(wait)

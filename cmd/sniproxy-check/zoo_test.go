@@ -450,6 +450,7 @@ func (z *zoo) addClosed() {
 // clients without a name as well. And it says why. Every reason for a refusal that sniproxy has is
 // there, but for those that have to do with the hello, with look-ups of others, or with want of descriptors.
 func TestZoo(t *testing.T) {
+	t.Parallel()
 	zoos := []*zoo{newZoo(t)}
 	zoos[0].addHosts()
 	zoos[0].addEntries()
