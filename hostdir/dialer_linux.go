@@ -1,6 +1,7 @@
 package hostdir
 
 import (
+	"bytes"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -20,7 +21,12 @@ type Dialer struct {
 	hosts  int  // the hosts directory
 	cached bool // the system can tell whether a look-up may wait
 	device device
-	dir    atomic.Int32 // the directory that a look-up is made in, 0 if none is
+
+	// The directory that the last look-up was made in. It stays open until there is another:
+	// the next client often comes for the same host.
+	dir   atomic.Int32 // 0 if none is open
+	entry []byte       // that is this directory, with a zero; empty if it was led to by one
+	inode inode        // its own, once that was needed
 
 	// Distrusted, if not nil, are the owners of directories for which DialNow leaves the
 	// look-up to Dial.
@@ -64,8 +70,8 @@ func (o *Owners) has(dir uintptr) bool {
 	return false
 }
 
-// Owner returns the owner of the directory that a look-up is being made in. It is for other
-// goroutines, when one takes long.
+// Owner returns the owner of the directory that the look-up is made in, or the last one was. It is
+// for other goroutines, when one takes long.
 func (d *Dialer) Owner() (uid uint32, ok bool) {
 	dir := d.dir.Load()
 	if dir == 0 {
@@ -77,6 +83,12 @@ func (d *Dialer) Owner() (uid uint32, ok bool) {
 
 // A device is what a file system is on. Its major number is 0 unless it is on a block device.
 type device struct{ major, minor uint32 }
+
+// An inode tells a directory that is open from all others.
+type inode struct {
+	device device
+	number uint64
+}
 
 // NewDialer returns a Dialer for the calling goroutine, which must be locked to its thread
 // for good and be the only one to use it. What it takes to have a working directory for the
@@ -106,6 +118,7 @@ func NewDialer() *Dialer {
 // Close closes what the Dialer has open. The thread is of no use for anything else.
 func (d *Dialer) Close() {
 	if d.own {
+		d.closeDir()
 		unix.Close(d.hosts)
 	}
 }
@@ -187,10 +200,6 @@ func (d *Dialer) dialEntry(entry []byte, general, now bool) (fd int, marks Marks
 	if err != nil {
 		return -1, Marks{}, err
 	}
-	defer func() {
-		d.dir.Store(0)
-		closeRaw(dir)
-	}()
 	if now {
 		if err := checkSocket(dir); err != nil {
 			return -1, Marks{}, err
@@ -261,24 +270,58 @@ func (d *Dialer) administrators(uid uint32) bool {
 	return errno == 0 && uid == st.Uid
 }
 
-// enter opens a host's directory and makes it the working directory.
-func (d *Dialer) enter(entry []byte, general, now bool) (uintptr, error) {
-	fd, err := d.open(entry, general, now)
+// enter makes a host's directory the working directory, if it is not that already.
+func (d *Dialer) enter(entry []byte, general, now bool) (dir uintptr, err error) {
+	if now && !general && d.isIn(entry) {
+		dir = uintptr(d.dir.Load())
+	} else if dir, err = d.change(entry, general, now); err != nil {
+		return 0, err
+	}
+	if now && d.Distrusted.has(dir) {
+		return 0, &Error{Problem: MayWait}
+	}
+	return dir, nil
+}
+
+// isIn tells whether an entry is the directory that is open. No other one can have the number of
+// its inode meanwhile.
+func (d *Dialer) isIn(entry []byte) bool {
+	if !bytes.Equal(entry, d.entry) {
+		return false
+	}
+	var errno unix.Errno
+	if d.inode == (inode{}) {
+		if d.inode, errno = inodeOf(uintptr(d.dir.Load()), empty); errno != 0 {
+			return false
+		}
+	}
+	is, errno := inodeOf(uintptr(d.hosts), entry)
+	return errno == 0 && is == d.inode
+}
+
+// change opens a host's directory, in place of the one that is open, and makes it the working
+// directory.
+func (d *Dialer) change(entry []byte, general, now bool) (uintptr, error) {
+	d.closeDir()
+	dir, err := d.open(entry, general, now)
 	if err != nil {
 		return 0, err
 	}
-	if errno := fchdir(fd); errno != 0 {
-		closeRaw(fd)
+	d.dir.Store(int32(dir))
+	if errno := fchdir(dir); errno != 0 {
+		d.closeDir()
 		return 0, enterError(errno)
 	}
 	d.away = true
-	d.dir.Store(int32(fd))
-	if now && d.Distrusted.has(fd) {
-		d.dir.Store(0)
-		closeRaw(fd)
-		return 0, &Error{Problem: MayWait}
+	return dir, nil
+}
+
+// closeDir closes the directory of the last look-up, which is still the working directory.
+func (d *Dialer) closeDir() {
+	if dir := d.dir.Swap(0); dir != 0 {
+		closeRaw(uintptr(dir))
 	}
-	return fd, nil
+	d.entry, d.inode = d.entry[:0], inode{}
 }
 
 // open opens a host's directory. If it is a general one, it must be the administrator's: the entry
@@ -332,6 +375,8 @@ func (d *Dialer) openAny(entry []byte, now bool) (uintptr, error) {
 	}
 	fd, errno := openat2(hosts, dir, &ownDirectory)
 	switch errno {
+	case 0:
+		d.entry = append(d.entry, entry...)
 	case unix.ENOENT:
 		return 0, errAbsent
 	case unix.ENOTDIR, unix.EXDEV: // a symlink, or a mount
@@ -457,8 +502,13 @@ func openat2(dir uintptr, path *byte, how *unix.OpenHow) (uintptr, unix.Errno) {
 }
 
 func deviceOf(fd uintptr) (device, unix.Errno) {
-	st, errno := stat(fd, empty)
-	return device{st.Dev_major, st.Dev_minor}, errno
+	i, errno := inodeOf(fd, empty)
+	return i.device, errno
+}
+
+func inodeOf(dir uintptr, name []byte) (inode, unix.Errno) {
+	st, errno := stat(dir, name)
+	return inode{device{st.Dev_major, st.Dev_minor}, st.Ino}, errno
 }
 
 // stat tells about something in a directory, or about that itself if name is empty. It follows no
@@ -466,7 +516,7 @@ func deviceOf(fd uintptr) (device, unix.Errno) {
 func stat(dir uintptr, name []byte) (st unix.Statx_t, errno unix.Errno) {
 	const flags = unix.AT_EMPTY_PATH | unix.AT_SYMLINK_NOFOLLOW | unix.AT_STATX_DONT_SYNC
 	_, _, errno = syscall.Syscall6(unix.SYS_STATX, dir, uintptr(unsafe.Pointer(&name[0])), flags,
-		unix.STATX_TYPE|unix.STATX_UID, uintptr(unsafe.Pointer(&st)), 0)
+		unix.STATX_TYPE|unix.STATX_UID|unix.STATX_INO, uintptr(unsafe.Pointer(&st)), 0)
 	return st, errno
 }
 
@@ -474,6 +524,7 @@ func stat(dir uintptr, name []byte) (st unix.Statx_t, errno unix.Errno) {
 // for long, keeps what it is on from being unmounted.
 func (d *Dialer) Leave() {
 	if d.away {
+		d.closeDir()
 		d.away = unix.Fchdir(d.hosts) != nil
 	}
 }

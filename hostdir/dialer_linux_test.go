@@ -99,3 +99,117 @@ func TestDialNow(t *testing.T) {
 		t.Errorf("%d descriptors, %d before", got, base)
 	}
 }
+
+func TestDialNowAgain(t *testing.T) {
+	// Goal: a host that is looked up again and again is found as it is each time, whatever has
+	// taken the place of its directory, its socket or its markers; and when the Dialer has left,
+	// or is closed, no descriptor is left.
+	chdir(t)
+	all := sites(t, "a", "b", "c", "d")
+	base := descriptors(t)
+	tasks, done := make(chan func(*hostdir.Dialer)), make(chan struct{})
+	go func() {
+		defer close(done)
+		withDialer(func(d *hostdir.Dialer) {
+			for task := range tasks {
+				task(d)
+				done <- struct{}{}
+			}
+		})
+	}()
+	do := func(task func(*hostdir.Dialer)) {
+		tasks <- task
+		<-done
+	}
+	none := hostdir.Marks{}
+	expect := func(what, name string, problemWanted hostdir.Problem, wanted hostdir.Marks) {
+		t.Helper()
+		for range 3 {
+			var marks hostdir.Marks
+			var err error
+			do(func(d *hostdir.Dialer) {
+				var fd int
+				fd, marks, err = d.DialNow([]byte("a"))
+				if problem(err) == hostdir.MayWait { // a symlink that is followed for the first time
+					fd, marks, err = d.Dial([]byte("a"))
+				}
+				if err == nil {
+					unix.Close(fd)
+				}
+			})
+			if got := reached(t, all); got != name || marks != wanted || problem(err) != problemWanted {
+				t.Errorf("%s: reached %q, %+v, %v", what, got, marks, err)
+			}
+		}
+	}
+	a := dirName("a")
+	move := func(from, to string) {
+		t.Helper()
+		must(t, os.Rename(dirName(from), dirName(to)))
+	}
+	touch := func(marker string) {
+		t.Helper()
+		must(t, os.WriteFile(a+"/"+marker, nil, 0o644))
+	}
+
+	expect("at first", "a", 0, none)
+	move("a", "gone")
+	expect("without a directory", "", hostdir.NoDirectory, none)
+	move("b", "a")
+	expect("another directory", "b", 0, none)
+	move("a", "b")
+	move("gone", "a")
+	expect("the first directory", "a", 0, none)
+
+	touch("send-proxy-v1")
+	expect("with a marker", "a", 0, hostdir.Marks{Proxy: 1})
+	touch("send-proxy-v2")
+	expect("with two markers", "a", 0, hostdir.Marks{Proxy: 2})
+	must(t, os.Remove(a+"/send-proxy-v1"))
+	must(t, os.Remove(a+"/send-proxy-v2"))
+	expect("without markers", "a", 0, none)
+	must(t, os.Rename(a+"/tls-socket", a+"/closed"))
+	expect("without a socket", "", hostdir.NoSocket, none)
+	must(t, os.Rename(a+"/closed", a+"/tls-socket"))
+	expect("with the socket", "a", 0, none)
+
+	move("a", "gone")
+	must(t, os.Symlink(dirName("gone"), a))
+	expect("a symlink to the same directory", "a", 0, none)
+	must(t, os.Symlink(dirName("c"), dirName("next")))
+	move("next", "a")
+	expect("another symlink", "c", 0, none)
+	move("c", "unused")
+	move("d", "c")
+	expect("another directory behind it", "d", 0, none)
+	must(t, os.Remove(a))
+	move("gone", "a")
+	expect("a directory in place of it", "a", 0, none)
+
+	// One that is made anew often has the number of the one before.
+	for range 3 {
+		must(t, os.RemoveAll(a))
+		all = append(sites(t, "a"), all[1:]...)
+		expect("a directory that is made anew", "a", 0, none)
+	}
+	if os.Geteuid() == 0 {
+		do(func(*hostdir.Dialer) { must(t, unix.Setfsuid(65534)) }) // of that thread alone
+		must(t, os.Chmod(a, 0o700))
+		expect("a directory that is closed now", "", hostdir.NotPermitted, none)
+		do(func(*hostdir.Dialer) { must(t, unix.Setfsuid(0)) })
+		expect("as root", "a", 0, none)
+	}
+
+	open := descriptors(t)
+	do(func(d *hostdir.Dialer) { d.Leave() })
+	if got := descriptors(t); got != open-1 {
+		t.Errorf("%d descriptors after it has left, %d before", got, open)
+	}
+	expect("after it has left", "a", 0, none)
+	close(tasks)
+	<-done
+	// Of each of the three directories that were made anew there is a socket.
+	if got := descriptors(t); got != base+3 {
+		t.Errorf("%d descriptors in the end, %d in the beginning", got, base)
+	}
+}
