@@ -20,12 +20,14 @@ type Dialer struct {
 	away   bool // it is that of a host
 	hosts  int  // the hosts directory
 	cached bool // the system can tell whether a look-up may wait
+	local  bool // the hosts directory is on a file system that only a disk keeps waiting
+	waits  bool // the look-up that is made may wait for another one
 	device device
 
 	// The directory that the last look-up was made in. It stays open until there is another:
 	// the next client often comes for the same host.
 	dir   atomic.Int32 // 0 if none is open
-	entry []byte       // that is this directory, with a zero; empty if it was led to by one
+	entry []byte       // that it is, with a zero; empty if it is what a symlink or a mount led to
 	inode inode        // its own, once that was needed
 
 	// Distrusted, if not nil, are the owners of directories for which DialNow leaves the
@@ -56,7 +58,7 @@ func (o *Owners) has(dir uintptr) bool {
 	if o == nil || !o.some.Load() {
 		return false
 	}
-	st, errno := stat(dir, empty)
+	st, errno := stat(dir, empty, false)
 	if errno != 0 {
 		return false
 	}
@@ -77,7 +79,7 @@ func (d *Dialer) Owner() (uid uint32, ok bool) {
 	if dir == 0 {
 		return 0, false
 	}
-	st, errno := stat(uintptr(dir), empty)
+	st, errno := stat(uintptr(dir), empty, false)
 	return st.Uid, errno == 0
 }
 
@@ -106,12 +108,13 @@ func NewDialer() *Dialer {
 	}
 	d.own, d.hosts = true, hosts
 	// Linux has openat2(2) since 5.6, RESOLVE_CACHED since 5.12.
-	fd, errno := openat2(uintptr(hosts), &dot[0], &cachedDirectory)
+	fd, errno := openat2(uintptr(hosts), &dot[0], &cachedDirectory, false)
 	if errno == 0 {
 		closeRaw(fd)
 		d.device, errno = deviceOf(uintptr(hosts))
 	}
 	d.cached = errno == 0
+	d.local = d.device.major != 0 || inMemory(hosts)
 	return d
 }
 
@@ -121,6 +124,13 @@ func (d *Dialer) Close() {
 		d.closeDir()
 		unix.Close(d.hosts)
 	}
+}
+
+// inMemory tells whether a directory is on a file system that is nowhere but in memory.
+func inMemory(dir int) bool {
+	var fs unix.Statfs_t
+	err := unix.Fstatfs(dir, &fs)
+	return err == nil && (uint32(fs.Type) == unix.TMPFS_MAGIC || uint32(fs.Type) == unix.RAMFS_MAGIC)
 }
 
 // What there is in a host's directory, as system calls want it.
@@ -137,6 +147,9 @@ var (
 		path   [len("tls-socket\x00")]byte
 	}{unix.AF_UNIX, [len("tls-socket\x00")]byte(tlsSocket)}
 )
+
+// here is AT_FDCWD, the working directory, in place of a descriptor.
+const here = ^uintptr(-unix.AT_FDCWD - 1)
 
 // resolveCached is RESOLVE_CACHED of openat2(2), which package unix does not have.
 const resolveCached = 0x20
@@ -196,12 +209,11 @@ func (d *Dialer) dial(name []byte, now bool) (fd int, marks Marks, err error) {
 }
 
 func (d *Dialer) dialEntry(entry []byte, general, now bool) (fd int, marks Marks, err error) {
-	dir, err := d.enter(entry, general, now)
-	if err != nil {
+	if err := d.enter(entry, general, now); err != nil {
 		return -1, Marks{}, err
 	}
 	if now {
-		if err := checkSocket(dir); err != nil {
+		if err := d.checkSocket(); err != nil {
 			return -1, Marks{}, err
 		}
 	}
@@ -214,7 +226,7 @@ func (d *Dialer) dialEntry(entry []byte, general, now bool) (fd int, marks Marks
 		closeRaw(s)
 		return -1, Marks{}, connectError(".", errno)
 	}
-	marks, errno = d.marks(dir)
+	marks, errno = d.marks()
 	if errno != 0 {
 		closeRaw(s)
 		return -1, Marks{}, &Error{Problem: Other, Errno: errno}
@@ -222,19 +234,19 @@ func (d *Dialer) dialEntry(entry []byte, general, now bool) (fd int, marks Marks
 	return int(s), marks, nil
 }
 
-// marks looks for the markers in a directory.
-func (d *Dialer) marks(dir uintptr) (m Marks, errno unix.Errno) {
-	there, errno := has(dir, sendProxyV2)
+// marks looks for the markers.
+func (d *Dialer) marks() (m Marks, errno unix.Errno) {
+	there, errno := d.has(sendProxyV2)
 	if there {
 		m.Proxy = 2
 	} else if errno == 0 {
-		if there, errno = has(dir, sendProxyV1); there {
+		if there, errno = d.has(sendProxyV1); there {
 			m.Proxy = 1
 		}
 	}
 	if errno == 0 {
-		if there, errno = has(dir, logConnections); there {
-			st, errno := stat(dir, logConnections)
+		if there, errno = d.has(logConnections); there {
+			st, errno := stat(here, logConnections, d.waits)
 			m.Log = errno == 0 && d.administrators(st.Uid)
 		}
 	}
@@ -248,7 +260,7 @@ func (d *Dialer) LogAll() bool {
 	}
 	var buf [MaxName + 1]byte
 	star := AppendName(buf[:0], []byte{'*'})
-	st, errno := stat(uintptr(d.hosts), append(star, 0))
+	st, errno := stat(uintptr(d.hosts), append(star, 0), !d.local)
 	if errno != 0 || !d.administrators(st.Uid) {
 		return false
 	}
@@ -257,7 +269,7 @@ func (d *Dialer) LogAll() bool {
 		return false
 	}
 	defer closeRaw(fd)
-	st, errno = stat(fd, logConnections)
+	st, errno = stat(fd, logConnections, true)
 	return errno == 0 && d.administrators(st.Uid)
 }
 
@@ -266,21 +278,22 @@ func (d *Dialer) administrators(uid uint32) bool {
 	if uid == 0 {
 		return true
 	}
-	st, errno := stat(uintptr(d.hosts), empty)
+	st, errno := stat(uintptr(d.hosts), empty, false)
 	return errno == 0 && uid == st.Uid
 }
 
 // enter makes a host's directory the working directory, if it is not that already.
-func (d *Dialer) enter(entry []byte, general, now bool) (dir uintptr, err error) {
-	if now && !general && d.isIn(entry) {
-		dir = uintptr(d.dir.Load())
-	} else if dir, err = d.change(entry, general, now); err != nil {
-		return 0, err
+func (d *Dialer) enter(entry []byte, general, now bool) error {
+	d.waits = !now || !d.local
+	if !now || general || !d.isIn(entry) {
+		if err := d.change(entry, general, now); err != nil {
+			return err
+		}
 	}
-	if now && d.Distrusted.has(dir) {
-		return 0, &Error{Problem: MayWait}
+	if now && d.Distrusted.has(here) {
+		return &Error{Problem: MayWait}
 	}
-	return dir, nil
+	return nil
 }
 
 // isIn tells whether an entry is the directory that is open. No other one can have the number of
@@ -291,29 +304,30 @@ func (d *Dialer) isIn(entry []byte) bool {
 	}
 	var errno unix.Errno
 	if d.inode == (inode{}) {
-		if d.inode, errno = inodeOf(uintptr(d.dir.Load()), empty); errno != 0 {
+		if d.inode, errno = inodeOf(here, empty, false); errno != 0 {
 			return false
 		}
 	}
-	is, errno := inodeOf(uintptr(d.hosts), entry)
+	is, errno := inodeOf(uintptr(d.hosts), entry, d.waits)
 	return errno == 0 && is == d.inode
 }
 
 // change opens a host's directory, in place of the one that is open, and makes it the working
 // directory.
-func (d *Dialer) change(entry []byte, general, now bool) (uintptr, error) {
+func (d *Dialer) change(entry []byte, general, now bool) error {
 	d.closeDir()
 	dir, err := d.open(entry, general, now)
 	if err != nil {
-		return 0, err
+		return err
 	}
 	d.dir.Store(int32(dir))
-	if errno := fchdir(dir); errno != 0 {
+	d.waits = d.waits || len(d.entry) == 0
+	if errno := fchdir(dir, d.waits); errno != 0 {
 		d.closeDir()
-		return 0, enterError(errno)
+		return enterError(errno)
 	}
 	d.away = true
-	return dir, nil
+	return nil
 }
 
 // closeDir closes the directory of the last look-up, which is still the working directory.
@@ -338,7 +352,7 @@ func (d *Dialer) open(entry []byte, general, now bool) (uintptr, error) {
 	if errno != 0 {
 		return 0, enterError(errno)
 	}
-	st, errno := stat(fd, empty)
+	st, errno := stat(fd, empty, false)
 	if errno == 0 && d.administrators(st.Uid) && st.Mode&unix.S_IFMT == unix.S_IFDIR {
 		return fd, d.mayWait(fd, now)
 	}
@@ -351,7 +365,7 @@ func (d *Dialer) open(entry []byte, general, now bool) (uintptr, error) {
 	}
 	// Of what is no symlink, readlink(2) says ENOENT.
 	var target [unix.PathMax]byte
-	n, errno := readlink(fd, empty, target[:])
+	n, errno := readlink(fd, empty, target[:], true)
 	if errno != 0 || n == len(target) {
 		return 0, enterError(unix.ENOTDIR)
 	}
@@ -367,13 +381,13 @@ func (d *Dialer) openAny(entry []byte, now bool) (uintptr, error) {
 	if !now {
 		fd, errno := openat(hosts, dir, unix.O_DIRECTORY)
 		if errno == unix.ENOENT {
-			if _, errno := stat(hosts, entry); errno == unix.ENOENT {
+			if _, errno := stat(hosts, entry, true); errno == unix.ENOENT {
 				return 0, errAbsent
 			}
 		}
 		return fd, enterError(errno)
 	}
-	fd, errno := openat2(hosts, dir, &ownDirectory)
+	fd, errno := openat2(hosts, dir, &ownDirectory, d.waits)
 	switch errno {
 	case 0:
 		d.entry = append(d.entry, entry...)
@@ -387,7 +401,7 @@ func (d *Dialer) openAny(entry []byte, now bool) (uintptr, error) {
 
 // openCached opens a directory that a symlink or a mount leads to, without waiting.
 func (d *Dialer) openCached(path []byte) (uintptr, error) {
-	fd, errno := openat2(uintptr(d.hosts), &path[0], &cachedDirectory)
+	fd, errno := openat2(uintptr(d.hosts), &path[0], &cachedDirectory, false)
 	if errno != 0 {
 		return fd, enterError(errno)
 	}
@@ -407,11 +421,10 @@ func (d *Dialer) mayWait(fd uintptr, now bool) error {
 	return nil
 }
 
-// checkSocket sees to it that connecting to the tls-socket in a directory does not wait,
-// wherever that leads.
-func checkSocket(dir uintptr) error {
+// checkSocket sees to it that connecting to tls-socket does not wait, wherever that leads.
+func (d *Dialer) checkSocket() error {
 	for range 2 {
-		fd, errno := openat2(dir, &tlsSocket[0], &nearDirectory)
+		fd, errno := openat2(here, &tlsSocket[0], &nearDirectory, false)
 		switch errno {
 		case 0: // a directory, which connect(2) has an error for
 			closeRaw(fd)
@@ -428,16 +441,17 @@ func checkSocket(dir uintptr) error {
 		}
 		// Now it will be in the cache, unless it is a symlink that leads elsewhere.
 		var link [1]byte
-		if _, errno := readlink(dir, tlsSocket, link[:]); errno != 0 && errno != unix.EINVAL {
+		if _, errno := readlink(here, tlsSocket, link[:], d.waits); errno != 0 && errno != unix.EINVAL {
 			return connectError(".", errno)
 		}
 	}
 	return &Error{Problem: MayWait, Errno: unix.EAGAIN}
 }
 
-// These may wait for a file system, so the scheduler is told of them: a thread that waits without
-// its knowledge keeps others from running. One that waits can be interrupted, by a signal of the
-// scheduler's, and is made again.
+// The scheduler is told of system calls that may wait for a file system: a thread that waits without
+// its knowledge keeps others from running. That is dear, most of all because its monitor then looks
+// after the thread, so it is not told of those that wait for a local disk at most. A call that waits
+// can be interrupted, by a signal of the scheduler's, and is made again.
 
 // connect connects a socket to the tls-socket in the working directory.
 func connect(fd uintptr) unix.Errno {
@@ -451,7 +465,11 @@ func connect(fd uintptr) unix.Errno {
 
 // readlink is the shortest way to ask whether there is something in a directory, without
 // following a symlink: of what exists and is none, readlink(2) says EINVAL.
-func readlink(dir uintptr, name, link []byte) (int, unix.Errno) {
+func readlink(dir uintptr, name, link []byte, waits bool) (int, unix.Errno) {
+	if !waits {
+		n, _, errno := syscall.RawSyscall6(unix.SYS_READLINKAT, dir, uintptr(unsafe.Pointer(&name[0])), uintptr(unsafe.Pointer(&link[0])), uintptr(len(link)), 0, 0)
+		return int(n), errno
+	}
 	for {
 		n, _, errno := syscall.Syscall6(unix.SYS_READLINKAT, dir, uintptr(unsafe.Pointer(&name[0])), uintptr(unsafe.Pointer(&link[0])), uintptr(len(link)), 0, 0)
 		if errno != unix.EINTR {
@@ -460,10 +478,10 @@ func readlink(dir uintptr, name, link []byte) (int, unix.Errno) {
 	}
 }
 
-// has tells whether there is something in a directory.
-func has(dir uintptr, name []byte) (bool, unix.Errno) {
+// has tells whether there is something in the working directory.
+func (d *Dialer) has(name []byte) (bool, unix.Errno) {
 	var link [1]byte
-	switch _, errno := readlink(dir, name, link[:]); errno {
+	switch _, errno := readlink(here, name, link[:], d.waits); errno {
 	case 0, unix.EINVAL:
 		return true, 0
 	case unix.ENOENT:
@@ -483,7 +501,11 @@ func openat(dir uintptr, path *byte, flags uintptr) (uintptr, unix.Errno) {
 	}
 }
 
-func fchdir(fd uintptr) unix.Errno {
+func fchdir(fd uintptr, waits bool) unix.Errno {
+	if !waits {
+		_, _, errno := syscall.RawSyscall(unix.SYS_FCHDIR, fd, 0, 0)
+		return errno
+	}
 	for {
 		_, _, errno := syscall.Syscall(unix.SYS_FCHDIR, fd, 0, 0)
 		if errno != unix.EINTR {
@@ -492,7 +514,11 @@ func fchdir(fd uintptr) unix.Errno {
 	}
 }
 
-func openat2(dir uintptr, path *byte, how *unix.OpenHow) (uintptr, unix.Errno) {
+func openat2(dir uintptr, path *byte, how *unix.OpenHow, waits bool) (uintptr, unix.Errno) {
+	if !waits {
+		fd, _, errno := syscall.RawSyscall6(unix.SYS_OPENAT2, dir, uintptr(unsafe.Pointer(path)), uintptr(unsafe.Pointer(how)), unsafe.Sizeof(*how), 0, 0)
+		return fd, errno
+	}
 	for {
 		fd, _, errno := syscall.Syscall6(unix.SYS_OPENAT2, dir, uintptr(unsafe.Pointer(path)), uintptr(unsafe.Pointer(how)), unsafe.Sizeof(*how), 0, 0)
 		if errno != unix.EINTR {
@@ -502,21 +528,25 @@ func openat2(dir uintptr, path *byte, how *unix.OpenHow) (uintptr, unix.Errno) {
 }
 
 func deviceOf(fd uintptr) (device, unix.Errno) {
-	i, errno := inodeOf(fd, empty)
+	i, errno := inodeOf(fd, empty, false)
 	return i.device, errno
 }
 
-func inodeOf(dir uintptr, name []byte) (inode, unix.Errno) {
-	st, errno := stat(dir, name)
+func inodeOf(dir uintptr, name []byte, waits bool) (inode, unix.Errno) {
+	st, errno := stat(dir, name, waits)
 	return inode{device{st.Dev_major, st.Dev_minor}, st.Ino}, errno
 }
 
 // stat tells about something in a directory, or about that itself if name is empty. It follows no
 // symlink, and asks no file system anything that it might have to wait for.
-func stat(dir uintptr, name []byte) (st unix.Statx_t, errno unix.Errno) {
+func stat(dir uintptr, name []byte, waits bool) (st unix.Statx_t, errno unix.Errno) {
 	const flags = unix.AT_EMPTY_PATH | unix.AT_SYMLINK_NOFOLLOW | unix.AT_STATX_DONT_SYNC
-	_, _, errno = syscall.Syscall6(unix.SYS_STATX, dir, uintptr(unsafe.Pointer(&name[0])), flags,
-		unix.STATX_TYPE|unix.STATX_UID|unix.STATX_INO, uintptr(unsafe.Pointer(&st)), 0)
+	const mask = unix.STATX_TYPE | unix.STATX_UID | unix.STATX_INO
+	if !waits {
+		_, _, errno = syscall.RawSyscall6(unix.SYS_STATX, dir, uintptr(unsafe.Pointer(&name[0])), flags, mask, uintptr(unsafe.Pointer(&st)), 0)
+		return st, errno
+	}
+	_, _, errno = syscall.Syscall6(unix.SYS_STATX, dir, uintptr(unsafe.Pointer(&name[0])), flags, mask, uintptr(unsafe.Pointer(&st)), 0)
 	return st, errno
 }
 
