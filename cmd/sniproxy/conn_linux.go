@@ -413,11 +413,10 @@ func (l *loop) tell(c *conn, how string) {
 	}
 }
 
-// logsAll tells whether the connections of all hosts are to be told of. It finds out once for all
-// that happens at once.
+// logsAll tells whether the connections of all hosts are to be told of.
 func (l *loop) logsAll() bool {
-	if l.logsAllAt != l.round {
-		l.logsAllAt, l.allLogged = l.round, l.runner.dialer.LogAll()
+	if t := l.now(); l.askAgain <= t {
+		l.allLogged, l.askAgain = l.runner.dialer.LogAll(), t+int64(logAllPeriod)
 	}
 	return l.allLogged
 }

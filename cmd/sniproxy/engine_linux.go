@@ -150,10 +150,11 @@ type loop struct {
 
 	given given
 
-	// Whether all connections are told of, as was found out in a round.
-	round     int
-	logsAllAt int
+	time int64 // of this round, 0 if nobody has asked for it yet
+
+	// Whether the connections of all hosts are told of, and when to find that out anew.
 	allLogged bool
+	askAgain  int64
 
 	shared int32 // the connection that was inherited, which others may have too; 0 if there is none
 
@@ -272,7 +273,7 @@ func (l *loop) runWith(r *runner) {
 			l.measure()
 		}
 		l.ready, l.dealt = l.await(), 0
-		l.round++
+		l.time = 0
 	}
 }
 
@@ -393,7 +394,7 @@ func (l *loop) add(fd int32) *conn {
 	}
 	c.phase = greeting
 	c.sockets[client].fd = fd
-	c.began = now()
+	c.began = l.now()
 	l.open.Add(1)
 	l.counters.accepted.Add(1)
 	l.counters.waiting.Add(1)
@@ -469,6 +470,14 @@ var epoch = time.Now()
 
 // now returns the time, in nanoseconds from the start of the program.
 func now() int64 { return int64(time.Since(epoch)) }
+
+// now is like the function of that name, but for all that happens in a round it is one time.
+func (l *loop) now() int64 {
+	if l.time == 0 {
+		l.time = now()
+	}
+	return l.time
+}
 
 // fail tells the engine that it cannot go on.
 func (e *engine) fail(reason error) {

@@ -38,6 +38,10 @@ const (
 	// handedMost is how many relays it hands over at once.
 	handedMost = 64
 
+	// logAllPeriod is how long a loop takes it for granted that the connections of all hosts are
+	// logged, or that they are not.
+	logAllPeriod = 10 * time.Millisecond
+
 	// shortWait is how many milliseconds a loop waits for events before it lets the scheduler
 	// know that it waits.
 	shortWait = 10
