@@ -121,7 +121,7 @@ func NewDialer() *Dialer {
 // Close closes what the Dialer has open. The thread is of no use for anything else.
 func (d *Dialer) Close() {
 	if d.own {
-		d.closeDir()
+		d.Release()
 		unix.Close(d.hosts)
 	}
 }
@@ -204,6 +204,9 @@ func (d *Dialer) dial(name []byte, now bool) (fd int, marks Marks, err error) {
 		if entry := t.entry(buf[:0], name); entry != nil {
 			fd, marks, err = d.dialEntry(append(entry, 0), t.general(), now)
 		}
+	}
+	if e, ok := err.(*Error); ok && e.Problem == NoRoom {
+		d.Release() // that may be the descriptor that there is no room for
 	}
 	return fd, marks, t.outcome(err)
 }
@@ -315,7 +318,7 @@ func (d *Dialer) isIn(entry []byte) bool {
 // change opens a host's directory, in place of the one that is open, and makes it the working
 // directory.
 func (d *Dialer) change(entry []byte, general, now bool) error {
-	d.closeDir()
+	d.Release()
 	dir, err := d.open(entry, general, now)
 	if err != nil {
 		return err
@@ -323,19 +326,22 @@ func (d *Dialer) change(entry []byte, general, now bool) error {
 	d.dir.Store(int32(dir))
 	d.waits = d.waits || len(d.entry) == 0
 	if errno := fchdir(dir, d.waits); errno != 0 {
-		d.closeDir()
+		d.Release()
 		return enterError(errno)
 	}
 	d.away = true
 	return nil
 }
 
-// closeDir closes the directory of the last look-up, which is still the working directory.
-func (d *Dialer) closeDir() {
-	if dir := d.dir.Swap(0); dir != 0 {
-		closeRaw(uintptr(dir))
+// Release closes the descriptor that is kept open for the next look-up, and reports whether there was
+// one.
+func (d *Dialer) Release() bool {
+	dir := d.dir.Swap(0)
+	if dir != 0 {
+		closeRaw(uintptr(dir)) // it is still the working directory
 	}
 	d.entry, d.inode = d.entry[:0], inode{}
+	return dir != 0
 }
 
 // open opens a host's directory. If it is a general one, it must be the administrator's: the entry
@@ -554,7 +560,7 @@ func stat(dir uintptr, name []byte, waits bool) (st unix.Statx_t, errno unix.Err
 // for long, keeps what it is on from being unmounted.
 func (d *Dialer) Leave() {
 	if d.away {
-		d.closeDir()
+		d.Release()
 		d.away = unix.Fchdir(d.hosts) != nil
 	}
 }

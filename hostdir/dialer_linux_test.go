@@ -200,6 +200,28 @@ func TestDialNowAgain(t *testing.T) {
 		expect("as root", "a", 0, none)
 	}
 
+	do(func(d *hostdir.Dialer) {
+		if !d.Release() || d.Release() {
+			t.Error("there is not one descriptor to release")
+		}
+	})
+	expect("with nothing kept open", "a", 0, none)
+	// Who has no descriptor left for a socket needs that one.
+	do(func(d *hostdir.Dialer) {
+		var limit unix.Rlimit
+		must(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
+		lowest, err := unix.Dup(0)
+		must(t, err)
+		unix.Close(lowest)
+		must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: uint64(lowest), Max: limit.Max}))
+		_, _, err = d.DialNow([]byte("a"))
+		must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &limit))
+		if problem(err) != hostdir.NoRoom || d.Release() {
+			t.Errorf("without room: %v, or the directory stayed open", err)
+		}
+	})
+	expect("with room again", "a", 0, none)
+
 	open := descriptors(t)
 	do(func(d *hostdir.Dialer) { d.Leave() })
 	if got := descriptors(t); got != open-1 {

@@ -87,6 +87,9 @@ func (l *loop) accept(from *listener) {
 	case unix.EAGAIN, unix.EINTR, unix.ECONNABORTED:
 		// Somebody else was quicker, or the client is gone.
 	case unix.EMFILE, unix.ENFILE:
+		if l.runner.dialer.Release() {
+			return // the next wait says again that there is a client
+		}
 		// It is said before anybody is looked for.
 		if from.pending() && !l.makeRoom(nil) {
 			l.pause(errno)
