@@ -20,14 +20,14 @@ type Dialer struct {
 	away   bool // it is that of a host
 	hosts  int  // the hosts directory
 	cached bool // the system can tell whether a look-up may wait
-	local  bool // the hosts directory is on a file system that only a disk keeps waiting
-	waits  bool // the look-up that is made may wait for another one
+	local  bool // the hosts directory is in memory, or on a disk: nothing else keeps waiting there
+	waits  bool // the look-up that is made may wait for more than that
 	device device
 
 	// The directory that the last look-up was made in. It stays open until there is another:
 	// the next client often comes for the same host.
 	dir   atomic.Int32 // 0 if none is open
-	entry []byte       // that it is, with a zero; empty if it is what a symlink or a mount led to
+	entry []byte       // that it is, with a zero; empty if it cannot be told again by its name
 	inode inode        // its own, once that was needed
 
 	// Distrusted, if not nil, are the owners of directories for which DialNow leaves the
@@ -544,7 +544,7 @@ func inodeOf(dir uintptr, name []byte, waits bool) (inode, unix.Errno) {
 }
 
 // stat tells about something in a directory, or about that itself if name is empty. It follows no
-// symlink, and asks no file system anything that it might have to wait for.
+// symlink, and takes what the system knows already of what is there; but to find it may have to wait.
 func stat(dir uintptr, name []byte, waits bool) (st unix.Statx_t, errno unix.Errno) {
 	const flags = unix.AT_EMPTY_PATH | unix.AT_SYMLINK_NOFOLLOW | unix.AT_STATX_DONT_SYNC
 	const mask = unix.STATX_TYPE | unix.STATX_UID | unix.STATX_INO

@@ -88,7 +88,7 @@ func (l *loop) accept(from *listener) {
 		// Somebody else was quicker, or the client is gone.
 	case unix.EMFILE, unix.ENFILE:
 		if l.runner.dialer.Release() {
-			return // the next wait says again that there is a client
+			return // that was kept for nobody yet; the next wait says again that there is a client
 		}
 		// It is said before anybody is looked for.
 		if from.pending() && !l.makeRoom(nil) {
