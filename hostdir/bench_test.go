@@ -4,7 +4,6 @@ package hostdir_test
 
 import (
 	"os"
-	"runtime"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -12,47 +11,63 @@ import (
 	"sniproxy/hostdir"
 )
 
-// The time to look a host up and connect to it, by the function and by the Dialer of a thread.
+// The time to look a host up and connect to it: again and again, in turn with another one, and by its path.
 // The backend's side, accept and close, is part of it.
 func BenchmarkDial(b *testing.B) {
 	b.Chdir(b.TempDir())
-	name := []byte("www.example.com")
-	dir := string(hostdir.AppendName(nil, name))
-	if err := os.Mkdir(dir, 0o755); err != nil {
-		b.Fatal(err)
-	}
-	l, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer unix.Close(l)
-	if err := unix.Bind(l, &unix.SockaddrUnix{Name: dir + "/tls-socket"}); err != nil {
-		b.Fatal(err)
-	}
-	if err := unix.Listen(l, 1); err != nil {
-		b.Fatal(err)
-	}
-	run := func(b *testing.B, dial func(name []byte) (int, hostdir.Marks, error)) {
-		b.ReportAllocs()
-		for b.Loop() {
-			fd, _, err := dial(name)
-			if err != nil {
-				b.Fatal(err)
-			}
-			// Package unix would allocate for the address, which is not asked for.
-			backend, _, errno := unix.Syscall6(unix.SYS_ACCEPT4, uintptr(l), 0, 0, unix.SOCK_CLOEXEC, 0, 0)
-			if errno != 0 {
-				b.Fatal(errno)
-			}
-			unix.Close(fd)
-			unix.Close(int(backend))
+	names := []string{"www.example.com", "example.com"}
+	var listeners []int
+	for _, name := range names {
+		dir := dirName(name)
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			b.Fatal(err)
 		}
+		l, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			b.Fatal(err)
+		}
+		defer unix.Close(l)
+		if err := unix.Bind(l, &unix.SockaddrUnix{Name: dir + "/tls-socket"}); err != nil {
+			b.Fatal(err)
+		}
+		if err := unix.Listen(l, 1); err != nil {
+			b.Fatal(err)
+		}
+		listeners = append(listeners, l)
 	}
-	b.Run("function", func(b *testing.B) { run(b, hostdir.Dial) })
-	b.Run("dialer", func(b *testing.B) {
-		// Never unlocked: the thread, whose working directory is its own, ends with
-		// the goroutine.
-		runtime.LockOSThread()
-		run(b, hostdir.NewDialer().Dial)
-	})
+	for _, c := range []struct {
+		name   string
+		inTurn int
+		paths  bool
+	}{{"same", 1, false}, {"turns", 2, false}, {"paths", 1, true}} {
+		b.Run(c.name, func(b *testing.B) {
+			h := open(b)
+			if c.paths {
+				h.UsePaths()
+			}
+			withDialer(b, h, func(d *hostdir.Dialer) {
+				b.ReportAllocs()
+				for i := 0; b.Loop(); i++ {
+					n := i % c.inTurn
+					if _, err := d.Find([]byte(names[n]), c.paths); err != nil {
+						b.Error(err)
+						return
+					}
+					backend, err := d.Connect(c.paths)
+					if err != nil {
+						b.Error(err)
+						return
+					}
+					// Package unix would allocate for the address, which is not asked for.
+					peer, _, errno := unix.Syscall6(unix.SYS_ACCEPT4, uintptr(listeners[n]), 0, 0, unix.SOCK_CLOEXEC, 0, 0)
+					if errno != 0 {
+						b.Error(errno)
+						return
+					}
+					unix.Close(backend.FD)
+					unix.Close(int(peer))
+				}
+			})
+		})
+	}
 }

@@ -2,85 +2,17 @@ package hostdir
 
 import (
 	"bytes"
-	"sync"
-	"sync/atomic"
-	"syscall"
-	"time"
-	"unsafe"
+	"runtime"
 
 	"golang.org/x/sys/unix"
 )
 
-// A Dialer connects to backends, as [Dial] does, from a thread that has a working directory
-// of its own. It makes each host's directory the working directory of that thread, so all
-// that is looked up is of one directory, whatever takes its place meanwhile, and the path of
-// the socket is short: a name of any length fits.
-type Dialer struct {
-	own    bool // the thread has a working directory of its own
-	away   bool // it is that of a host
-	hosts  int  // the hosts directory
-	cached bool // the system can tell whether a look-up may wait
-	local  bool // the hosts directory is in memory, or on a disk: nothing else keeps waiting there
-	waits  bool // the look-up that is made may wait for more than that
+// A place is the hosts directory, and what is known of the system that it is on.
+type place struct {
+	fd     uintptr
 	device device
-
-	// The directory that the last look-up was made in. It stays open until there is another:
-	// the next client often comes for the same host.
-	dir   atomic.Int32 // 0 if none is open
-	entry []byte       // that it is, with a zero; empty if it cannot be told again by its name
-	inode inode        // its own, once that was needed
-
-	// Distrusted, if not nil, are the owners of directories for which DialNow leaves the
-	// look-up to Dial.
-	Distrusted *Owners
-}
-
-// Owners is a set of users.
-type Owners struct {
-	some  atomic.Bool
-	mu    sync.Mutex
-	until map[uint32]time.Time
-}
-
-// Add adds a user, by number, for a time.
-func (o *Owners) Add(uid uint32, d time.Duration) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if o.until == nil {
-		o.until = map[uint32]time.Time{}
-	}
-	o.until[uid] = time.Now().Add(d)
-	o.some.Store(true)
-}
-
-// has tells whether the owner of a directory is in the set.
-func (o *Owners) has(dir uintptr) bool {
-	if o == nil || !o.some.Load() {
-		return false
-	}
-	st, errno := stat(dir, empty, false)
-	if errno != 0 {
-		return false
-	}
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if until, ok := o.until[st.Uid]; !ok || time.Now().Before(until) {
-		return ok
-	}
-	delete(o.until, st.Uid)
-	o.some.Store(len(o.until) > 0)
-	return false
-}
-
-// Owner returns the owner of the directory that the look-up is made in, or the last one was. It is
-// for other goroutines, when one takes long.
-func (d *Dialer) Owner() (uid uint32, ok bool) {
-	dir := d.dir.Load()
-	if dir == 0 {
-		return 0, false
-	}
-	st, errno := stat(uintptr(dir), empty, false)
-	return st.Uid, errno == 0
+	cached bool // the system can tell whether a look-up may wait
+	local  bool // the directory is in memory, or on a disk: nothing else keeps waiting there
 }
 
 // A device is what a file system is on. Its major number is 0 unless it is on a block device.
@@ -92,343 +24,463 @@ type inode struct {
 	number uint64
 }
 
-// NewDialer returns a Dialer for the calling goroutine, which must be locked to its thread
-// for good and be the only one to use it. What it takes to have a working directory for the
-// thread, unshare(2) with CLONE_FS, needs no privilege; where it is forbidden all the same,
-// the Dialer does what the function [Dial] does.
-func NewDialer() *Dialer {
-	d := &Dialer{}
-	hosts, err := unix.Open(".", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return d
-	}
-	if unix.Unshare(unix.CLONE_FS) != nil {
-		unix.Close(hosts)
-		return d
-	}
-	d.own, d.hosts = true, hosts
-	// Linux has openat2(2) since 5.6, RESOLVE_CACHED since 5.12.
-	fd, errno := openat2(uintptr(hosts), &dot[0], &cachedDirectory, false)
-	if errno == 0 {
-		closeRaw(fd)
-		d.device, errno = deviceOf(uintptr(hosts))
-	}
-	d.cached = errno == 0
-	d.local = d.device.major != 0 || inMemory(hosts)
-	return d
-}
-
-// Close closes what the Dialer has open. The thread is of no use for anything else.
-func (d *Dialer) Close() {
-	if d.own {
-		d.Release()
-		unix.Close(d.hosts)
-	}
-}
-
-// inMemory tells whether a directory is on a file system that is nowhere but in memory.
-func inMemory(dir int) bool {
-	var fs unix.Statfs_t
-	err := unix.Fstatfs(dir, &fs)
-	return err == nil && (uint32(fs.Type) == unix.TMPFS_MAGIC || uint32(fs.Type) == unix.RAMFS_MAGIC)
-}
-
-// What there is in a host's directory, as system calls want it.
-var (
-	tlsSocket      = []byte("tls-socket\x00")
-	sendProxyV2    = []byte("send-proxy-v2\x00")
-	sendProxyV1    = []byte("send-proxy-v1\x00")
-	logConnections = []byte("log-connections\x00")
-	dot            = []byte(".\x00")
-	empty          = []byte("\x00")
-
-	tlsSocketAddr = struct {
-		family uint16
-		path   [len("tls-socket\x00")]byte
-	}{unix.AF_UNIX, [len("tls-socket\x00")]byte(tlsSocket)}
-)
-
-// here is AT_FDCWD, the working directory, in place of a descriptor.
-const here = ^uintptr(-unix.AT_FDCWD - 1)
-
-// resolveCached is RESOLVE_CACHED of openat2(2), which package unix does not have.
-const resolveCached = 0x20
-
-// Ways to open what is at a path.
-var (
-	// A directory that is in the hosts directory itself.
-	ownDirectory = unix.OpenHow{
-		Flags:   unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC | unix.O_NOFOLLOW,
-		Resolve: unix.RESOLVE_NO_XDEV,
-	}
-	// One that a symlink or a mount leads to, without waiting.
-	cachedDirectory = unix.OpenHow{
-		Flags:   unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC,
-		Resolve: resolveCached,
-	}
-	// One that is on the same mount as what it is in, without waiting.
-	nearDirectory = unix.OpenHow{
-		Flags:   unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC,
-		Resolve: resolveCached | unix.RESOLVE_NO_XDEV,
-	}
-)
-
-// Dial is like the function [Dial].
-func (d *Dialer) Dial(name []byte) (fd int, marks Marks, err error) {
-	if !d.own {
-		return Dial(name)
-	}
-	return d.dial(name, false)
-}
-
-// DialNow is like Dial, but waits for no file system except that of the hosts directory. If
-// the host is elsewhere, by a symlink or a mount, and it cannot be told beforehand that
-// looking it up takes no time, the problem is [MayWait], and Dial can be used by a thread that
-// has the time. A tenant's file system (FUSE, NFS) may never answer.
-//
-// Where the system cannot tell such file systems it does what Dial does. And there is a moment
-// between looking and connecting at which who may write to the directory can exchange the
-// socket for a symlink: then it waits all the same.
-func (d *Dialer) DialNow(name []byte) (fd int, marks Marks, err error) {
-	if !d.own {
-		return Dial(name)
-	}
-	return d.dial(name, d.cached)
-}
-
-func (d *Dialer) dial(name []byte, now bool) (fd int, marks Marks, err error) {
-	var buf [MaxName + 1]byte
-	var t trial
-	fd = -1
-	for err = errAbsent; t.next(err); {
-		if entry := t.entry(buf[:0], name); entry != nil {
-			fd, marks, err = d.dialEntry(append(entry, 0), t.general(), now)
-		}
-	}
-	if e, ok := err.(*Error); ok && e.Problem == NoRoom {
-		d.Release() // that may be the descriptor that there is no room for
-	}
-	return fd, marks, t.outcome(err)
-}
-
-func (d *Dialer) dialEntry(entry []byte, general, now bool) (fd int, marks Marks, err error) {
-	if err := d.enter(entry, general, now); err != nil {
-		return -1, Marks{}, err
-	}
-	if now {
-		if err := d.checkSocket(); err != nil {
-			return -1, Marks{}, err
-		}
-	}
-	s, _, errno := syscall.RawSyscall(unix.SYS_SOCKET, unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
-	if errno != 0 {
-		return -1, Marks{}, socketError(errno)
-	}
-	errno = connect(s)
-	if errno != 0 {
-		closeRaw(s)
-		return -1, Marks{}, connectError(".", errno)
-	}
-	marks, errno = d.marks()
-	if errno != 0 {
-		closeRaw(s)
-		return -1, Marks{}, &Error{Problem: Other, Errno: errno}
-	}
-	return int(s), marks, nil
-}
-
-// marks looks for the markers.
-func (d *Dialer) marks() (m Marks, errno unix.Errno) {
-	there, errno := d.has(sendProxyV2)
-	if there {
-		m.Proxy = 2
-	} else if errno == 0 {
-		if there, errno = d.has(sendProxyV1); there {
-			m.Proxy = 1
-		}
-	}
-	if errno == 0 {
-		if there, errno = d.has(logConnections); there {
-			st, errno := stat(here, logConnections, d.waits)
-			m.Log = errno == 0 && d.administrators(st.Uid)
-		}
-	}
-	return m, errno
-}
-
-// LogAll is like the function [LogAll].
-func (d *Dialer) LogAll() bool {
-	if !d.own {
-		return LogAll()
-	}
-	var buf [MaxName + 1]byte
-	star := AppendName(buf[:0], []byte{'*'})
-	st, errno := stat(uintptr(d.hosts), append(star, 0), !d.local)
-	if errno != 0 || !d.administrators(st.Uid) {
-		return false
-	}
-	fd, errno := openat(uintptr(d.hosts), &buf[0], unix.O_DIRECTORY)
-	if errno != 0 {
-		return false
-	}
-	defer closeRaw(fd)
-	st, errno = stat(fd, logConnections, true)
-	return errno == 0 && d.administrators(st.Uid)
-}
-
-// administrators is like the function of that name.
-func (d *Dialer) administrators(uid uint32) bool {
-	if uid == 0 {
-		return true
-	}
-	st, errno := stat(uintptr(d.hosts), empty, false)
-	return errno == 0 && uid == st.Uid
-}
-
-// enter makes a host's directory the working directory, if it is not that already.
-func (d *Dialer) enter(entry []byte, general, now bool) error {
-	d.waits = !now || !d.local
-	if !now || general || !d.isIn(entry) {
-		if err := d.change(entry, general, now); err != nil {
-			return err
-		}
-	}
-	if now && d.Distrusted.has(here) {
-		return &Error{Problem: MayWait}
-	}
-	return nil
-}
-
-// isIn tells whether an entry is the directory that is open. No other one can have the number of
-// its inode meanwhile.
-func (d *Dialer) isIn(entry []byte) bool {
-	if !bytes.Equal(entry, d.entry) {
-		return false
-	}
-	var errno unix.Errno
-	if d.inode == (inode{}) {
-		if d.inode, errno = inodeOf(here, empty, false); errno != 0 {
-			return false
-		}
-	}
-	is, errno := inodeOf(uintptr(d.hosts), entry, d.waits)
-	return errno == 0 && is == d.inode
-}
-
-// change opens a host's directory, in place of the one that is open, and makes it the working
-// directory.
-func (d *Dialer) change(entry []byte, general, now bool) error {
-	d.Release()
-	dir, err := d.open(entry, general, now)
+func (h *Hosts) open() error {
+	fd, err := unix.Open(".", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return err
 	}
-	d.dir.Store(int32(dir))
-	d.waits = d.waits || len(d.entry) == 0
-	if errno := fchdir(dir, d.waits); errno != 0 {
-		d.Release()
-		return enterError(errno)
+	h.fd = uintptr(fd)
+	if err := h.probe(); err != nil {
+		h.close()
+		return err
 	}
-	d.away = true
 	return nil
 }
 
-// Release closes the descriptor that is kept open for the next look-up, and reports whether there was
-// one.
-func (d *Dialer) Release() bool {
-	dir := d.dir.Swap(0)
-	if dir != 0 {
-		closeRaw(uintptr(dir)) // it is still the working directory
-	}
-	d.entry, d.inode = d.entry[:0], inode{}
-	return dir != 0
-}
+func (h *Hosts) close() { closeRaw(h.fd) }
 
-// open opens a host's directory. If it is a general one, it must be the administrator's: the entry
-// is opened before its owner is asked for, so it does not matter what takes its place meanwhile.
-func (d *Dialer) open(entry []byte, general, now bool) (uintptr, error) {
-	hosts := uintptr(d.hosts)
-	if !general {
-		return d.openAny(entry, now)
+// probe finds out what the system can do.
+func (h *Hosts) probe() (err error) {
+	if h.overflow, err = overflowUID(); err != nil {
+		return err
 	}
-	fd, errno := openat(hosts, &entry[0], unix.O_NOFOLLOW)
-	if errno == unix.ENOENT {
-		return 0, errAbsent
-	}
+	st, errno := stat(h.fd, empty, true)
 	if errno != 0 {
-		return 0, enterError(errno)
+		return errno
 	}
-	st, errno := stat(fd, empty, false)
-	if errno == 0 && d.administrators(st.Uid) && st.Mode&unix.S_IFMT == unix.S_IFDIR {
-		return fd, d.mayWait(fd, now)
-	}
-	defer closeRaw(fd)
-	switch {
-	case errno != 0:
-		return 0, enterError(errno)
-	case !d.administrators(st.Uid):
-		return 0, errIgnored
-	}
-	// Of what is no symlink, readlink(2) says ENOENT.
-	var target [unix.PathMax]byte
-	n, errno := readlink(fd, empty, target[:], true)
-	if errno != 0 || n == len(target) {
-		return 0, enterError(unix.ENOTDIR)
-	}
-	if now {
-		return d.openCached(target[:n+1])
-	}
-	to, errno := openat(hosts, &target[0], unix.O_DIRECTORY)
-	return to, enterError(errno)
-}
-
-func (d *Dialer) openAny(entry []byte, now bool) (uintptr, error) {
-	hosts, dir := uintptr(d.hosts), &entry[0]
-	if !now {
-		fd, errno := openat(hosts, dir, unix.O_DIRECTORY)
-		if errno == unix.ENOENT {
-			if _, errno := stat(hosts, entry, true); errno == unix.ENOENT {
-				return 0, errAbsent
-			}
-		}
-		return fd, enterError(errno)
-	}
-	fd, errno := openat2(hosts, dir, &ownDirectory, d.waits)
+	h.device = deviceOf(&st)
+	h.local = h.device.major != 0 || inMemory(h.fd)
+	// Linux has openat2(2) since 5.6, RESOLVE_CACHED since 5.12.
+	fd, errno := openat2(h.fd, &dot[0], &cachedDirectory, true)
 	switch errno {
 	case 0:
-		d.entry = append(d.entry, entry...)
-	case unix.ENOENT:
-		return 0, errAbsent
-	case unix.ENOTDIR, unix.EXDEV: // a symlink, or a mount
-		return d.openCached(entry)
+		closeRaw(fd)
+		h.cached = true
+	case unix.EMFILE, unix.ENFILE:
+		return errno
 	}
-	return fd, enterError(errno)
+	// Linux has SO_PASSRIGHTS since 6.16.
+	s, errno := socket()
+	if errno != 0 {
+		return errno
+	}
+	h.refuses = setInt(s, soPassRights, 0) == 0
+	closeRaw(s)
+	onThread(func() { h.paths = unix.Unshare(unix.CLONE_FS) })
+	return nil
 }
 
-// openCached opens a directory that a symlink or a mount leads to, without waiting.
-func (d *Dialer) openCached(path []byte) (uintptr, error) {
-	fd, errno := openat2(uintptr(d.hosts), &path[0], &cachedDirectory, false)
+// overflowUID returns the user as which the system shows those that it has no number for.
+func overflowUID() (uint32, error) {
+	fd, err := unix.Open("/proc/sys/kernel/overflowuid", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err == unix.EMFILE || err == unix.ENFILE {
+		return 0, err
+	}
+	if err != nil {
+		return nobody, nil
+	}
+	defer unix.Close(fd)
+	var text [16]byte
+	n, _ := unix.Read(fd, text[:])
+	uid := uint32(0)
+	for _, digit := range bytes.TrimSpace(text[:max(n, 0)]) {
+		uid = 10*uid + uint32(digit-'0')
+	}
+	if n <= 0 {
+		uid = nobody
+	}
+	return uid, nil
+}
+
+// inMemory tells whether a directory is on a file system that is nowhere but in memory.
+func inMemory(dir uintptr) bool {
+	var fs unix.Statfs_t
+	err := unix.Fstatfs(int(dir), &fs)
+	return err == nil && (uint32(fs.Type) == unix.TMPFS_MAGIC || uint32(fs.Type) == unix.RAMFS_MAGIC)
+}
+
+// onThread calls do on a thread that ends after it, and is not the main thread, which would not end.
+func onThread(do func()) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			onThread(do)
+			runtime.UnlockOSThread()
+			return
+		}
+		do()
+	}()
+	<-done
+}
+
+// ask asks for the owner of the hosts directory.
+func (h *Hosts) ask() (uint32, error) {
+	st, errno := stat(h.fd, empty, false)
+	if errno != 0 {
+		return 0, errno
+	}
+	return st.Uid, nil
+}
+
+// lstat tells about an entry of the hosts directory, whose name ends in a zero.
+func (h *Hosts) lstat(entry []byte, wait bool) (status, error) {
+	st, errno := stat(h.fd, entry, wait || !h.local)
+	if errno != 0 {
+		return status{}, errno
+	}
+	is := h.status(&st)
+	if !is.unsure || !wait {
+		return is, nil
+	}
+	fd, errno := openat(h.fd, &entry[0], unix.O_NOFOLLOW)
+	if errno != 0 {
+		return status{}, errno
+	}
+	defer closeRaw(fd)
+	return h.opened(fd, true)
+}
+
+// opened tells about an entry that is open.
+func (h *Hosts) opened(fd uintptr, wait bool) (status, error) {
+	st, errno := stat(fd, empty, wait)
+	if errno != 0 {
+		return status{}, errno
+	}
+	is := h.status(&st)
+	if is.unsure && wait {
+		var fs unix.Statfs_t
+		if err := unix.Fstatfs(int(fd), &fs); err != nil {
+			return status{}, err
+		}
+		if is.unsure = false; uint32(fs.Type) != unix.FUSE_SUPER_MAGIC {
+			is.owner = st.Uid
+		}
+	}
+	return is, nil
+}
+
+// status returns what the system tells of an entry. A user may mount a FUSE on his directory
+// (fusermount), and it can say that it belongs to anybody, such as root. It is on no block device.
+func (h *Hosts) status(st *unix.Statx_t) status {
+	is := status{owner: st.Uid, kind: uint32(st.Mode) & unix.S_IFMT}
+	on := deviceOf(st)
+	mounted := st.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0 || st.Attributes_mask&unix.STATX_ATTR_MOUNT_ROOT == 0
+	if mounted && on.major == 0 && on != h.device {
+		is.owner, is.unsure = nobody, true
+	}
+	return is
+}
+
+func deviceOf(st *unix.Statx_t) device { return device{st.Dev_major, st.Dev_minor} }
+
+func inodeOf(st *unix.Statx_t) inode { return inode{deviceOf(st), st.Ino} }
+
+func (h *Hosts) socket(deaf bool) (int, error) {
+	s, errno := h.newSocket(deaf)
+	if errno != 0 {
+		return -1, errno
+	}
+	return int(s), nil
+}
+
+// newSocket returns a socket to which no backend can pass descriptors, as far as the system can
+// refuse them. Where it cannot, a backend must at least not have the system drop them in the middle of a
+// loop: that is what happens to those of an out-of-band byte which reading passes over.
+func (h *Hosts) newSocket(deaf bool) (uintptr, unix.Errno) {
+	s, errno := socket()
+	if errno != 0 {
+		return s, errno
+	}
+	if h.refuses {
+		errno = setInt(s, soPassRights, 0)
+	} else {
+		errno = setInt(s, unix.SO_OOBINLINE, 1)
+	}
+	if errno == 0 && deaf {
+		errno = shutdown(s)
+	}
+	if errno != 0 {
+		closeRaw(s)
+	}
+	return s, errno
+}
+
+// connect connects a socket to a path. If it is to be deaf it is already.
+func connect(fd int, path string, _ bool) error {
+	return unix.Connect(fd, &unix.SockaddrUnix{Name: path})
+}
+
+// A thread is what a Dialer has if its thread has a working directory of its own.
+type thread struct {
+	away  bool // it is that of a host
+	waits bool // the look-up that is made may wait for more than a disk
+	kept  bool // the directory of a host is open: the next client often comes for the same
+	dir   uintptr
+	entry []byte // that it is, with a zero
+	buf   [nameMax + 1]byte
+	inode inode // its own
+}
+
+// begin gives the calling thread a working directory of its own, which takes no privilege.
+func (t *thread) begin() error { return unix.Unshare(unix.CLONE_FS) }
+
+// Release closes the descriptor that is kept open for the next look-up, and reports whether there was
+// one. It is still the working directory.
+func (d *Dialer) Release() bool {
+	t := &d.own
+	if !t.kept {
+		return false
+	}
+	closeRaw(t.dir)
+	t.kept, t.entry = false, nil
+	return true
+}
+
+// Leave makes the hosts directory the working directory again. That of a host, if it is used
+// for long, keeps what it is on from being unmounted. Nothing is found any more.
+func (d *Dialer) Leave() {
+	if d.own.away {
+		d.Release()
+		d.own.away = unix.Fchdir(int(d.hosts.fd)) != nil
+		d.err = errAbsent
+	}
+}
+
+// enterOwn makes the directory of the entry the working directory, if it is not that already.
+func (d *Dialer) enterOwn(general, wait bool) error {
+	t := &d.own
+	t.waits = wait || !d.hosts.local
+	d.found = Entry{Name: d.entry[:len(d.entry)-1], Owner: nobody, Foreign: true}
+	if in, err := d.isIn(general); in {
+		return err
+	}
+	err := d.change(general, wait)
+	if isProblem(err, NoRoom) {
+		if d.Release() {
+			err = d.change(general, wait)
+		}
+		if isProblem(err, NoRoom) { // whose it is can be told all the same
+			if e, looked := d.hosts.find(d.entry, general, false); looked == nil {
+				d.found = e
+			} else if isNone(looked) {
+				err = looked
+			}
+		}
+	}
+	return err
+}
+
+// isIn tells whether the entry is the directory that is open. No other one can have the number of
+// its inode meanwhile.
+func (d *Dialer) isIn(general bool) (bool, error) {
+	t := &d.own
+	if !bytes.Equal(d.entry, t.entry) {
+		return false, nil
+	}
+	st, errno := stat(d.hosts.fd, d.entry, t.waits)
+	if errno != 0 || inodeOf(&st) != t.inode {
+		return false, nil
+	}
+	return true, d.plain(&st, general)
+}
+
+// plain tells whether an entry that is a directory, and no mount, counts.
+func (d *Dialer) plain(st *unix.Statx_t, general bool) error {
+	if general && !d.hosts.Administrator(st.Uid) {
+		return errIgnored
+	}
+	d.found.Owner = st.Uid
+	d.found.Administrators = d.hosts.seems(st.Uid)
+	d.found.Foreign = !d.found.Administrators
+	return nil
+}
+
+// change opens the directory of the entry, makes it the working directory, and closes the one that
+// was open.
+func (d *Dialer) change(general, wait bool) error {
+	h, t := d.hosts, &d.own
+	fd, errno := h.openPlain(d.entry, t.waits)
+	switch errno {
+	case 0:
+	case unix.ENOENT:
+		return errAbsent
+	case unix.ENOTDIR, unix.EXDEV: // a symlink, or a mount
+		return d.follow(general, wait)
+	default:
+		return enterError(errno)
+	}
+	st, errno := stat(fd, empty, false)
+	if errno != 0 {
+		closeRaw(fd)
+		return enterError(errno)
+	}
+	if !h.cached && (h.status(&st).unsure || deviceOf(&st) != h.device) {
+		closeRaw(fd)
+		return d.follow(general, wait)
+	}
+	err := d.plain(&st, general)
+	if err == nil {
+		err = d.goTo(fd)
+	}
+	if err != nil {
+		closeRaw(fd)
+		return err
+	}
+	t.kept, t.dir = true, fd
+	t.entry = append(t.buf[:0], d.entry...)
+	t.inode = inodeOf(&st)
+	return nil
+}
+
+// goTo makes a directory the working directory. The one that was open is closed.
+func (d *Dialer) goTo(fd uintptr) error {
+	if errno := fchdir(fd, d.own.waits); errno != 0 {
+		return enterError(errno)
+	}
+	d.own.away = true
+	d.Release()
+	return nil
+}
+
+// openPlain opens an entry that is a directory on the file system of the hosts directory. It does not wait for
+// another one.
+func (h *Hosts) openPlain(entry []byte, waits bool) (uintptr, unix.Errno) {
+	if h.cached {
+		return openat2(h.fd, &entry[0], &ownDirectory, waits)
+	}
+	return openat(h.fd, &entry[0], unix.O_DIRECTORY|unix.O_NOFOLLOW)
+}
+
+// follow goes to the directory that a symlink leads to, or that is mounted. If the entry is a general
+// one, it is opened before its owner is asked for, so it does not matter what takes its place meanwhile.
+func (d *Dialer) follow(general, wait bool) error {
+	h := d.hosts
+	dir, path := h.fd, d.entry
+	if general {
+		link, errno := openat(h.fd, &d.entry[0], unix.O_NOFOLLOW)
+		if errno == unix.ENOENT {
+			return errAbsent
+		}
+		if errno != 0 {
+			return enterError(errno)
+		}
+		defer closeRaw(link)
+		st, err := h.opened(link, wait)
+		if err := d.counts(st, err, general); err != nil {
+			return err
+		}
+		if st.unsure { // whether it counts takes time to find out
+			return &Error{Problem: MayWait}
+		}
+		if dir, path = link, dot; st.kind == unix.S_IFLNK {
+			var target [unix.PathMax]byte
+			n, errno := readlink(link, empty, target[:], true)
+			if errno != 0 || n == len(target) {
+				return enterError(unix.ENOTDIR)
+			}
+			dir, path = h.fd, target[:n+1]
+		}
+	} else {
+		st, err := h.lstat(d.entry, wait)
+		if err := d.counts(st, err, general); err != nil {
+			return err
+		}
+	}
+	fd, err := d.open(dir, path, wait)
+	if err != nil {
+		return err
+	}
+	defer closeRaw(fd) // what has led here cannot be told again by its name
+	d.own.waits = true
+	return d.goTo(fd)
+}
+
+// counts fills in what is known of the entry, and tells whether it counts.
+func (d *Dialer) counts(st status, err error, general bool) error {
+	if err == unix.ENOENT {
+		return errAbsent
+	}
+	if err != nil {
+		return enterError(err)
+	}
+	d.found.Owner, d.found.Administrators = st.owner, d.hosts.seems(st.owner)
+	return d.hosts.counts(st, general)
+}
+
+// open opens the directory at a path in another one. If it must not wait, it does not follow where it might have to, nor does it open
+// what may have a permission check of its own for those who enter it. File systems on block devices have none.
+func (d *Dialer) open(dir uintptr, path []byte, wait bool) (uintptr, error) {
+	h := d.hosts
+	var fd uintptr
+	var errno unix.Errno
+	switch {
+	case wait:
+		fd, errno = openat(dir, &path[0], unix.O_DIRECTORY)
+	case h.cached:
+		fd, errno = openat2(dir, &path[0], &cachedDirectory, false)
+	default:
+		errno = unix.EAGAIN
+	}
 	if errno != 0 {
 		return fd, enterError(errno)
 	}
-	return fd, d.mayWait(fd, true)
+	st, errno := stat(fd, empty, wait)
+	if errno != 0 {
+		closeRaw(fd)
+		return fd, enterError(errno)
+	}
+	if on := deviceOf(&st); !wait && on.major == 0 && on != h.device {
+		closeRaw(fd)
+		return fd, &Error{Problem: MayWait}
+	}
+	d.found.Foreign = !h.seems(st.Uid)
+	return fd, nil
 }
 
-// mayWait closes the directory if entering it may wait and must not, as it may if the file
-// system has a permission check of its own. Those on block devices have none.
-func (d *Dialer) mayWait(fd uintptr, now bool) error {
-	if !now {
-		return nil
+// connectOwn connects to the tls-socket in the working directory.
+func (d *Dialer) connectOwn(wait bool) (Backend, error) {
+	none := Backend{FD: -1}
+	d.own.waits = d.own.waits || wait
+	if !wait {
+		if err := d.checkSocket(); err != nil {
+			return none, d.room(err)
+		}
 	}
-	if on, errno := deviceOf(fd); errno != 0 || on.major == 0 && on != d.device {
-		closeRaw(fd)
-		return &Error{Problem: MayWait}
+	s, errno := d.hosts.newSocket(d.Deaf)
+	if errno != 0 {
+		return none, d.room(socketError(errno))
 	}
-	return nil
+	if errno = connectHere(s); errno != 0 {
+		closeRaw(s)
+		return none, d.room(connectError(".", errno))
+	}
+	b := Backend{FD: int(s)}
+	if errno = d.markers(&b); errno != 0 {
+		closeRaw(s)
+		return none, lookError(errno)
+	}
+	return b, nil
+}
+
+// room releases the descriptor that is kept open if it may be the one that there is no room for.
+func (d *Dialer) room(err error) error {
+	if isProblem(err, NoRoom) {
+		d.Release()
+	}
+	return err
 }
 
 // checkSocket sees to it that connecting to tls-socket does not wait, wherever that leads.
 func (d *Dialer) checkSocket() error {
+	if !d.hosts.cached {
+		st, errno := stat(here, tlsSocket, d.own.waits)
+		if errno == 0 && (st.Mode&unix.S_IFMT == unix.S_IFLNK || deviceOf(&st) != d.hosts.device) {
+			return &Error{Problem: MayWait}
+		}
+		return nil
+	}
 	for range 2 {
 		fd, errno := openat2(here, &tlsSocket[0], &nearDirectory, false)
 		switch errno {
@@ -439,55 +491,42 @@ func (d *Dialer) checkSocket() error {
 			return nil
 		case unix.EXDEV:
 			return &Error{Problem: MayWait, Errno: errno}
-		case unix.EMFILE, unix.ENFILE:
-			return socketError(errno)
 		case unix.EAGAIN:
 		default:
 			return connectError(".", errno)
 		}
 		// Now it will be in the cache, unless it is a symlink that leads elsewhere.
 		var link [1]byte
-		if _, errno := readlink(here, tlsSocket, link[:], d.waits); errno != 0 && errno != unix.EINVAL {
+		if _, errno := readlink(here, tlsSocket, link[:], d.own.waits); errno != 0 && errno != unix.EINVAL {
 			return connectError(".", errno)
 		}
 	}
 	return &Error{Problem: MayWait, Errno: unix.EAGAIN}
 }
 
-// The scheduler is told of system calls that may wait for a file system: a thread that waits without
-// its knowledge keeps others from running. That is dear, most of all because its monitor then looks
-// after the thread, so it is not told of those that wait for a local disk at most. A call that waits
-// can be interrupted, by a signal of the scheduler's, and is made again.
-
-// connect connects a socket to the tls-socket in the working directory.
-func connect(fd uintptr) unix.Errno {
-	for {
-		_, _, errno := syscall.Syscall(unix.SYS_CONNECT, fd, uintptr(unsafe.Pointer(&tlsSocketAddr)), unsafe.Sizeof(tlsSocketAddr))
-		if errno != unix.EINTR {
-			return errno
+// markers looks for the markers.
+func (d *Dialer) markers(b *Backend) unix.Errno {
+	there, errno := d.has(sendProxyV2)
+	if there {
+		b.Proxy = 2
+	} else if errno == 0 {
+		if there, errno = d.has(sendProxyV1); there {
+			b.Proxy = 1
 		}
 	}
-}
-
-// readlink is the shortest way to ask whether there is something in a directory, without
-// following a symlink: of what exists and is none, readlink(2) says EINVAL.
-func readlink(dir uintptr, name, link []byte, waits bool) (int, unix.Errno) {
-	if !waits {
-		n, _, errno := syscall.RawSyscall6(unix.SYS_READLINKAT, dir, uintptr(unsafe.Pointer(&name[0])), uintptr(unsafe.Pointer(&link[0])), uintptr(len(link)), 0, 0)
-		return int(n), errno
-	}
-	for {
-		n, _, errno := syscall.Syscall6(unix.SYS_READLINKAT, dir, uintptr(unsafe.Pointer(&name[0])), uintptr(unsafe.Pointer(&link[0])), uintptr(len(link)), 0, 0)
-		if errno != unix.EINTR {
-			return int(n), errno
+	if errno == 0 {
+		if there, errno = d.has(logConnections); there {
+			st, errno := stat(here, logConnections, d.own.waits)
+			b.Log = errno == 0 && d.hosts.Administrator(st.Uid)
 		}
 	}
+	return errno
 }
 
 // has tells whether there is something in the working directory.
 func (d *Dialer) has(name []byte) (bool, unix.Errno) {
 	var link [1]byte
-	switch _, errno := readlink(here, name, link[:], d.waits); errno {
+	switch _, errno := readlink(here, name, link[:], d.own.waits); errno {
 	case 0, unix.EINVAL:
 		return true, 0
 	case unix.ENOENT:
@@ -497,87 +536,7 @@ func (d *Dialer) has(name []byte) (bool, unix.Errno) {
 	}
 }
 
-// openat opens a directory, as a place to look things up in, or an entry of one.
-func openat(dir uintptr, path *byte, flags uintptr) (uintptr, unix.Errno) {
-	for {
-		fd, _, errno := syscall.Syscall6(unix.SYS_OPENAT, dir, uintptr(unsafe.Pointer(path)), unix.O_PATH|unix.O_CLOEXEC|flags, 0, 0, 0)
-		if errno != unix.EINTR {
-			return fd, errno
-		}
-	}
+func isProblem(err error, p Problem) bool {
+	e, ok := err.(*Error)
+	return ok && e.Problem == p
 }
-
-func fchdir(fd uintptr, waits bool) unix.Errno {
-	if !waits {
-		_, _, errno := syscall.RawSyscall(unix.SYS_FCHDIR, fd, 0, 0)
-		return errno
-	}
-	for {
-		_, _, errno := syscall.Syscall(unix.SYS_FCHDIR, fd, 0, 0)
-		if errno != unix.EINTR {
-			return errno
-		}
-	}
-}
-
-func openat2(dir uintptr, path *byte, how *unix.OpenHow, waits bool) (uintptr, unix.Errno) {
-	if !waits {
-		fd, _, errno := syscall.RawSyscall6(unix.SYS_OPENAT2, dir, uintptr(unsafe.Pointer(path)), uintptr(unsafe.Pointer(how)), unsafe.Sizeof(*how), 0, 0)
-		return fd, errno
-	}
-	for {
-		fd, _, errno := syscall.Syscall6(unix.SYS_OPENAT2, dir, uintptr(unsafe.Pointer(path)), uintptr(unsafe.Pointer(how)), unsafe.Sizeof(*how), 0, 0)
-		if errno != unix.EINTR {
-			return fd, errno
-		}
-	}
-}
-
-func deviceOf(fd uintptr) (device, unix.Errno) {
-	i, errno := inodeOf(fd, empty, false)
-	return i.device, errno
-}
-
-func inodeOf(dir uintptr, name []byte, waits bool) (inode, unix.Errno) {
-	st, errno := stat(dir, name, waits)
-	return inode{device{st.Dev_major, st.Dev_minor}, st.Ino}, errno
-}
-
-// stat tells about something in a directory, or about that itself if name is empty. It follows no
-// symlink, and takes what the system knows already of what is there; but to find it may have to wait.
-func stat(dir uintptr, name []byte, waits bool) (st unix.Statx_t, errno unix.Errno) {
-	const flags = unix.AT_EMPTY_PATH | unix.AT_SYMLINK_NOFOLLOW | unix.AT_STATX_DONT_SYNC
-	const mask = unix.STATX_TYPE | unix.STATX_UID | unix.STATX_INO
-	if !waits {
-		_, _, errno = syscall.RawSyscall6(unix.SYS_STATX, dir, uintptr(unsafe.Pointer(&name[0])), flags, mask, uintptr(unsafe.Pointer(&st)), 0)
-		return st, errno
-	}
-	_, _, errno = syscall.Syscall6(unix.SYS_STATX, dir, uintptr(unsafe.Pointer(&name[0])), flags, mask, uintptr(unsafe.Pointer(&st)), 0)
-	return st, errno
-}
-
-// Leave makes the hosts directory the working directory again. That of a host, if it is used
-// for long, keeps what it is on from being unmounted.
-func (d *Dialer) Leave() {
-	if d.away {
-		d.Release()
-		d.away = unix.Fchdir(d.hosts) != nil
-	}
-}
-
-func enterError(errno unix.Errno) error {
-	switch errno {
-	case 0:
-		return nil
-	case unix.ENOENT, unix.ENOTDIR, unix.ELOOP, unix.ENAMETOOLONG:
-		// The last two come from a symlink.
-		return &Error{Problem: NoDirectory, Errno: errno}
-	case unix.EACCES, unix.EPERM:
-		return &Error{Problem: NotPermitted, Errno: errno}
-	case unix.EAGAIN:
-		return &Error{Problem: MayWait, Errno: errno}
-	}
-	return socketError(errno)
-}
-
-func closeRaw(fd uintptr) { syscall.RawSyscall(unix.SYS_CLOSE, fd, 0, 0) }

@@ -2,7 +2,6 @@ package hostdir_test
 
 import (
 	"os"
-	"runtime"
 	"strings"
 	"testing"
 
@@ -11,17 +10,14 @@ import (
 	"sniproxy/hostdir"
 )
 
-// withDialer calls do with a Dialer of a thread that ends after it.
-func withDialer(do func(*hostdir.Dialer)) {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		runtime.LockOSThread()
-		d := hostdir.NewDialer()
-		defer d.Close()
-		do(d)
-	}()
-	<-done
+// ownDirectories opens the hosts directory, where threads can have working directories of their own.
+func ownDirectories(t testing.TB) *hostdir.Hosts {
+	t.Helper()
+	h := open(t)
+	if err := h.PathsOnly(); err != nil {
+		t.Skip(err)
+	}
+	return h
 }
 
 func TestDialNow(t *testing.T) {
@@ -60,8 +56,9 @@ func TestDialNow(t *testing.T) {
 	listen(t, "marker-elsewhere", 100)
 	must(t, os.Symlink(elsewhere+"/send-proxy-v1", dirName("marker-elsewhere")+"/send-proxy-v1"))
 
+	h := ownDirectories(t)
 	base := descriptors(t)
-	withDialer(func(d *hostdir.Dialer) {
+	withDialer(t, h, func(d *hostdir.Dialer) {
 		for name, want := range map[string]struct {
 			now, later hostdir.Problem
 			proxy      uint8
@@ -77,19 +74,19 @@ func TestDialNow(t *testing.T) {
 		} {
 			for range 2 {
 				// This comes first, as the first to follow a symlink has to note that.
-				fd, marks, err := d.Dial([]byte(name))
-				if got := problem(err); got != want.later || got == 0 && marks.Proxy != want.proxy {
-					t.Errorf("%s, with time: problem %d, markers %+v, want %+v", name, got, marks, want)
+				b, err := dial(d, name, true)
+				if got := problem(err); got != want.later || got == 0 && b.Proxy != want.proxy {
+					t.Errorf("%s, with time: problem %d, %+v, want %+v", name, got, b, want)
 				}
 				if err == nil {
-					unix.Close(fd)
+					unix.Close(b.FD)
 				}
-				fd, marks, err = d.DialNow([]byte(name))
-				if got := problem(err); got != want.now || got == 0 && marks.Proxy != want.proxy {
-					t.Errorf("%s, now: problem %d, markers %+v, want %+v", name, got, marks, want)
+				b, err = dial(d, name, false)
+				if got := problem(err); got != want.now || got == 0 && b.Proxy != want.proxy {
+					t.Errorf("%s, now: problem %d, %+v, want %+v", name, got, b, want)
 				}
 				if err == nil {
-					unix.Close(fd)
+					unix.Close(b.FD)
 				}
 			}
 		}
@@ -106,11 +103,12 @@ func TestDialNowAgain(t *testing.T) {
 	// or is closed, no descriptor is left.
 	chdir(t)
 	all := sites(t, "a", "b", "c", "d")
+	h := ownDirectories(t)
 	base := descriptors(t)
 	tasks, done := make(chan func(*hostdir.Dialer)), make(chan struct{})
 	go func() {
 		defer close(done)
-		withDialer(func(d *hostdir.Dialer) {
+		withDialer(t, h, func(d *hostdir.Dialer) {
 			for task := range tasks {
 				task(d)
 				done <- struct{}{}
@@ -121,24 +119,23 @@ func TestDialNowAgain(t *testing.T) {
 		tasks <- task
 		<-done
 	}
-	none := hostdir.Marks{}
-	expect := func(what, name string, problemWanted hostdir.Problem, wanted hostdir.Marks) {
+	none := hostdir.Backend{}
+	expect := func(what, name string, problemWanted hostdir.Problem, wanted hostdir.Backend) {
 		t.Helper()
 		for range 3 {
-			var marks hostdir.Marks
+			var b hostdir.Backend
 			var err error
 			do(func(d *hostdir.Dialer) {
-				var fd int
-				fd, marks, err = d.DialNow([]byte("a"))
+				b, err = dial(d, "a", false)
 				if problem(err) == hostdir.MayWait { // a symlink that is followed for the first time
-					fd, marks, err = d.Dial([]byte("a"))
+					b, err = dial(d, "a", true)
 				}
 				if err == nil {
-					unix.Close(fd)
+					unix.Close(b.FD)
 				}
 			})
-			if got := reached(t, all); got != name || marks != wanted || problem(err) != problemWanted {
-				t.Errorf("%s: reached %q, %+v, %v", what, got, marks, err)
+			if got := reached(t, all); got != name || marks(b) != wanted || problem(err) != problemWanted {
+				t.Errorf("%s: reached %q, %+v, %v", what, got, b, err)
 			}
 		}
 	}
@@ -162,9 +159,9 @@ func TestDialNowAgain(t *testing.T) {
 	expect("the first directory", "a", 0, none)
 
 	touch("send-proxy-v1")
-	expect("with a marker", "a", 0, hostdir.Marks{Proxy: 1})
+	expect("with a marker", "a", 0, hostdir.Backend{Proxy: 1})
 	touch("send-proxy-v2")
-	expect("with two markers", "a", 0, hostdir.Marks{Proxy: 2})
+	expect("with two markers", "a", 0, hostdir.Backend{Proxy: 2})
 	must(t, os.Remove(a+"/send-proxy-v1"))
 	must(t, os.Remove(a+"/send-proxy-v2"))
 	expect("without markers", "a", 0, none)
@@ -214,10 +211,17 @@ func TestDialNowAgain(t *testing.T) {
 		must(t, err)
 		unix.Close(lowest)
 		must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: uint64(lowest), Max: limit.Max}))
-		_, _, err = d.DialNow([]byte("a"))
+		e, findErr := d.Find([]byte("a"), false)
+		_, err = d.Connect(false)
 		must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &limit))
-		if problem(err) != hostdir.NoRoom || d.Release() {
-			t.Errorf("without room: %v, or the directory stayed open", err)
+		if findErr != nil || string(e.Name) != a || problem(err) != hostdir.NoRoom || d.Release() {
+			t.Errorf("without room: %q, %v, %v, or the directory stayed open", e.Name, findErr, err)
+		}
+		b, err := d.Connect(false)
+		must(t, err)
+		unix.Close(b.FD)
+		if got := reached(t, all); got != "a" {
+			t.Errorf("with room, of what was found without: reached %q", got)
 		}
 	})
 	expect("with room again", "a", 0, none)

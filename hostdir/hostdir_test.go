@@ -30,13 +30,24 @@ func TestMain(m *testing.M) {
 	if name == "" {
 		os.Exit(m.Run())
 	}
+	runtime.LockOSThread()
+	h, err := hostdir.Open()
+	if err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	d, err := h.NewDialer()
+	if err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
 	if os.Getenv(noRoom) != "" {
 		if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{}); err != nil {
 			fmt.Println(err)
 			os.Exit(1)
 		}
 	}
-	_, _, err := hostdir.Dial([]byte(name))
+	_, err = dial(d, name, true)
 	fmt.Print(problem(err))
 }
 
@@ -101,6 +112,17 @@ func listen(t *testing.T, name string, backlog int) (fd int) {
 	return fd
 }
 
+// abandon makes a host whose backend has died.
+func abandon(t *testing.T, name string) {
+	t.Helper()
+	must(t, os.Mkdir(dirName(name), 0o755))
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM, 0)
+	must(t, err)
+	must(t, unix.Bind(fd, &unix.SockaddrUnix{Name: dirName(name) + "/tls-socket"}))
+	must(t, unix.Listen(fd, 1))
+	must(t, unix.Close(fd))
+}
+
 func must(t *testing.T, err error) {
 	t.Helper()
 	if err != nil {
@@ -121,144 +143,140 @@ func descriptors(t *testing.T) int {
 func TestDial(t *testing.T) {
 	// Goal: a host that is there is connected to, with a descriptor that is non-blocking
 	// and closed on exec, and its marker is seen whatever it is.
-	chdir(t)
-	for name, mark := range map[string]func(path string) error{
-		"none":      func(string) error { return nil },
-		"file":      func(path string) error { return os.WriteFile(path, nil, 0) },
-		"directory": func(path string) error { return os.Mkdir(path, 0) },
-		"dangling":  func(path string) error { return os.Symlink("nowhere", path) },
-		"loop":      func(path string) error { return os.Symlink("send-proxy-v1", path) },
-	} {
-		t.Run(name, func(t *testing.T) {
+	eachWay(t, func(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {
+		for name, mark := range map[string]func(path string) error{
+			"none":      func(string) error { return nil },
+			"file":      func(path string) error { return os.WriteFile(path, nil, 0) },
+			"directory": func(path string) error { return os.Mkdir(path, 0) },
+			"dangling":  func(path string) error { return os.Symlink("nowhere", path) },
+			"loop":      func(path string) error { return os.Symlink("send-proxy-v1", path) },
+		} {
 			backend := listen(t, name, 1)
 			must(t, mark(dirName(name)+"/send-proxy-v1"))
-			fd, marks, err := hostdir.Dial([]byte(name))
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer unix.Close(fd)
-			want := hostdir.Marks{Proxy: 1}
+			b, err := dial(name)
+			must(t, err)
+			defer unix.Close(b.FD)
+			want := hostdir.Backend{Proxy: 1}
 			if name == "none" {
 				want.Proxy = 0
 			}
-			if marks != want {
-				t.Errorf("the markers say %+v, want %+v", marks, want)
+			if marks(b) != want {
+				t.Errorf("%s: the markers say %+v, want %+v", name, b, want)
 			}
-			flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
+			flags, err := unix.FcntlInt(uintptr(b.FD), unix.F_GETFL, 0)
 			if err != nil || flags&unix.O_NONBLOCK == 0 {
-				t.Errorf("flags %x, error %v: want O_NONBLOCK", flags, err)
+				t.Errorf("%s: flags %x, error %v: want O_NONBLOCK", name, flags, err)
 			}
-			flags, err = unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0)
+			flags, err = unix.FcntlInt(uintptr(b.FD), unix.F_GETFD, 0)
 			if err != nil || flags&unix.FD_CLOEXEC == 0 {
-				t.Errorf("flags %x, error %v: want FD_CLOEXEC", flags, err)
+				t.Errorf("%s: flags %x, error %v: want FD_CLOEXEC", name, flags, err)
 			}
 			peer, _, err := unix.Accept(backend)
-			if err != nil {
-				t.Fatal(err)
-			}
+			must(t, err)
 			defer unix.Close(peer)
-			if _, err := unix.Write(fd, []byte(name)); err != nil {
-				t.Fatal(err)
-			}
+			_, err = unix.Write(b.FD, []byte(name))
+			must(t, err)
 			got := make([]byte, 100)
 			if n, err := unix.Read(peer, got); err != nil || string(got[:n]) != name {
-				t.Errorf("the backend got %q, error %v", got[:max(n, 0)], err)
+				t.Errorf("%s: the backend got %q, error %v", name, got[:max(n, 0)], err)
 			}
-		})
-	}
+		}
+	})
 }
 
 func TestDialSymlinks(t *testing.T) {
 	// Goal: symlinks are followed, to directories and sockets, and the marker is that of
 	// the directory that they lead to.
-	chdir(t)
-	listen(t, "target", 8)
-	must(t, os.WriteFile(dirName("target")+"/send-proxy-v1", nil, 0))
-	must(t, os.Symlink(dirName("target"), dirName("directory")))
-	must(t, os.Mkdir(dirName("socket"), 0o755))
-	must(t, os.Symlink("../"+dirName("target")+"/tls-socket", dirName("socket")+"/tls-socket"))
-	for name, want := range map[string]uint8{"target": 1, "directory": 1, "socket": 0} {
-		fd, marks, err := hostdir.Dial([]byte(name))
-		if err != nil {
-			t.Errorf("%s: %v", name, err)
-			continue
+	eachWay(t, func(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {
+		listen(t, "target", 8)
+		must(t, os.WriteFile(dirName("target")+"/send-proxy-v1", nil, 0))
+		must(t, os.Symlink(dirName("target"), dirName("directory")))
+		must(t, os.Mkdir(dirName("socket"), 0o755))
+		must(t, os.Symlink("../"+dirName("target")+"/tls-socket", dirName("socket")+"/tls-socket"))
+		for name, want := range map[string]uint8{"target": 1, "directory": 1, "socket": 0} {
+			b, err := dial(name)
+			if err != nil {
+				t.Errorf("%s: %v", name, err)
+				continue
+			}
+			unix.Close(b.FD)
+			if marks(b) != (hostdir.Backend{Proxy: want}) {
+				t.Errorf("%s: the markers say %+v, want version %d", name, b, want)
+			}
 		}
-		unix.Close(fd)
-		if marks != (hostdir.Marks{Proxy: want}) {
-			t.Errorf("%s: the markers say %+v, want version %d", name, marks, want)
-		}
-	}
+	})
 }
 
 func TestDialProblems(t *testing.T) {
 	// Goal: each way to fail is told apart, has a message, keeps what the system said, and
 	// leaves no descriptor behind.
-	chdir(t)
-	in := func(name string, do func(path string) error) {
-		must(t, os.Mkdir(dirName(name), 0o755))
-		must(t, do(dirName(name)+"/tls-socket"))
-	}
-	must(t, os.WriteFile(dirName("file"), nil, 0o644))
-	must(t, os.Symlink("nowhere", dirName("dangling")))
-	must(t, os.Symlink(dirName("loop"), dirName("loop")))
-	in("empty", func(string) error { return nil })
-	in("socket-dangling", func(path string) error { return os.Symlink("nowhere", path) })
-	in("socket-loop", func(path string) error { return os.Symlink("tls-socket", path) })
-	in("regular", func(path string) error { return os.WriteFile(path, nil, 0o777) })
-	in("fifo", func(path string) error { return unix.Mkfifo(path, 0o777) })
-	in("directory", func(path string) error { return os.Mkdir(path, 0o777) })
-	bind(t, "bound", unix.SOCK_STREAM)
-	unix.Close(listen(t, "abandoned", 1))
-	bind(t, "datagram", unix.SOCK_DGRAM)
-	tests := map[string]hostdir.Problem{
-		"absent":          hostdir.NoDirectory,
-		"file":            hostdir.NoDirectory,
-		"dangling":        hostdir.NoDirectory,
-		"loop":            hostdir.NoDirectory,
-		"empty":           hostdir.NoSocket,
-		"socket-dangling": hostdir.NoSocket,
-		"socket-loop":     hostdir.NoSocket,
-		"regular":         hostdir.NotStream,
-		"fifo":            hostdir.NotStream,
-		"directory":       hostdir.NotStream,
-		"datagram":        hostdir.NotStream,
-		"bound":           hostdir.NobodyListens,
-		"abandoned":       hostdir.NobodyListens,
-	}
-	if runtime.GOOS == "linux" {
-		bind(t, "seqpacket", unix.SOCK_SEQPACKET)
-		tests["seqpacket"] = hostdir.NotStream
-	}
-	if !hostdir.Hashed {
-		long := strings.Repeat("a", 254)
-		must(t, os.Mkdir(dirName(long), 0o755))
-		tests[long] = hostdir.PathTooLong
-	}
-	base := descriptors(t)
-	seen := map[string]hostdir.Problem{}
-	for name, want := range tests {
-		fd, marks, err := hostdir.Dial([]byte(name))
-		if fd != -1 || marks != (hostdir.Marks{}) {
-			t.Errorf("%s: descriptor %d, markers %+v", name, fd, marks)
+	eachWay(t, func(t *testing.T, w way, dial func(string) (hostdir.Backend, error)) {
+		in := func(name string, do func(path string) error) {
+			must(t, os.Mkdir(dirName(name), 0o755))
+			must(t, do(dirName(name)+"/tls-socket"))
 		}
-		if got := problem(err); got != want {
-			t.Errorf("%s: problem %d, want %d: %v", name, got, want, err)
-			continue
+		must(t, os.WriteFile(dirName("file"), nil, 0o644))
+		must(t, os.Symlink("nowhere", dirName("dangling")))
+		must(t, os.Symlink(dirName("loop"), dirName("loop")))
+		in("empty", func(string) error { return nil })
+		in("socket-dangling", func(path string) error { return os.Symlink("nowhere", path) })
+		in("socket-loop", func(path string) error { return os.Symlink("tls-socket", path) })
+		in("regular", func(path string) error { return os.WriteFile(path, nil, 0o777) })
+		in("fifo", func(path string) error { return unix.Mkfifo(path, 0o777) })
+		in("directory", func(path string) error { return os.Mkdir(path, 0o777) })
+		bind(t, "bound", unix.SOCK_STREAM)
+		abandon(t, "abandoned")
+		bind(t, "datagram", unix.SOCK_DGRAM)
+		tests := map[string]hostdir.Problem{
+			"absent":          hostdir.NoDirectory,
+			"file":            hostdir.NoDirectory,
+			"dangling":        hostdir.NoDirectory,
+			"loop":            hostdir.NoDirectory,
+			"empty":           hostdir.NoSocket,
+			"socket-dangling": hostdir.NoSocket,
+			"socket-loop":     hostdir.NoSocket,
+			"regular":         hostdir.NotStream,
+			"fifo":            hostdir.NotStream,
+			"directory":       hostdir.NotStream,
+			"datagram":        hostdir.NotStream,
+			"bound":           hostdir.NobodyListens,
+			"abandoned":       hostdir.NobodyListens,
 		}
-		var errno unix.Errno
-		if !errors.As(err, &errno) || errno == 0 {
-			t.Errorf("%s: no number of a system error in %v", name, err)
+		if runtime.GOOS == "linux" {
+			bind(t, "seqpacket", unix.SOCK_SEQPACKET)
+			tests["seqpacket"] = hostdir.NotStream
 		}
-		// The message is that of the problem and the system's; no two problems share it.
-		text := strings.TrimSuffix(err.Error(), ": "+errno.Error())
-		if other, ok := seen[text]; text == "" || ok && other != want {
-			t.Errorf("%s: the message %q does not tell problem %d", name, err, want)
+		if !hostdir.Hashed && w.paths {
+			long := strings.Repeat("a", 254)
+			must(t, os.Mkdir(dirName(long), 0o755))
+			tests[long] = hostdir.PathTooLong
 		}
-		seen[text] = want
-	}
-	if got := descriptors(t); got != base {
-		t.Errorf("%d descriptors, %d before", got, base)
-	}
+		base := descriptors(t)
+		seen := map[string]hostdir.Problem{}
+		for name, want := range tests {
+			b, err := dial(name)
+			if b != (hostdir.Backend{FD: -1}) {
+				t.Errorf("%s: %+v", name, b)
+			}
+			if got := problem(err); got != want {
+				t.Errorf("%s: problem %d, want %d: %v", name, got, want, err)
+				continue
+			}
+			var errno unix.Errno
+			if !errors.As(err, &errno) || errno == 0 {
+				t.Errorf("%s: no number of a system error in %v", name, err)
+			}
+			// The message is that of the problem and the system's; no two problems share it.
+			text := strings.TrimSuffix(err.Error(), ": "+errno.Error())
+			if other, ok := seen[text]; text == "" || ok && other != want {
+				t.Errorf("%s: the message %q does not tell problem %d", name, err, want)
+			}
+			seen[text] = want
+		}
+		if got := descriptors(t); got != base {
+			t.Errorf("%d descriptors, %d before", got, base)
+		}
+	})
 }
 
 func TestDialBacklogFull(t *testing.T) {
@@ -267,34 +285,31 @@ func TestDialBacklogFull(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("other systems do not tell a full backlog apart")
 	}
-	chdir(t)
-	backend := listen(t, "busy", 0)
-	err := error(nil)
-	for err == nil {
-		var fd int
-		if fd, _, err = hostdir.Dial([]byte("busy")); err == nil {
-			t.Cleanup(func() { unix.Close(fd) })
+	eachWay(t, func(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {
+		backend := listen(t, "busy", 0)
+		err := error(nil)
+		for err == nil {
+			var b hostdir.Backend
+			if b, err = dial("busy"); err == nil {
+				t.Cleanup(func() { unix.Close(b.FD) })
+			}
 		}
-	}
-	base := descriptors(t)
-	for range 3 {
-		if _, _, err := hostdir.Dial([]byte("busy")); problem(err) != hostdir.BacklogFull {
-			t.Errorf("got %v", err)
+		base := descriptors(t)
+		for range 3 {
+			if _, err := dial("busy"); problem(err) != hostdir.BacklogFull {
+				t.Errorf("got %v", err)
+			}
 		}
-	}
-	if got := descriptors(t); got != base {
-		t.Errorf("%d descriptors, %d before", got, base)
-	}
-	peer, _, err := unix.Accept(backend)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer unix.Close(peer)
-	fd, _, err := hostdir.Dial([]byte("busy"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	unix.Close(fd)
+		if got := descriptors(t); got != base {
+			t.Errorf("%d descriptors, %d before", got, base)
+		}
+		peer, _, err := unix.Accept(backend)
+		must(t, err)
+		defer unix.Close(peer)
+		b, err := dial("busy")
+		must(t, err)
+		unix.Close(b.FD)
+	})
 }
 
 // dialElsewhere dials in another process, and returns the problem it had.

@@ -1,0 +1,6 @@
+//go:build !linux
+
+package hostdir_test
+
+// gettid returns no thread, as there is no need to know it.
+func gettid() int { return -1 }

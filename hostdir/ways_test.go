@@ -1,0 +1,120 @@
+package hostdir_test
+
+import (
+	"runtime"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir"
+)
+
+// open opens the working directory as the hosts directory.
+func open(t testing.TB) *hostdir.Hosts {
+	t.Helper()
+	h, err := hostdir.Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(h.Close)
+	return h
+}
+
+// withDialer calls do with a Dialer, on a thread that ends after it.
+func withDialer(t testing.TB, h *hostdir.Hosts, do func(*hostdir.Dialer)) {
+	t.Helper()
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // for good, as the Dialer wants it
+		if unix.Getpid() == gettid() {
+			// The main thread does not end with its goroutine.
+			withDialer(t, h, do)
+			runtime.UnlockOSThread()
+			close(done)
+			return
+		}
+		defer close(done)
+		d, err := h.NewDialer()
+		if err != nil {
+			done <- err
+			return
+		}
+		defer d.Close()
+		do(d)
+	}()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+}
+
+// dial finds a host and connects to it. While it is exchanged it tries again.
+func dial(d *hostdir.Dialer, name string, wait bool) (hostdir.Backend, error) {
+	return again(d, wait, func() (hostdir.Entry, error) { return d.Find([]byte(name), wait) })
+}
+
+func again(d *hostdir.Dialer, wait bool, find func() (hostdir.Entry, error)) (b hostdir.Backend, err error) {
+	for {
+		if _, err = find(); err == nil {
+			b, err = d.Connect(wait)
+		} else {
+			b.FD = -1
+		}
+		if problem(err) != hostdir.Exchanged {
+			return b, err
+		}
+		runtime.Gosched()
+	}
+}
+
+// A way is one to connect to a host.
+type way struct {
+	name  string
+	paths bool
+	dial  func(d *hostdir.Dialer, name string) (hostdir.Backend, error)
+}
+
+// ways returns those that the system has.
+func ways(t *testing.T) []way {
+	t.Helper()
+	later := func(d *hostdir.Dialer, name string) (hostdir.Backend, error) { return dial(d, name, true) }
+	now := func(d *hostdir.Dialer, name string) (hostdir.Backend, error) {
+		b, err := dial(d, name, false)
+		if problem(err) == hostdir.MayWait { // as of a symlink that is followed for the first time
+			return dial(d, name, true)
+		}
+		return b, err
+	}
+	all := []way{{"paths", true, later}}
+	if runtime.GOOS == "linux" {
+		all = append(all, way{"later", false, later}, way{"now", false, now})
+	}
+	return all
+}
+
+// eachWay runs a test with each way to connect to a host that the system has, in a hosts directory of its own.
+func eachWay(t *testing.T, test func(t *testing.T, w way, dial func(name string) (hostdir.Backend, error))) {
+	for _, w := range ways(t) {
+		t.Run(w.name, func(t *testing.T) {
+			chdir(t)
+			h := open(t)
+			if w.paths {
+				h.UsePaths()
+			} else if err := h.PathsOnly(); err != nil {
+				t.Skip(err)
+			}
+			test(t, w, func(name string) (b hostdir.Backend, err error) {
+				withDialer(t, h, func(d *hostdir.Dialer) {
+					b, err = w.dial(d, name)
+					d.Leave()
+				})
+				return b, err
+			})
+		})
+	}
+}
+
+// marks returns what the markers say.
+func marks(b hostdir.Backend) hostdir.Backend {
+	b.FD = 0
+	return b
+}
