@@ -151,10 +151,8 @@ func (h *Hosts) opened(fd uintptr, wait bool) (status, error) {
 	is := h.status(&st)
 	if is.unsure && wait {
 		var fs unix.Statfs_t
-		if err := unix.Fstatfs(int(fd), &fs); err != nil {
-			return status{}, err
-		}
-		if is.unsure = false; uint32(fs.Type) != unix.FUSE_SUPER_MAGIC {
+		is.unsure = false
+		if err := unix.Fstatfs(int(fd), &fs); err == nil && uint32(fs.Type) != unix.FUSE_SUPER_MAGIC {
 			is.owner = st.Uid
 		}
 	}
