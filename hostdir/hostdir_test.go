@@ -1,14 +1,13 @@
 package hostdir_test
 
 import (
-	"bytes"
 	"errors"
-	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
-	"strconv"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -17,39 +16,6 @@ import (
 
 	"sniproxy/hostdir"
 )
-
-// With dialName the test binary dials the host of that name and prints the problem; with
-// noRoom as well, it first sees to it that it gets no more descriptors.
-const (
-	dialName = "HOSTDIR_TEST_DIAL"
-	noRoom   = "HOSTDIR_TEST_NOROOM"
-)
-
-func TestMain(m *testing.M) {
-	name := os.Getenv(dialName)
-	if name == "" {
-		os.Exit(m.Run())
-	}
-	runtime.LockOSThread()
-	h, err := hostdir.Open()
-	if err != nil {
-		fmt.Println(err)
-		os.Exit(1)
-	}
-	d, err := h.NewDialer()
-	if err != nil {
-		fmt.Println(err)
-		os.Exit(1)
-	}
-	if os.Getenv(noRoom) != "" {
-		if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{}); err != nil {
-			fmt.Println(err)
-			os.Exit(1)
-		}
-	}
-	_, err = dial(d, name, true)
-	fmt.Print(problem(err))
-}
 
 // problem returns the problem in an error of Dial, 0 if there is none.
 func problem(err error) hostdir.Problem {
@@ -312,45 +278,26 @@ func TestDialBacklogFull(t *testing.T) {
 	})
 }
 
-// dialElsewhere dials in another process, and returns the problem it had.
-func dialElsewhere(t *testing.T, self, name string, change func(*exec.Cmd)) hostdir.Problem {
-	t.Helper()
-	var stderr bytes.Buffer
-	cmd := exec.Command(self)
-	cmd.Env = append(os.Environ(), dialName+"="+name)
-	cmd.Stderr = &stderr
-	change(cmd)
-	out, err := cmd.Output()
-	if err != nil {
-		t.Fatalf("%v: %s", err, stderr.Bytes())
-	}
-	n, err := strconv.Atoi(string(out))
-	if err != nil {
-		t.Fatalf("the other process printed %q", out)
-	}
-	return hostdir.Problem(n)
-}
-
-func executable(t *testing.T) string {
-	t.Helper()
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return self
-}
-
 func TestDialNoRoom(t *testing.T) {
-	// Goal: a process that has all the descriptors it may have is told so.
+	// Goal: a process that has all the descriptors it may have is told so: as early as when it opens the hosts
+	// directory, or of each host, whatever it is. Of one that is not there it can be told without.
 	chdir(t)
 	listen(t, "good", 8)
-	for limit, want := range map[string]hostdir.Problem{"": 0, "0": hostdir.NoRoom} {
-		got := dialElsewhere(t, executable(t), "good", func(cmd *exec.Cmd) {
-			cmd.Env = append(cmd.Env, noRoom+"="+limit)
-		})
-		if got != want {
-			t.Errorf("limit %q: problem %d, want %d", limit, got, want)
+	listen(t, "*.wild", 8)
+	must(t, os.Symlink(dirName("good"), dirName("link")))
+	must(t, os.Symlink(dirName("good"), dirName("*.link")))
+	if r := elsewhere(t, "", with(noOpening, "1")); !r.NoOpening && runtime.GOOS == "linux" {
+		t.Errorf("it opened the directory: %+v", r)
+	}
+	r := elsewhere(t, "good a.wild link a.link absent", with(noRoom, "1"))
+	for name, entry := range map[string]string{"good": "good", "a.wild": "*.wild", "link": "link", "a.link": "*.link"} {
+		got := r.Names[name]
+		if got.Problem != hostdir.NoRoom || got.Entry != dirName(entry) || got.Owner != uint32(os.Geteuid()) || !got.Administrators {
+			t.Errorf("%s: %+v", name, got)
 		}
+	}
+	if got := r.Names["absent"]; got.Problem != hostdir.NoDirectory {
+		t.Errorf("absent: %+v", got)
 	}
 }
 
@@ -368,36 +315,31 @@ func TestDialNotPermitted(t *testing.T) {
 	}
 
 	// To root nothing is forbidden.
-	self, change := executable(t), func(*exec.Cmd) {}
+	change := func(*exec.Cmd) {}
 	if os.Geteuid() == 0 {
-		binary, err := os.ReadFile(self)
-		must(t, err)
-		self, err = filepath.Abs("dialler") // the test binary is where only root can enter
-		must(t, err)
-		must(t, os.WriteFile(self, binary, 0o755))
 		change = func(cmd *exec.Cmd) {
 			cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 		}
 	}
-	for name, want := range map[string]hostdir.Problem{
+	check := func(when string, want map[string]hostdir.Problem) {
+		r := elsewhere(t, strings.Join(slices.Collect(maps.Keys(want)), " "), change)
+		for name, want := range want {
+			if got := r.Names[name]; got.Problem != want {
+				t.Errorf("%s%s: %+v, want problem %d", name, when, got, want)
+			}
+		}
+	}
+	check("", map[string]hostdir.Problem{
 		"good":      0,
 		"directory": hostdir.NotPermitted,
 		"socket":    hostdir.NotPermitted,
 		"empty":     hostdir.NotPermitted,
 		"absent":    hostdir.NoDirectory,
-	} {
-		if got := dialElsewhere(t, self, name, change); got != want {
-			t.Errorf("%s: problem %d, want %d", name, got, want)
-		}
-	}
+	})
 	for _, path := range closed {
 		must(t, os.Chmod(path, 0o777))
 	}
-	for name, want := range map[string]hostdir.Problem{"directory": 0, "socket": 0, "empty": hostdir.NoSocket} {
-		if got := dialElsewhere(t, self, name, change); got != want {
-			t.Errorf("%s, with permission: problem %d, want %d", name, got, want)
-		}
-	}
+	check(", with permission", map[string]hostdir.Problem{"directory": 0, "socket": 0, "empty": hostdir.NoSocket})
 }
 
 func TestAppendName(t *testing.T) {

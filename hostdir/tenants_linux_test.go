@@ -1,0 +1,359 @@
+package hostdir_test
+
+import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir"
+)
+
+// Goal: a Dialer that is made without a descriptor is as good as any, and for lack of descriptors it says nothing else, for
+// whatever host, and with however many there are.
+func TestDialerWithoutRoom(t *testing.T) {
+	for _, w := range ways(t) {
+		t.Run(w.name, func(t *testing.T) {
+			chdir(t)
+			h := open(t)
+			if w.paths {
+				h.UsePaths()
+			}
+			listen(t, "plain", 100)
+			listen(t, "*.wild", 100)
+			must(t, os.Symlink(dirName("plain"), dirName("link")))
+			must(t, os.Symlink(dirName("plain"), dirName("*.link")))
+			letClockTick(t)
+			names := []string{"plain", "a.wild", "link", "a.link"}
+			var limit unix.Rlimit
+			must(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
+			defer unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)
+			for _, name := range names {
+				lowest, err := unix.Dup(0)
+				must(t, err)
+				unix.Close(lowest)
+				allow := func(n int) error {
+					return unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: uint64(lowest + n), Max: limit.Max})
+				}
+				must(t, allow(0))
+				withDialer(t, h, func(d *hostdir.Dialer) {
+					for short := 0; ; short++ {
+						b, err := w.dial(d, name)
+						if err == nil {
+							unix.Close(b.FD)
+							if short == 0 {
+								t.Errorf("%s: no descriptor was needed", name)
+							}
+							return
+						}
+						if problem(err) != hostdir.NoRoom || short > 8 {
+							t.Errorf("%s, with %d descriptors: %v", name, short, err)
+							return
+						}
+						must(t, allow(short+1))
+					}
+				})
+				must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &limit))
+			}
+		})
+	}
+}
+
+// Goal: where the system can refuse what backends pass, a backend that passes a descriptor gets an error, and loses nothing
+// else.
+func TestRefusesDescriptors(t *testing.T) {
+	for _, w := range ways(t) {
+		t.Run(w.name, func(t *testing.T) {
+			chdir(t)
+			h := open(t)
+			if !h.RefusesDescriptors() {
+				t.Skip("this kernel has no SO_PASSRIGHTS")
+			}
+			if w.paths {
+				h.UsePaths()
+			}
+			backend := listen(t, "a", 8)
+			withDialer(t, h, func(d *hostdir.Dialer) {
+				b, err := w.dial(d, "a")
+				must(t, err)
+				defer unix.Close(b.FD)
+				peer, _, err := unix.Accept(backend)
+				must(t, err)
+				defer unix.Close(peer)
+				for _, flags := range []int{0, unix.MSG_OOB} {
+					if err := unix.Sendmsg(peer, []byte("x"), unix.UnixRights(0), nil, flags); err != unix.EPERM {
+						t.Errorf("flags %d: passing a descriptor: %v", flags, err)
+					}
+				}
+				_, err = unix.Write(peer, []byte("hello"))
+				must(t, err)
+				var got [10]byte
+				if n, err := unix.Read(b.FD, got[:]); string(got[:max(n, 0)]) != "hello" || err != nil {
+					t.Errorf("%q, %v", got, err)
+				}
+			})
+		})
+	}
+}
+
+// Goal: where unshare(2) is forbidden, as by container engines, that is told, and hosts are found and connected to by
+// their paths, as long as these fit.
+func TestUnshareForbidden(t *testing.T) {
+	chdir(t)
+	long := strings.Repeat("a", 200)
+	listen(t, "a", 8)
+	listen(t, "*.wild", 8)
+	must(t, os.Mkdir(dirName(long), 0o755))
+	must(t, os.WriteFile(dirName("a")+"/send-proxy-v2", nil, 0o644))
+	r := elsewhere(t, "a b.wild absent "+long, with(forbidden, "unshare"))
+	if !r.Paths {
+		t.Errorf("it works without paths: %+v", r)
+	}
+	tooLong := hostdir.NoSocket
+	if !hostdir.Hashed {
+		tooLong = hostdir.PathTooLong
+	}
+	for name, want := range map[string]struct {
+		now, connect, problem hostdir.Problem
+		proxy                 uint8
+	}{
+		"a":      {0, hostdir.MayWait, 0, 2},
+		"b.wild": {0, hostdir.MayWait, 0, 0},
+		"absent": {hostdir.NoDirectory, hostdir.NoDirectory, hostdir.NoDirectory, 0},
+		long:     {0, hostdir.MayWait, tooLong, 0},
+	} {
+		got := r.Names[name]
+		if got.FindNow != want.now || got.ConnectNow != want.connect || got.Problem != want.problem || got.Proxy != want.proxy {
+			t.Errorf("%s: %+v, want %+v", name, got, want)
+		}
+	}
+	if r := elsewhere(t, "a", nil); r.Paths {
+		t.Errorf("where it is not forbidden: %+v", r)
+	}
+}
+
+// Goal: where there is no SO_PASSRIGHTS, that is told, and no byte that is out of band is passed over by reading, as the
+// system would drop what came with it.
+func TestNoPassRights(t *testing.T) {
+	chdir(t)
+	listen(t, "a", 8)
+	for _, also := range []string{"", "unshare"} {
+		r := elsewhere(t, "a", func(cmd *exec.Cmd) {
+			with(forbidden, "SO_PASSRIGHTS")(cmd)
+			with(alsoForbidden, also)(cmd)
+		})
+		if got := r.Names["a"]; r.Refuses || r.Paths != (also != "") || got.Problem != 0 || got.OOBInline != 1 {
+			t.Errorf("also without %q: %+v", also, r)
+		}
+	}
+	if r := elsewhere(t, "a", nil); r.Refuses && r.Names["a"].OOBInline != 0 {
+		t.Errorf("where there is: %+v", r)
+	}
+}
+
+// Goal: kernels that cannot tell whether a look-up may wait are believed to wait wherever a symlink is followed, and
+// nowhere else.
+func TestNoOpenat2(t *testing.T) {
+	chdir(t)
+	for _, name := range []string{"plain", "*.wild", "socket-link"} {
+		listen(t, name, 8)
+	}
+	must(t, os.Symlink(dirName("plain"), dirName("link")))
+	must(t, os.Symlink(dirName("plain"), dirName("*.link")))
+	socket := dirName("socket-link") + "/tls-socket"
+	must(t, os.Rename(socket, socket+"-2"))
+	must(t, os.Symlink("tls-socket-2", socket))
+	r := elsewhere(t, "plain a.wild link a.link socket-link absent", with(forbidden, "openat2"))
+	for name, want := range map[string][3]hostdir.Problem{
+		"plain":       {0, 0, 0},
+		"a.wild":      {0, 0, 0},
+		"link":        {hostdir.MayWait, hostdir.MayWait, 0},
+		"a.link":      {hostdir.MayWait, hostdir.MayWait, 0},
+		"socket-link": {0, hostdir.MayWait, 0},
+		"absent":      {hostdir.NoDirectory, hostdir.NoDirectory, hostdir.NoDirectory},
+	} {
+		if got := r.Names[name]; [3]hostdir.Problem{got.FindNow, got.ConnectNow, got.Problem} != want {
+			t.Errorf("%s: %+v, want %v", name, got, want)
+		}
+	}
+}
+
+// Goal: in a user namespace those whom it does not know, who all look like the overflow uid, are not the administrator, be the
+// hosts directory one of theirs or not: they speak for nobody, and do not ask for the log.
+func TestUserNamespace(t *testing.T) {
+	needRoot(t)
+	for _, inside := range []bool{false, true} { // whether the namespace knows the owner of the hosts directory
+		for _, forbid := range []string{"", "unshare"} {
+			t.Run(fmt.Sprintf("known %t, without %q", inside, forbid), func(t *testing.T) {
+				const owner, stranger = 1000, 2000
+				chdir(t)
+				who := stranger
+				if inside {
+					who = owner
+				}
+				must(t, os.Chown(".", who, who))
+				listen(t, "*", 8)
+				for name, uid := range map[string]int{"*.root": 0, "*.owner": owner, "*.stranger": stranger} {
+					listen(t, name, 8)
+					must(t, os.Lchown(dirName(name), uid, uid))
+					must(t, os.WriteFile(dirName(name)+"/log-connections", nil, 0o644))
+					must(t, os.Lchown(dirName(name)+"/log-connections", stranger, stranger))
+				}
+				must(t, os.WriteFile(dirName("*")+"/log-connections", nil, 0o644))
+				must(t, os.Lchown(dirName("*")+"/log-connections", stranger, stranger))
+				cmd := childCommand(t, "") // makes what is run, before the namespace
+				r := elsewhere(t, "a.root a.owner a.stranger", func(child *exec.Cmd) {
+					mapping := []syscall.SysProcIDMap{{ContainerID: 0, HostID: 0, Size: 1}, {ContainerID: owner, HostID: owner, Size: 1}}
+					child.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWUSER, UidMappings: mapping, GidMappings: mapping}
+					trial := exec.Command(cmd.Path)
+					trial.Env, trial.SysProcAttr = cmd.Env, child.SysProcAttr
+					if err := trial.Run(); err != nil {
+						t.Skipf("no user namespace: %v", err)
+					}
+					with(forbidden, forbid)(child)
+				})
+				if r.Unmapped == inside || r.LogAll || r.LogAllFailed || r.Paths != (forbid != "") {
+					t.Errorf("%+v", r)
+				}
+				for name, want := range map[string]string{"a.root": "*.root", "a.owner": "*.owner", "a.stranger": "*"} {
+					if name == "a.owner" && !inside {
+						want = "*"
+					}
+					if got := r.Names[name]; got.Problem != 0 || got.Entry != dirName(want) || got.Log || !got.Administrators {
+						t.Errorf("%s: %+v", name, got)
+					}
+				}
+			})
+		}
+	}
+}
+
+// onMounts has the rest of the test run where its mounts are seen by nobody else.
+func onMounts(t *testing.T) {
+	t.Helper()
+	needRoot(t)
+	runtime.LockOSThread() // for good, so that the thread ends with the test
+	err := unix.Unshare(unix.CLONE_NEWNS)
+	if err == nil {
+		err = unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
+	}
+	if err != nil {
+		t.Skipf("no mount namespace: %v", err)
+	}
+}
+
+// Goal: a file system that is mounted on an entry is followed only if there is time for it, and is believed whose it is only if
+// it is no FUSE: a tenant may mount that on his directory and have it say that it is root's.
+func TestMountOwner(t *testing.T) {
+	onMounts(t)
+	chdir(t)
+	must(t, os.Chmod(".", 0o755))
+	for _, name := range []string{"memory", "*.memory", "fuse", "*.fuse"} {
+		must(t, os.Mkdir(dirName(name), 0o755))
+		path, err := filepath.Abs(dirName(name))
+		must(t, err)
+		if strings.HasSuffix(name, "memory") {
+			if err := unix.Mount("memory", path, "tmpfs", 0, "mode=755"); err != nil {
+				t.Skipf("no tmpfs: %v", err)
+			}
+			t.Cleanup(func() { unix.Unmount(path, unix.MNT_DETACH) })
+			fd := socket(t, unix.SOCK_STREAM)
+			must(t, unix.Bind(fd, &unix.SockaddrUnix{Name: dirName(name) + "/tls-socket"}))
+			must(t, unix.Listen(fd, 100))
+		} else {
+			mountFUSE(t, path)
+		}
+	}
+	listen(t, "*", 100)
+	r := elsewhere(t, "memory a.memory fuse a.fuse", nil)
+	p := elsewhere(t, "memory a.memory fuse a.fuse", with(forbidden, "unshare"))
+	const nobody = 65534
+	for name, want := range map[string]found{
+		"memory":   {FindNow: hostdir.MayWait, ConnectNow: hostdir.MayWait, Entry: "memory", Administrators: true},
+		"a.memory": {FindNow: hostdir.MayWait, ConnectNow: hostdir.MayWait, Entry: "*.memory", Administrators: true},
+		"fuse":     {FindNow: hostdir.MayWait, ConnectNow: hostdir.MayWait, Entry: "fuse", Owner: nobody, Problem: hostdir.NoSocket},
+		"a.fuse":   {FindNow: hostdir.MayWait, ConnectNow: hostdir.MayWait, Entry: "*", Administrators: true},
+	} {
+		want.Entry = dirName(want.Entry)
+		check := func(how string, got found) {
+			got.OOBInline, got.Foreign = 0, false
+			if got != want {
+				t.Errorf("%s%s: %+v, want %+v", name, how, got, want)
+			}
+		}
+		check("", r.Names[name])
+		want.FindNow = 0
+		check(", with paths", p.Names[name])
+	}
+}
+
+// mountFUSE mounts a file system that says that it is root's, and that there is nothing in it.
+func mountFUSE(t *testing.T, path string) {
+	t.Helper()
+	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if err != nil {
+		t.Skipf("/dev/fuse: %v", err)
+	}
+	options := fmt.Sprintf("fd=%d,rootmode=40755,user_id=%d,group_id=0,allow_other", fd, tenant)
+	if err := unix.Mount("fuse", path, "fuse", unix.MS_NOSUID|unix.MS_NODEV, options); err != nil {
+		unix.Close(fd)
+		t.Skipf("mount of a file system in user space: %v", err)
+	}
+	dev := os.NewFile(uintptr(fd), "/dev/fuse")
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		// See linux/fuse.h: what is asked begins with length, number of the operation, and number of the request; the
+		// answer with length, error and that number.
+		request := make([]byte, 128<<10)
+		for {
+			n, err := dev.Read(request)
+			if err != nil {
+				return
+			}
+			var body []byte
+			errno := unix.Errno(0)
+			switch operation := binary.NativeEndian.Uint32(request[4:]); operation {
+			case 1: // FUSE_LOOKUP
+				errno = unix.ENOENT
+			case 3: // FUSE_GETATTR: the mode of a directory, and zeros
+				body = make([]byte, 104)
+				binary.NativeEndian.PutUint64(body[16:], 1)
+				binary.NativeEndian.PutUint32(body[16+60:], unix.S_IFDIR|0o755)
+				binary.NativeEndian.PutUint32(body[16+64:], 1)
+			case 17: // FUSE_STATFS
+				body = make([]byte, 80)
+			case 26: // FUSE_INIT: the version, and zeros
+				body = make([]byte, 64)
+				binary.NativeEndian.PutUint32(body, 7)
+				binary.NativeEndian.PutUint32(body[4:], 31)
+				binary.NativeEndian.PutUint32(body[20:], 4096)
+			case 2, 36, 42: // FUSE_FORGET, FUSE_INTERRUPT, FUSE_BATCH_FORGET want no answer
+				continue
+			default:
+				errno = unix.ENOSYS
+			}
+			var answer bytes.Buffer
+			binary.Write(&answer, binary.NativeEndian, uint32(16+len(body)))
+			binary.Write(&answer, binary.NativeEndian, -int32(errno))
+			answer.Write(request[8:16])
+			answer.Write(body)
+			if n >= 40 {
+				dev.Write(answer.Bytes())
+			}
+		}
+	}()
+	t.Cleanup(func() {
+		dev.Close()
+		<-done
+		unix.Unmount(path, unix.MNT_DETACH|unix.MNT_FORCE)
+	})
+}

@@ -1,0 +1,356 @@
+package hostdir_test
+
+import (
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir"
+)
+
+// tenant is a user who is not the administrator.
+const tenant = 65532
+
+func needRoot(t *testing.T) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("only root can give files away")
+	}
+}
+
+// Goal: a general entry that is neither a directory nor a symlink does not count, whoever owns it: it is passed over
+// as if it were not there, and the Hosts name it. The entry of a host itself cannot serve then.
+func TestFindOdd(t *testing.T) {
+	eachWay(t, func(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {
+		h := open(t)
+		all := sites(t, "*")
+		file := func(path string) error { return os.WriteFile(path, nil, 0o644) }
+		fifo := func(path string) error { return unix.Mkfifo(path, 0o644) }
+		socket := func(path string) error {
+			return unix.Bind(socket(t, unix.SOCK_STREAM), &unix.SockaddrUnix{Name: path})
+		}
+		for what, put := range map[string]func(string) error{"file": file, "fifo": fifo, "socket": socket} {
+			must(t, put(dirName("*.example")))
+			must(t, put(dirName("own.example")))
+			b, err := dial("a.example")
+			if err == nil {
+				unix.Close(b.FD)
+			}
+			if got := reached(t, all); got != "*" {
+				t.Errorf("%s: reached %q, %v", what, got, err)
+			}
+			if e, over, err := h.Find([]byte("a.example")); string(e.Name) != dirName("*") || !slices.Equal(over, []string{dirName("*.example")}) || err != nil {
+				t.Errorf("%s: %q, passed over %q, %v", what, e.Name, over, err)
+			}
+			if _, err := dial("own.example"); problem(err) != hostdir.NoDirectory {
+				t.Errorf("%s: %v", what, err)
+			}
+			if e, _, err := h.Find([]byte("own.example")); string(e.Name) != dirName("own.example") || problem(err) != hostdir.NoDirectory {
+				t.Errorf("%s: %q, %v", what, e.Name, err)
+			}
+			must(t, os.Remove(dirName("*.example")))
+			must(t, os.Remove(dirName("own.example")))
+		}
+		must(t, os.RemoveAll(dirName("*")))
+		must(t, file(dirName("*")))
+		_, err := dial("a.example")
+		if e, _ := err.(*hostdir.Error); e == nil || e.Problem != hostdir.NoDirectory || e.Ignored {
+			t.Errorf("a file for all: %#v", err)
+		}
+	})
+}
+
+// Goal: the overflow uid is never the administrator, not even as the owner of the hosts directory: neither its wildcards
+// nor its log markers count. Root's do.
+func TestOverflow(t *testing.T) {
+	needRoot(t)
+	eachWay(t, func(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {
+		const nobody = 65534
+		must(t, os.Chown(".", nobody, nobody))
+		h := open(t)
+		if !h.Unmapped() || h.Administrator(nobody) || !h.Administrator(0) || h.Administrator(tenant) {
+			t.Errorf("unmapped %t, administrator: nobody %t, root %t, tenant %t", h.Unmapped(), h.Administrator(nobody), h.Administrator(0), h.Administrator(tenant))
+		}
+		all := sites(t, "*.theirs.example", "*.ours.example", "host.example", "*")
+		for _, entry := range []string{"*.theirs.example", "*.ours.example", "host.example"} {
+			must(t, os.WriteFile(dirName(entry)+"/log-connections", nil, 0o644))
+			must(t, os.Lchown(dirName(entry)+"/log-connections", nobody, nobody))
+		}
+		must(t, os.Lchown(dirName("*.theirs.example"), nobody, nobody))
+		must(t, os.Lchown(dirName("host.example"), nobody, nobody))
+		for name, want := range map[string]string{
+			"a.theirs.example": "*", "a.ours.example": "*.ours.example", "host.example": "host.example",
+		} {
+			b, err := dial(name)
+			if err == nil {
+				unix.Close(b.FD)
+			}
+			if got := reached(t, all); got != want || b.Log {
+				t.Errorf("%s: reached %q, %+v, %v", name, got, b, err)
+			}
+			if e, _, err := h.Find([]byte(name)); err != nil || e.Administrators != (want == "*" || want == "*.ours.example") {
+				t.Errorf("%s: %+v, %v", name, e, err)
+			}
+		}
+		must(t, os.WriteFile(dirName("*")+"/log-connections", nil, 0o644))
+		logAll(t, h, true)
+		must(t, os.Lchown(dirName("*")+"/log-connections", nobody, nobody))
+		logAll(t, h, false)
+		must(t, os.Lchown(dirName("*")+"/log-connections", 0, 0))
+		must(t, os.Lchown(dirName("*"), nobody, nobody))
+		logAll(t, h, false)
+	})
+}
+
+func logAll(t *testing.T, h *hostdir.Hosts, want bool) {
+	t.Helper()
+	if got, err := h.LogAll(); got != want || err != nil {
+		t.Errorf("all are logged: %t, %v; want %t", got, err, want)
+	}
+}
+
+// Goal: all connections are logged if there is a marker in the directory *, and both are the administrator's, wherever
+// that leads. What cannot be found out is an error. No descriptor is needed.
+func TestLogAll(t *testing.T) {
+	chdir(t)
+	h := open(t)
+	logAll(t, h, false)
+	star, marker := dirName("*"), dirName("*")+"/log-connections"
+	must(t, os.WriteFile(star, nil, 0o644))
+	logAll(t, h, false)
+	must(t, os.Remove(star))
+	must(t, os.Mkdir(star, 0o755))
+	logAll(t, h, false)
+	must(t, os.Symlink("nowhere", marker))
+	logAll(t, h, true)
+	if r := elsewhere(t, "", with(noRoom, "1")); !r.LogAll {
+		t.Errorf("without a descriptor: %+v", r)
+	}
+	must(t, os.Rename(star, "target"))
+	must(t, os.Symlink("target", star))
+	logAll(t, h, true)
+	if os.Geteuid() == 0 {
+		must(t, os.Chown(".", 65533, 65533))
+		for path, counts := range map[string]bool{star: true, marker: true, "target": false} {
+			for uid, want := range map[int]bool{0: true, 65533: true, tenant: !counts} {
+				must(t, os.Lchown(path, uid, uid))
+				logAll(t, h, want)
+			}
+			must(t, os.Lchown(path, 0, 0))
+		}
+		must(t, os.Chown(".", 0, 0))
+	}
+	must(t, os.Remove(star))
+	must(t, os.Symlink("nowhere", star))
+	logAll(t, h, false)
+	must(t, os.Remove(star))
+	must(t, os.Symlink(star, star))
+	if got, err := h.LogAll(); got || err == nil {
+		t.Errorf("in a circle: %t, %v", got, err)
+	}
+}
+
+// Goal: it is known whose an entry is, a symlink's own owner as well, and whether what it leads to is somebody else's,
+// as far as that can be told.
+func TestFindOwner(t *testing.T) {
+	needRoot(t)
+	for _, w := range ways(t) {
+		t.Run(w.name, func(t *testing.T) {
+			const owner = 65533
+			chdir(t)
+			must(t, os.Chown(".", owner, owner))
+			h := open(t)
+			if w.paths {
+				h.UsePaths()
+			}
+			give := func(name string, uid int) {
+				t.Helper()
+				must(t, os.Lchown(dirName(name), uid, uid))
+			}
+			for name, uid := range map[string]int{"root": 0, "owner": owner, "tenant": tenant, "*.wild": owner} {
+				listen(t, name, 8)
+				give(name, uid)
+			}
+			for name, to := range map[string]string{"root-to-tenant": "tenant", "tenant-to-root": "root", "*.link": "tenant", "dangling": "nowhere"} {
+				must(t, os.Symlink(dirName(to), dirName(name)))
+			}
+			must(t, os.Symlink("nowhere", dirName("*.theirs")))
+			give("*.theirs", tenant)
+			give("tenant-to-root", tenant)
+			give("dangling", tenant)
+			letClockTick(t)
+
+			withDialer(t, h, func(d *hostdir.Dialer) {
+				for range 2 {
+					for name, want := range map[string]struct {
+						entry   string
+						owner   uint32
+						admin   bool
+						foreign bool
+						problem hostdir.Problem
+					}{
+						"root":           {"root", 0, true, false, 0},
+						"owner":          {"owner", owner, true, false, 0},
+						"tenant":         {"tenant", tenant, false, true, 0},
+						"a.wild":         {"*.wild", owner, true, false, 0},
+						"root-to-tenant": {"root-to-tenant", 0, true, true, 0},
+						"tenant-to-root": {"tenant-to-root", tenant, false, false, 0},
+						"a.link":         {"*.link", 0, true, true, 0},
+						"dangling":       {"dangling", tenant, false, true, hostdir.NoDirectory},
+						"a.theirs":       {"", 0, false, false, hostdir.NoDirectory},
+						"absent":         {"", 0, false, false, hostdir.NoDirectory},
+					} {
+						check := func(wait bool) {
+							e, err := d.Find([]byte(name), wait)
+							if err == nil && wait {
+								var b hostdir.Backend
+								if b, err = d.Connect(wait); err == nil {
+									unix.Close(b.FD)
+								}
+							}
+							entry := ""
+							if want.entry != "" {
+								entry = dirName(want.entry)
+							}
+							// With no time it need not be known where a symlink leads.
+							if string(e.Name) != entry || e.Owner != want.owner || e.Administrators != want.admin ||
+								e.Foreign != want.foreign && (wait || !e.Foreign) || problem(err) != want.problem && (wait || want.entry == "") {
+								t.Errorf("%s, wait %t: %q %+v, %v; want %+v", name, wait, e.Name, e, err, want)
+							}
+						}
+						check(false)
+						check(true)
+					}
+				}
+				d.Leave()
+			})
+		})
+	}
+}
+
+// letClockTick waits until nothing that is there was changed a moment ago.
+func letClockTick(t *testing.T) {
+	t.Helper()
+	h := open(t)
+	h.UsePaths()
+	must(t, os.Symlink(".", ".clock"))
+	withDialer(t, h, func(d *hostdir.Dialer) {
+		for {
+			if _, err := d.FindEntry([]byte(".clock"), true); problem(err) != hostdir.Exchanged {
+				break
+			}
+			runtime.Gosched()
+		}
+	})
+	must(t, os.Remove(".clock"))
+}
+
+// Goal: working with paths, a directory that is exchanged between finding it and connecting is told, and so is a symlink that
+// was made a moment ago, as nobody can tell whether it is exchanged again. Otherwise what was found
+// is connected to, with its own markers. Nothing is tried twice.
+func TestExchanged(t *testing.T) {
+	for _, w := range ways(t) {
+		t.Run(w.name, func(t *testing.T) {
+			chdir(t)
+			h := open(t)
+			if w.paths {
+				h.UsePaths()
+			}
+			all := sites(t, "a", "b")
+			must(t, os.WriteFile(dirName("a")+"/send-proxy-v1", nil, 0o644))
+			wait := w.name != "now"
+			root, err := os.Getwd() // the Dialer's thread is elsewhere
+			must(t, err)
+			at := func(entry string) string { return filepath.Join(root, entry) }
+			withDialer(t, h, func(d *hostdir.Dialer) {
+				_, err := d.Find([]byte("a"), wait)
+				must(t, err)
+				must(t, os.Rename(at(dirName("a")), at("away")))
+				must(t, os.Rename(at(dirName("b")), at(dirName("a"))))
+				b, err := d.Connect(wait)
+				if err == nil {
+					unix.Close(b.FD)
+				}
+				got := reached(t, all)
+				if w.paths && problem(err) != hostdir.Exchanged || !w.paths && (err != nil || got != "a" || b.Proxy != 1) {
+					t.Errorf("exchanged: reached %q, %+v, %v", got, b, err)
+				}
+				if !w.paths {
+					return
+				}
+				for range 1000 { // the moment may have passed
+					must(t, os.Symlink("away", dirName("link")))
+					_, err := d.Find([]byte("link"), true)
+					if problem(err) == hostdir.Exchanged {
+						return
+					}
+					must(t, os.Remove(dirName("link")))
+				}
+				t.Error("a new symlink is never told of")
+			})
+		})
+	}
+}
+
+// Goal: working with paths, nothing is done without time for it but to tell which entry it is.
+func TestPathsWithoutTime(t *testing.T) {
+	chdir(t)
+	h := open(t)
+	h.UsePaths()
+	all := sites(t, "a", "*")
+	withDialer(t, h, func(d *hostdir.Dialer) {
+		for name, entry := range map[string]string{"a": "a", "b": "*"} {
+			e, err := d.Find([]byte(name), false)
+			if string(e.Name) != dirName(entry) || e.Owner != uint32(os.Geteuid()) || !e.Administrators || e.Foreign || err != nil {
+				t.Errorf("%s: %q %+v, %v", name, e.Name, e, err)
+			}
+			if b, err := d.Connect(false); problem(err) != hostdir.MayWait || b.FD != -1 {
+				t.Errorf("%s: %+v, %v", name, b, err)
+			}
+		}
+	})
+	if got := reached(t, all); got != "" {
+		t.Errorf("reached %q", got)
+	}
+}
+
+// Goal: nothing that a backend sends over a deaf connection is taken, nor what it passes; it is told.
+func TestDeaf(t *testing.T) {
+	for _, w := range ways(t) {
+		t.Run(w.name, func(t *testing.T) {
+			chdir(t)
+			h := open(t)
+			if w.paths {
+				h.UsePaths()
+			}
+			backend := listen(t, "a", 8)
+			withDialer(t, h, func(d *hostdir.Dialer) {
+				d.Deaf = true
+				b, err := w.dial(d, "a")
+				must(t, err)
+				defer unix.Close(b.FD)
+				peer, _, err := unix.Accept(backend)
+				must(t, err)
+				defer unix.Close(peer)
+				err = unix.Sendmsg(peer, []byte("x"), unix.UnixRights(0), nil, unix.MSG_NOSIGNAL)
+				if err == nil && runtime.GOOS == "linux" || err != nil && err != unix.EPIPE && err != unix.EPERM {
+					t.Errorf("a message with a descriptor: %v", err)
+				}
+				if err := unix.Sendto(peer, []byte("x"), unix.MSG_NOSIGNAL, nil); err != unix.EPIPE && runtime.GOOS == "linux" {
+					t.Errorf("a message: %v", err)
+				}
+				// The other way is open.
+				_, err = unix.Write(b.FD, []byte("hello"))
+				must(t, err)
+				var got [5]byte
+				if n, err := unix.Read(peer, got[:]); n != 5 || err != nil {
+					t.Errorf("the backend got %d bytes, %v", n, err)
+				}
+			})
+		})
+	}
+}
