@@ -49,14 +49,14 @@ func (h *Hosts) RefusesDescriptors() bool { return h.refuses }
 // shows all users that it does not know. Then only entries of root's can speak for others.
 func (h *Hosts) Unmapped() bool {
 	owner, err := h.owner()
-	return err == nil && h.isOverflow(owner)
+	return err == nil && h.Overflow(owner)
 }
 
 // Administrator tells whether a user is root or the owner of the hosts directory, which is asked for
 // anew each time. The overflow uid never is.
 func (h *Hosts) Administrator(uid uint32) bool {
-	if uid == 0 || h.isOverflow(uid) {
-		return !h.isOverflow(uid)
+	if uid == 0 || h.Overflow(uid) {
+		return !h.Overflow(uid)
 	}
 	owner, err := h.owner()
 	return err == nil && uid == owner
@@ -65,10 +65,11 @@ func (h *Hosts) Administrator(uid uint32) bool {
 // seems is like Administrator, but goes by the owner that the hosts directory had when it was last
 // asked for. It decides nothing that a tenant must not.
 func (h *Hosts) seems(uid uint32) bool {
-	return !h.isOverflow(uid) && (uid == 0 || uid == h.lastOwner.Load())
+	return !h.Overflow(uid) && (uid == 0 || uid == h.lastOwner.Load())
 }
 
-func (h *Hosts) isOverflow(uid uint32) bool { return uid == nobody || uid == h.overflow }
+// Overflow tells whether a user is the overflow uid, as which a user namespace shows all users that it does not know.
+func (h *Hosts) Overflow(uid uint32) bool { return uid == nobody || uid == h.overflow }
 
 // owner returns the owner of the hosts directory.
 func (h *Hosts) owner() (uint32, error) {
