@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 	"unicode"
 
 	"golang.org/x/sys/unix"
@@ -16,8 +17,8 @@ import (
 )
 
 // explain returns what the look-up has failed with, in the words of sniproxy, then why, and what to do. Entry is the one
-// that decided, "" if there is none; ignored are those that did not count.
-func explain(entry string, ignored []string, err error) string {
+// that decided, "" if there is none; passedOver are those that did not count, and limit is how long it was waited for.
+func explain(hosts *hostdir.Hosts, entry string, passedOver []string, limit time.Duration, err error) string {
 	var e *hostdir.Error
 	if !errors.As(err, &e) {
 		return err.Error()
@@ -29,12 +30,16 @@ func explain(entry string, ignored []string, err error) string {
 		switch {
 		case entry != "":
 			why = lost(entry)
-		case len(ignored) > 0:
-			for i, wildcard := range ignored {
+		case len(passedOver) > 0:
+			for i, wildcard := range passedOver {
 				if i > 0 {
 					why += "; "
 				}
-				why += chown(wildcard)
+				if what := odd(wildcard); what != "" {
+					why += "a wildcard must be a directory or a symlink, and " + show(wildcard) + " is " + what
+				} else {
+					why += chown(hosts, wildcard)
+				}
 			}
 		default:
 			why = "make one, in which the backend listens on tls-socket"
@@ -59,7 +64,7 @@ func explain(entry string, ignored []string, err error) string {
 			why = fmt.Sprintf("it has %d bytes, and %d is the most", len(socket), n)
 		}
 	case hostdir.BacklogFull:
-		why = "the backend has accepted nobody for ten seconds"
+		why = "the backend has accepted nobody " + limitWords(limit)
 	case hostdir.Exchanged:
 		why = "the entry, or what it leads to, is replaced again and again, so that nobody can tell whose socket and markers belong together"
 	case hostdir.NoRoom:
@@ -69,6 +74,17 @@ func explain(entry string, ignored []string, err error) string {
 		return err.Error()
 	}
 	return err.Error() + ": " + why
+}
+
+// unwaited says what the look-up has failed with that was not waited for.
+func unwaited(err error) string {
+	switch {
+	case isProblem(err, hostdir.BacklogFull):
+		return err.Error() + ": the backend has accepted nobody " + limitWords(0)
+	case isProblem(err, hostdir.MayWait):
+		return "the look-up may wait for a file system, and is not made, as many others have kept this waiting"
+	}
+	return err.Error()
 }
 
 // lost says why there is nothing at the end of a path, or not what should be there.
@@ -128,15 +144,15 @@ func needs(bit uint32, path string) string {
 }
 
 // chown says that an entry, or a marker, is not the administrator's.
-func chown(path string) string {
-	var st, hosts unix.Stat_t
-	if unix.Lstat(path, &st) != nil || unix.Stat(".", &hosts) != nil {
+func chown(hosts *hostdir.Hosts, path string) string {
+	var st, dir unix.Stat_t
+	if unix.Lstat(path, &st) != nil || unix.Stat(".", &dir) != nil {
 		return "it cannot be told whose it is"
 	}
-	if hosts.Uid == 0 {
+	if dir.Uid == 0 || hosts.Overflow(dir.Uid) {
 		return fmt.Sprintf("it is that of uid %d, chown -h it to root", st.Uid)
 	}
-	return fmt.Sprintf("it is that of uid %d, chown -h it to root or to uid %d, who has the hosts directory", st.Uid, hosts.Uid)
+	return fmt.Sprintf("it is that of uid %d, chown -h it to root or to uid %d, who has the hosts directory", st.Uid, dir.Uid)
 }
 
 // walk goes along a path as the system does, and returns where it cannot go on, and why. Without an error it returns
@@ -217,6 +233,10 @@ func kind(path string) string {
 	if err != nil {
 		return err.Error()
 	}
+	return kindOf(info)
+}
+
+func kindOf(info fs.FileInfo) string {
 	switch mode := info.Mode(); {
 	case mode.IsRegular():
 		return "a regular file"

@@ -9,12 +9,17 @@
 //
 // In a build with the tag hashed, entries are hashes, and have no other name; a NAME is looked for by its hash.
 //
-// It makes the look-up that sniproxy makes, in the way of the engine that it was built for, and so it connects to each
-// backend, sends nothing, and closes the connection. A backend may log that as a failed handshake. Whether a host can be
+// It makes the look-up that sniproxy makes, and so it connects to each backend, sends nothing, takes nothing that the
+// backend sends, and closes the connection. A backend may log that as a failed handshake. Whether a host can be
 // served is what that look-up has come to; why it cannot is looked for after it.
 //
-// The exit status is 0 if every host can be served, 1 if one cannot, or if the hosts directory cannot be read or the
-// output not be written, and 2 for wrong usage.
+// No directory can keep it for long, nor make it take much memory. It looks at 100,000 entries at most, and has 2,000
+// lines at most for those that are no hosts. A look-up is waited for as long as sniproxy waits, ten seconds. But if
+// eight hosts with the same owner took that long, or 128 in all, others get a second; after 64, or 256 in all, they are
+// tried once, and not looked up where that may wait. What was left out is said on standard error.
+//
+// The exit status is 0 if every host can be served, 1 if one cannot, or if something was left out, or if the hosts
+// directory cannot be read or the output not be written, and 2 for wrong usage.
 package main
 
 import (
@@ -23,6 +28,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -53,6 +59,8 @@ of sniproxy does.
 // not answer takes ten seconds, as does a backend whose backlog is full.
 const atOnce = 32
 
+const onLinux = runtime.GOOS == "linux"
+
 func main() {
 	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
 }
@@ -76,37 +84,72 @@ func run(args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stderr, "sniproxy-check: cannot enter the hosts directory %s\n", trouble(dir, err))
 		return 1
 	}
-	var hosts []host
-	for _, name := range names {
-		hosts = append(hosts, named(name))
+	complain := func(format string, args ...any) {
+		fmt.Fprintf(stderr, "sniproxy-check: "+format+"\n", args...)
 	}
-	if len(names) == 0 {
-		entries, err := os.ReadDir(".")
-		if err != nil {
-			fmt.Fprintf(stderr, "sniproxy-check: cannot list the hosts directory %s; sniproxy need not do that: with NAMEs it can be checked all the same\n", trouble(dir, err))
-			return 1
+	hosts, err := hostdir.Open()
+	if err != nil {
+		text := err.Error()
+		if errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) {
+			text += ": raise the limit (ulimit -n)"
 		}
-		for _, e := range entries {
-			if !strings.HasPrefix(e.Name(), ".") {
-				hosts = append(hosts, listed(e.Name()))
-			}
-		}
-		if len(hosts) == 0 {
-			fmt.Fprintf(stderr, "sniproxy-check: there are no hosts in %s\n", show(dir))
-		}
+		complain("cannot open the hosts directory %s: %s", show(dir), text)
+		return 1
+	}
+	for _, line := range remarks(hosts) {
+		complain("%s", line)
 	}
 	status := 0
-	for coming := range verdicts(hosts) {
+	make := named
+	if len(names) == 0 {
+		all, err := list()
+		if err != nil {
+			complain("cannot list the hosts directory %s; sniproxy need not do that: with NAMEs it can be checked all the same", trouble(dir, err))
+			return 1
+		}
+		if names, make = all.entries, listed; len(names) == 0 && all.cut == "" {
+			complain("there are no hosts in %s", show(dir))
+		}
+		if all.omitted > 0 {
+			complain("%d more entries are no hosts, and have no line", all.omitted)
+			status = 1
+		}
+		if all.cut != "" {
+			complain("the hosts directory %s: only %d of them are checked", all.cut, len(names))
+			status = 1
+		}
+	}
+	c := &checker{hosts: hosts}
+	c.logAll, err = askLogAll(hosts)
+	if err != nil {
+		complain("cannot find out whether all connections are logged: %v", err)
+	}
+	for coming := range c.verdicts(len(names), func(i int) host { return make(names[i]) }) {
 		v := <-coming
 		if !v.ok {
 			status = 1
 		}
 		if _, err := fmt.Fprintln(stdout, v.line); err != nil {
-			fmt.Fprintf(stderr, "sniproxy-check: %v\n", err)
+			complain("%v", err)
 			return 1
 		}
 	}
 	return status
+}
+
+// askLogAll asks whether the connections of all hosts are logged, which may wait for a file system.
+func askLogAll(hosts *hostdir.Hosts) (all bool, err error) {
+	done := make(chan struct{})
+	go func() {
+		all, err = hosts.LogAll()
+		close(done)
+	}()
+	select {
+	case <-done:
+		return all, err
+	case <-time.After(lookupLimit):
+		return false, errors.New("what * leads to does not answer")
+	}
 }
 
 // trouble says what is the matter with a hosts directory that cannot be used.
@@ -137,6 +180,8 @@ type host struct {
 	name  []byte // the canonical name, or a wildcard; nil if only the entry is known
 	entry []byte // the entry of that name
 	wrong string // why no client ever gets there
+
+	listed bool // it is an entry of the hosts directory, not a name that was asked for
 }
 
 // named returns the host that the user calls s.
@@ -154,7 +199,7 @@ func named(s string) host {
 
 // listed returns the host that an entry of the hosts directory is for.
 func listed(entry string) host {
-	h := host{label: show(entry), entry: []byte(entry)}
+	h := host{label: show(entry), entry: []byte(entry), listed: true}
 	if hostdir.Hashed {
 		switch star := []byte("*"); {
 		case slices.Equal(hostdir.AppendName(nil, star), h.entry):
@@ -204,19 +249,4 @@ func canonical(s string) ([]byte, error) {
 func isHash(entry string) bool {
 	hash, err := base64.RawURLEncoding.Strict().DecodeString(entry)
 	return err == nil && len(hash) == 32
-}
-
-// verdicts looks the hosts up, some at a time, and sends for each, in their order, a channel that will have what there is
-// to say of it.
-func verdicts(hosts []host) <-chan chan verdict {
-	coming := make(chan chan verdict, atOnce)
-	go func() {
-		defer close(coming)
-		for _, h := range hosts {
-			v := make(chan verdict, 1)
-			coming <- v
-			go func() { v <- judge(h) }()
-		}
-	}()
-	return coming
 }

@@ -24,6 +24,9 @@ var workspace string
 
 func TestMain(m *testing.M) {
 	if os.Getenv("SNIPROXY_CHECK_RUN_MAIN") != "" {
+		if os.Getenv("SNIPROXY_CHECK_NO_UNSHARE") != "" {
+			forbidUnshare()
+		}
 		main()
 	}
 	os.Exit(func() int {
@@ -314,7 +317,8 @@ func TestNoRoom(t *testing.T) {
 			switch {
 			case strings.HasPrefix(out, "one.example: "+reason+": raise the limit") && trace == "":
 				said = true
-			case strings.Contains(trace, "netpollinit") && !strings.Contains(trace, "main.judge") && !said && n < 100:
+			case strings.HasPrefix(trace, "sniproxy-check: cannot open the hosts directory") && strings.HasSuffix(trace, ": raise the limit (ulimit -n)\n") && out == "" && !said:
+			case strings.Contains(trace, "netpollinit") && !strings.Contains(trace, "main.(*worker)") && !said && n < 100:
 				// It has not begun: without these descriptors Go's runtime ends every program that waits for a timer.
 			default:
 				t.Fatalf("engine %q, with %d descriptors: %q, %.100q, %v", engine, n, out, trace, err)
@@ -353,17 +357,17 @@ func TestExchanged(t *testing.T) {
 	t.Parallel()
 	exchanged := &hostdir.Error{Problem: hostdir.Exchanged}
 	times := 0
-	_, err := redial(func([]byte) (int, hostdir.Marks, error) {
+	_, err := redial(func() (hostdir.Backend, error) {
 		if times++; times < 3 {
-			return -1, hostdir.Marks{}, exchanged
+			return hostdir.Backend{FD: -1}, exchanged
 		}
-		return -1, hostdir.Marks{}, &hostdir.Error{Problem: hostdir.NobodyListens}
-	}, nil)
+		return hostdir.Backend{FD: -1}, &hostdir.Error{Problem: hostdir.NobodyListens}
+	}, lookupLimit)
 	if times != 3 || !isProblem(err, hostdir.NobodyListens) {
 		t.Errorf("after %d look-ups: %v", times, err)
 	}
-	_, err = redial(func([]byte) (int, hostdir.Marks, error) { return -1, hostdir.Marks{}, exchanged }, nil)
-	if got := explain("one.example", nil, err); !strings.HasPrefix(got, "the directory was exchanged: the entry, ") {
+	_, err = redial(func() (hostdir.Backend, error) { return hostdir.Backend{FD: -1}, exchanged }, shortLimit)
+	if got := explain(nil, "one.example", nil, shortLimit, err); !strings.HasPrefix(got, "the directory was exchanged: the entry, ") {
 		t.Errorf("it says %q", got)
 	}
 }

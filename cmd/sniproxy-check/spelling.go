@@ -2,18 +2,21 @@ package main
 
 import (
 	"fmt"
-	"os"
 	"slices"
 	"strings"
 )
+
+// remarksMost is how many remarks there are about files in a host's directory.
+const remarksMost = 10
 
 var markers = []string{"send-proxy-v1", "send-proxy-v2", "log-connections"}
 
 // misspelt remarks on what there is in a host's directory that looks like a marker and is none.
 func misspelt(dir string) (remarks []string) {
-	files, _ := os.ReadDir(dir) // sniproxy need not list it, so we need not be allowed to
-	for _, f := range files {
-		name := f.Name()
+	for _, name := range names(dir) {
+		if len(remarks) == remarksMost {
+			break
+		}
 		if slices.Contains(markers, name) {
 			continue
 		}
@@ -30,10 +33,9 @@ func misspelt(dir string) (remarks []string) {
 
 // closeTo returns the path of a file in a directory whose name is like the one that it should have, "" if there is none.
 func closeTo(dir, name string) string {
-	files, _ := os.ReadDir(dir)
-	for _, f := range files {
-		if alike(f.Name(), name) {
-			return dir + "/" + f.Name()
+	for _, other := range names(dir) {
+		if alike(other, name) {
+			return dir + "/" + other
 		}
 	}
 	return ""

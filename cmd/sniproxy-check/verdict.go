@@ -3,10 +3,12 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"runtime"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -16,9 +18,8 @@ import (
 
 // Limits that sniproxy has as well.
 const (
-	lookupLimit = 10 * time.Second      // for a backend to be connected
-	redialMin   = time.Millisecond      // first wait before a backend whose backlog is full is tried again; it doubles each time
-	redialMax   = 64 * time.Millisecond // longest such wait
+	redialMin = time.Millisecond      // first wait before a backend whose backlog is full is tried again; it doubles each time
+	redialMax = 64 * time.Millisecond // longest such wait
 )
 
 // A verdict is a line of output, and whether the host that it is about can be served.
@@ -27,67 +28,204 @@ type verdict struct {
 	ok   bool
 }
 
-// judge returns what there is to say of a host.
-func judge(h host) verdict {
-	if h.wrong != "" {
-		return verdict{line: h.label + ": " + h.wrong}
+// A checker looks hosts up.
+type checker struct {
+	hosts     *hostdir.Hosts
+	logAll    bool // log-connections in * has all connections logged
+	allowance allowance
+	dead      atomic.Bool // the hosts directory itself did not answer
+}
+
+// newDialer returns a Dialer whose connections hold nothing that backends send or pass: to close what they pass may take any
+// time.
+func (c *checker) newDialer() (*hostdir.Dialer, error) {
+	d, err := c.hosts.NewDialer()
+	if err == nil {
+		d.Deaf = true
 	}
-	said := make(chan verdict, 1)
+	return d, err
+}
+
+// verdicts looks the hosts up, some at a time, and sends for each, in their order, a channel that will have what there is
+// to say of it.
+func (c *checker) verdicts(n int, get func(int) host) <-chan chan verdict {
+	type task struct {
+		host host
+		said chan verdict
+	}
+	coming, tasks := make(chan chan verdict, atOnce), make(chan task)
+	for range min(n, atOnce) {
+		go func() {
+			var w *worker
+			for t := range tasks {
+				if w == nil {
+					w = c.newWorker()
+				}
+				v, stuck := w.judge(t.host)
+				if stuck {
+					w = nil
+				}
+				t.said <- v
+			}
+			if w != nil {
+				close(w.next)
+			}
+		}()
+	}
 	go func() {
-		runtime.LockOSThread() // for good: the thread may get a working directory of its own
-		said <- look(h)
+		defer close(coming)
+		defer close(tasks)
+		for i := range n {
+			t := task{get(i), make(chan verdict, 1)}
+			coming <- t.said
+			tasks <- t
+		}
 	}()
+	return coming
+}
+
+// A worker has a thread that makes look-ups. If it is stuck in one, it is of no use any more.
+type worker struct {
+	checker *checker
+	next    chan host
+	limit   chan time.Duration // for the one that it makes
+	said    chan verdict
+	owner   uint32 // of the entry, once there is a limit
+}
+
+func (c *checker) newWorker() *worker {
+	w := &worker{checker: c, next: make(chan host), limit: make(chan time.Duration, 1), said: make(chan verdict, 1)}
+	go func() {
+		runtime.LockOSThread() // for good: the thread gets a working directory of its own
+		d, err := c.newDialer()
+		if err == nil {
+			defer d.Close()
+		}
+		for h := range w.next {
+			if err != nil {
+				w.limit <- 0
+				w.said <- verdict{line: fmt.Sprintf("%s: %v", h.label, err)}
+				continue
+			}
+			w.said <- w.look(d, h)
+		}
+	}()
+	return w
+}
+
+// judge returns what there is to say of a host, and whether the worker is stuck.
+func (w *worker) judge(h host) (v verdict, stuck bool) {
+	if h.wrong != "" {
+		return verdict{line: h.label + ": " + h.wrong}, false
+	}
+	const hangs = "the look-up has waited for a file system until the time limit: "
+	if w.checker.dead.Load() {
+		return verdict{line: h.label + ": " + hangs + "the hosts directory does not answer"}, false
+	}
+	w.next <- h
+	limit := lookupLimit
 	select {
-	case v := <-said:
-		return v
-	case <-time.After(lookupLimit + time.Second): // to say why takes time as well
-		return verdict{line: h.label + ": the look-up has waited for a file system until the time limit: what the entry, or its socket, leads to does not answer"}
+	case limit = <-w.limit:
+	case <-time.After(lookupLimit):
+		w.checker.dead.Store(true)
+		return verdict{line: h.label + ": " + hangs + "the hosts directory does not answer"}, true
+	}
+	select {
+	case v := <-w.said:
+		return v, false
+	case <-time.After(limit + time.Second): // to say why takes time as well
+		w.checker.allowance.spent(w.owner)
+		text := "what the entry, or its socket, leads to does not answer"
+		if limit != lookupLimit {
+			text += " " + limitWords(limit)
+		}
+		return verdict{line: h.label + ": " + hangs + text}, true
 	}
 }
 
 // look looks a host up and connects to its backend.
-func look(h host) verdict {
-	entry, ignored := string(h.entry), []string(nil)
+func (w *worker) look(d *hostdir.Dialer, h host) verdict {
+	c := w.checker
+	found, passedOver := hostdir.Entry{Name: h.entry}, []string(nil)
 	if h.name != nil {
-		entry, ignored = hostdir.Deciding(h.name)
+		found, passedOver, _ = c.hosts.Find(h.name)
+	} else {
+		e, _ := d.FindEntry(h.entry, false)
+		found.Owner = e.Owner
+		d.Leave()
 	}
-	elsewhere := onAnother(entry)
-	marks, slow, err := dial(h)
+	entry := string(found.Name)
+	w.owner = found.Owner
+	limit := c.allowance.limit(w.owner)
+	w.limit <- limit
+
+	if own := string(h.entry); h.listed && slices.Contains(passedOver, own) && odd(own) != "" {
+		return verdict{h.label + ": " + discounted(c.hosts, own), true}
+	}
+	elsewhere := limit > 0 && onAnother(entry)
+	b, slow, err := dial(d, h, limit)
+	d.Leave()
+	if isWaiting(err) && limit > 0 {
+		c.allowance.spent(w.owner)
+	}
 	var remarks []string
 	remark := func(format string, args ...any) { remarks = append(remarks, fmt.Sprintf(format, args...)) }
-	if entry != "" {
-		remarks = misspelt(entry)
-	}
 	say := func(ok bool, text string) verdict {
 		return verdict{h.label + ": " + strings.Join(append([]string{text}, remarks...), "; "), ok}
 	}
+	if limit == 0 && err != nil { // to say why may take time as well
+		return say(false, unwaited(err))
+	}
+	if entry != "" {
+		remarks = misspelt(entry)
+		if c.hosts.Overflow(found.Owner) {
+			remark("it cannot be told whose it is (uid %d), and it shares its limits with all such entries", found.Owner)
+		}
+	}
 
 	if err != nil {
-		return say(false, explain(entry, ignored, err))
+		return say(false, explain(c.hosts, entry, passedOver, limit, err))
 	}
-	if slices.Contains(ignored, string(h.entry)) {
-		return say(false, fmt.Sprintf("it does not count, %s serves its clients: %s", starred(h, entry), chown(string(h.entry))))
+	if own := string(h.entry); slices.Contains(passedOver, own) && odd(own) == "" {
+		return say(false, fmt.Sprintf("it does not count, %s serves its clients: %s", starred(h, entry), chown(c.hosts, own)))
 	}
-	for _, e := range ignored {
-		remark("%s does not count: %s", starred(h, e), chown(e))
+	for _, e := range passedOver {
+		remark("%s %s", starred(h, e), discounted(c.hosts, e))
 	}
-	if _, err := os.Lstat(entry + "/log-connections"); err == nil && !marks.Log {
-		remark("log-connections does not count: %s", chown(entry+"/log-connections"))
+	if _, err := os.Lstat(entry + "/log-connections"); err == nil && !b.Log {
+		remark("log-connections does not count: %s", chown(c.hosts, entry+"/log-connections"))
 	}
 	if slow && elsewhere {
 		remark("it leads to another file system, which may keep look-ups waiting")
 	}
 	text := "ok"
-	if marks.Proxy > 0 {
-		text += fmt.Sprintf(", PROXY v%d", marks.Proxy)
+	if b.Proxy > 0 {
+		text += fmt.Sprintf(", PROXY v%d", b.Proxy)
 	}
-	if marks.Log || hostdir.LogAll() {
+	if b.Log || c.logAll {
 		text += ", logged"
 	}
 	if entry != string(h.entry) && entry != "" {
 		text += ", served by " + starred(h, entry)
 	}
 	return say(true, text)
+}
+
+// discounted says why a wildcard does not count.
+func discounted(hosts *hostdir.Hosts, entry string) string {
+	if what := odd(entry); what != "" {
+		return fmt.Sprintf("does not count: it is %s, and must be a directory or a symlink", what)
+	}
+	return "does not count: " + chown(hosts, entry)
+}
+
+// odd says what an entry is, if it is neither a directory nor a symlink.
+func odd(entry string) string {
+	info, err := os.Lstat(entry)
+	if err != nil || info.IsDir() || info.Mode()&fs.ModeSymlink != 0 {
+		return ""
+	}
+	return kindOf(info)
 }
 
 // onAnother tells whether the socket of an entry is on another file system than the hosts directory. After it the system
@@ -108,21 +246,49 @@ func starred(h host, entry string) string {
 	return entry
 }
 
-// redial connects, as sniproxy does: while the backlog of the backend is full, or the directory is exchanged, it tries
-// again. The connection is closed.
-func redial(dial func([]byte) (int, hostdir.Marks, error), what []byte) (hostdir.Marks, error) {
-	deadline := time.Now().Add(lookupLimit)
-	for wait := redialMin; ; wait = min(2*wait, redialMax) {
-		fd, marks, err := dial(what)
-		if err == nil {
-			unix.Close(fd)
+// dial looks a host up as sniproxy does, and tells whether that has a thread that has the time do it. The connection is
+// closed; as it was deaf, nothing that the backend has sent or passed goes with it.
+func dial(d *hostdir.Dialer, h host, limit time.Duration) (b hostdir.Backend, slow bool, err error) {
+	try := func(wait bool) func() (hostdir.Backend, error) {
+		return func() (b hostdir.Backend, err error) {
+			if h.name != nil {
+				_, err = d.Find(h.name, wait)
+			} else {
+				_, err = d.FindEntry(h.entry, wait)
+			}
+			if err == nil {
+				b, err = d.Connect(wait)
+			}
+			if err == nil {
+				unix.Close(b.FD)
+			}
+			return b, err
 		}
-		again := isProblem(err, hostdir.BacklogFull) || isProblem(err, hostdir.Exchanged)
-		if !again || time.Now().Add(wait).After(deadline) {
-			return marks, err
+	}
+	b, err = redial(try(false), limit)
+	if isProblem(err, hostdir.MayWait) && limit > 0 {
+		slow = true
+		b, err = redial(try(true), limit)
+	}
+	return b, slow, err
+}
+
+// redial connects, as sniproxy does: while the backlog of the backend is full, or the directory is exchanged, it tries
+// again.
+func redial(try func() (hostdir.Backend, error), limit time.Duration) (hostdir.Backend, error) {
+	deadline := time.Now().Add(limit)
+	for wait := redialMin; ; wait = min(2*wait, redialMax) {
+		b, err := try()
+		if !isWaiting(err) || time.Now().Add(wait).After(deadline) {
+			return b, err
 		}
 		time.Sleep(wait)
 	}
+}
+
+// isWaiting tells whether a host is tried again.
+func isWaiting(err error) bool {
+	return isProblem(err, hostdir.BacklogFull) || isProblem(err, hostdir.Exchanged)
 }
 
 func isProblem(err error, p hostdir.Problem) bool {

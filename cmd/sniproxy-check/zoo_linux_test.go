@@ -68,6 +68,6 @@ func (z *zoo) addFileSystems() {
 	must(t, unix.Bind(fd, &unix.SockaddrUnix{Name: dir + "/tls-socket"}))
 	must(t, os.Chmod(dir+"/tls-socket", 0o777))
 	answer(t, fd, "memory")
-	z.add(animal{name: "memory.example", make: symlink(t, dir), portable: "ok",
+	z.add(animal{name: "memory.example", make: symlink(t, dir),
 		says: "ok; it leads to another file system, which may keep look-ups waiting"})
 }

@@ -1,0 +1,127 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir"
+)
+
+// Limits on what is read of directories that tenants can write to, or that are a file system of theirs: such a
+// directory can be endless.
+const (
+	entriesMost   = 100_000          // of the hosts directory that are looked at
+	strangersMost = 2_000            // lines about those that are no hosts
+	filesMost     = 1_000            // of a host's directory that are looked at for what is misspelt
+	listLimit     = 10 * time.Second // for the hosts directory to be read
+	batch         = 1_000
+)
+
+// A listing is what the hosts directory has.
+type listing struct {
+	entries []string // those that get a line, in order
+	omitted int      // those that get none, since they are no hosts
+	cut     string   // why there may be more, "" if there are not
+}
+
+// list reads the hosts directory.
+func list() (listing, error) {
+	dir, err := os.Open(".")
+	if err != nil {
+		return listing{}, err
+	}
+	type part struct {
+		entries []fs.DirEntry
+		err     error
+	}
+	parts, enough := make(chan part), make(chan struct{})
+	defer close(enough)
+	go func() {
+		defer dir.Close()
+		for {
+			var p part
+			p.entries, p.err = dir.ReadDir(batch)
+			select {
+			case parts <- p:
+			case <-enough:
+				return
+			}
+			if len(p.entries) == 0 {
+				return
+			}
+		}
+	}()
+	var all listing
+	late := time.After(listLimit)
+	for looked, strangers := 0, 0; ; {
+		select {
+		case p := <-parts:
+			for _, e := range p.entries {
+				if looked++; looked > entriesMost {
+					all.cut = fmt.Sprintf("has more than %d entries", entriesMost)
+					return all.sorted(), nil
+				}
+				switch {
+				case strings.HasPrefix(e.Name(), "."):
+					continue
+				case !isStranger(e):
+				case strangers == strangersMost:
+					all.omitted++
+					continue
+				default:
+					strangers++
+				}
+				all.entries = append(all.entries, e.Name())
+			}
+			if len(p.entries) == 0 {
+				if p.err == io.EOF {
+					p.err = nil
+				}
+				return all.sorted(), p.err
+			}
+		case <-late:
+			all.cut = fmt.Sprintf("was not read to its end within %v", listLimit)
+			return all.sorted(), nil
+		}
+	}
+}
+
+func (l listing) sorted() listing {
+	slices.Sort(l.entries)
+	return l
+}
+
+// isStranger tells whether an entry is no host, whatever the look-up comes to.
+func isStranger(e fs.DirEntry) bool {
+	return listed(e.Name()).wrong != "" || !e.IsDir() && e.Type() != fs.ModeSymlink && e.Type() != fs.ModeIrregular
+}
+
+// remarks says what is unusual about the hosts directory, or the system, in the words of sniproxy's log.
+func remarks(h *hostdir.Hosts) (lines []string) {
+	if err := h.PathsOnly(); err != nil && onLinux {
+		lines = append(lines, fmt.Sprintf("the system forbids unshare(2), as container engines do (%v): hosts are looked up by path, away from the loops, and names that are too long for a socket address (sun_path) need hashed names", err))
+	}
+	if h.Unmapped() {
+		lines = append(lines, "the hosts directory belongs to the uid that stands for all users unknown to this user namespace: no wildcard, no directory * and no log-connections counts unless it is root's; map its owner")
+	}
+	return lines
+}
+
+// names returns the names of the first files in a host's directory. sniproxy need not list it, so we need not be allowed to.
+func names(dir string) []string {
+	d, err := os.OpenFile(dir, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil
+	}
+	defer d.Close()
+	files, _ := d.Readdirnames(filesMost)
+	slices.Sort(files)
+	return files
+}
