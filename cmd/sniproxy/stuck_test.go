@@ -448,10 +448,15 @@ func TestStuckNotBurst(t *testing.T) {
 
 // ask has n clients ask for a host, all at once, and returns what each was told, as it comes.
 func (d *daemon) ask(n int, name string) <-chan string {
+	return d.askEach(n, func(int) string { return name })
+}
+
+// askEach is ask for a host of each client's own.
+func (d *daemon) askEach(n int, name func(i int) string) <-chan string {
 	told := make(chan string, n)
-	for range n {
+	for i := range n {
 		go func() {
-			got, err := d.exchange(hello(name))
+			got, err := d.exchange(hello(name(i)))
 			switch {
 			case err != nil:
 				told <- fmt.Sprintf("%q, error %v", got, err)
