@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"unsafe"
@@ -46,9 +47,23 @@ func deniedToAll() []string {
 // denied tells whether something is forbidden to all daemons of the test run.
 func denied(what string) bool { return slices.Contains(deniedToAll(), what) }
 
+// limitThreads runs the daemon with a limit of the threads of its user (RLIMIT_NPROC), of which root
+// has none.
+func limitThreads(n int) setup {
+	return func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, fmt.Sprintf("%s=%d", threadsVariable, n)) }
+}
+
+const threadsVariable = "SNIPROXY_TEST_THREADS"
+
 func init() {
 	if os.Getenv(impersonate) == "" {
 		return
+	}
+	if n, err := strconv.ParseUint(os.Getenv(threadsVariable), 10, 64); err == nil {
+		if err := unix.Setrlimit(unix.RLIMIT_NPROC, &unix.Rlimit{Cur: n, Max: n}); err != nil {
+			fmt.Fprintln(os.Stderr, "cannot limit threads:", err)
+			os.Exit(255)
+		}
 	}
 	for _, what := range deniedToAll() {
 		if err := denyNow(what); err != nil {

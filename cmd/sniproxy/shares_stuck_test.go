@@ -1,0 +1,194 @@
+//go:build linux
+
+package main
+
+import (
+	"fmt"
+	"net"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// stuckPerTenant limits the look-ups of a tenant that wait for a file system.
+const stuckPerTenant = 16
+
+// slowHost makes a host that cannot be looked up without asking a file system, which answers.
+func (d *daemon) slowHost(t *testing.T, name string) {
+	t.Helper()
+	fs := mountUserFS(t, hostsDir(t), unix.S_IFDIR)
+	fs.add(rootNode, "x", unix.S_IFDIR|0o755, "")
+	fs.serve(0)
+	symlink(t, filepath.Join(fs.dir, "x"), d.hostDir(name))
+	serveSocket(t, filepath.Join(fs.dir, "x", "tls-socket"), greet)
+}
+
+// Goal: however many names there are below a wildcard, or hosts of one tenant, that lead into a file
+// system which never answers: no more look-ups wait for it than an entry, and a tenant, may have, so
+// a host that has to be looked up in the same way is served.
+func TestSharesStuck(t *testing.T) {
+	t.Parallel()
+	var all sync.WaitGroup
+	defer all.Wait()
+	for _, tt := range []struct {
+		what    string
+		clients int
+		stuck   int // of which so many wait
+		do      func(t *testing.T, d *daemon, fs string) (name func(i int) string)
+	}{
+		{"names below a wildcard", stuckInAll, stuckPerHost, func(t *testing.T, d *daemon, fs string) func(int) string {
+			symlink(t, filepath.Join(fs, "x"), d.hostDir("*.stuck.example"))
+			return func(i int) string { return fmt.Sprintf("a%d.stuck.example", i) }
+		}},
+		{"names below a wildcard that leads to a tenant's directory", stuckInAll, stuckPerHost, func(t *testing.T, d *daemon, fs string) func(int) string {
+			symlink(t, filepath.Join(fs, "x"), d.hostDir("stuck.example"))
+			symlink(t, hostDir("", "stuck.example"), d.hostDir("*.stuck.example"))
+			d.give("stuck.example", greedy)
+			return func(i int) string { return fmt.Sprintf("a%d.stuck.example", i) }
+		}},
+		{"all names", stuckInAll, stuckPerHost, func(t *testing.T, d *daemon, fs string) func(int) string {
+			symlink(t, filepath.Join(fs, "x"), d.hostDir("*"))
+			return func(i int) string { return fmt.Sprintf("a%d.stuck.example", i) }
+		}},
+		{"hosts of a tenant", stuckHosts * stuckPerHost, stuckPerTenant, func(t *testing.T, d *daemon, fs string) func(int) string {
+			d.leadAll(fs)
+			for i := range stuckHosts {
+				d.give(fmt.Sprintf("stuck%d.example", i), greedy)
+			}
+			return func(i int) string { return fmt.Sprintf("stuck%d.example", i%stuckHosts) }
+		}},
+		{"sockets of a tenant", stuckHosts * stuckPerHost, stuckPerTenant, func(t *testing.T, d *daemon, fs string) func(int) string {
+			for i := range stuckHosts {
+				name := fmt.Sprintf("stuck%d.example", i)
+				symlink(t, filepath.Join(fs, "x"), d.hostPath(name, "tls-socket"))
+				d.give(name, greedy)
+			}
+			return func(i int) string { return fmt.Sprintf("stuck%d.example", i%stuckHosts) }
+		}},
+	} {
+		run := func(t *testing.T) {
+			needRoot(t)
+			ownMounts(t)
+			d := start(t)
+			d.slowHost(t, "slow.example")
+			d.give("slow.example", modest)
+			if err := d.greeted("slow.example"); err != nil {
+				t.Fatal(err)
+			}
+			base := d.fds()
+			fs := mountUserFS(t, hostsDir(t), unix.S_IFDIR)
+			stuck := d.askEach(tt.clients, tt.do(t, d, fs.dir))
+			stop := d.steady("slow.example")
+			defer stop()
+			expectTold(t, stuck, tt.clients-tt.stuck, "alert 80")
+			expectTold(t, stuck, tt.stuck, "alert 90")
+			stop()
+			fs.abort()
+			d.awaitFds(base)
+		}
+		all.Go(func() { t.Run(tt.what, run) })
+	}
+}
+
+// stuckTenants is how many tenants exchange their sockets for symlinks into a stuck file system: more
+// than there may be threads that are stuck.
+const stuckTenants = 100
+
+// Goal: threads that got stuck although nobody could know beforehand that they would, since tenants
+// exchange their sockets for symlinks into a stuck file system at any moment, are limited as all
+// look-ups are, however many tenants do that; others are served. Where the system limits the daemon's
+// threads it does not end for want of one.
+func TestSharesStuckThreads(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		limit int // of threads
+	}{
+		{"threads", 0},
+		{"limited threads", 30},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			needRoot(t)
+			ownMounts(t)
+			setups := []setup{ordinaryUser(t), func(cmd *exec.Cmd) {
+				// Nobody else's: the limit is of a user.
+				cmd.SysProcAttr.Credential = &syscall.Credential{Uid: 64999, Gid: 64999}
+			}}
+			if tt.limit > 0 {
+				setups = append(setups, limitThreads(tt.limit))
+			}
+			d := start(t, setups...)
+			d.serve("victim.example", greet)
+			if err := d.greeted("victim.example"); err != nil {
+				t.Fatal(err)
+			}
+			base, threads := d.fds(), d.threads()
+			fs := mountUserFS(t, hostsDir(t), unix.S_IFDIR)
+			for i := range stuckTenants {
+				name := fmt.Sprintf("t%d.example", i)
+				serveSocket(t, d.hostPath(name, "tls-socket"), greet)
+				symlink(t, filepath.Join(fs.dir, "x"), d.hostPath(name, "other"))
+				d.give(name, 100_000+i)
+			}
+			stop := func() {}
+			if anyName {
+				stop = d.steady("victim.example") // as in TestStuckManyHosts
+			}
+			defer stop()
+			most := 0
+			for i := range stuckTenants {
+				d.exchangeSockets(t, fmt.Sprintf("t%d.example", i))
+				if !d.running() {
+					t.Fatal("the daemon has ended")
+				}
+				most = max(most, d.threads())
+			}
+			stop()
+			t.Logf("the daemon had up to %d threads, and %d before", most, threads)
+			if limit := threads + stuckInAll + 16; most > limit {
+				t.Errorf("the daemon had up to %d threads, and %d before, want at most %d", most, threads, limit)
+			}
+			fs.abort()
+			d.awaitFds(base)
+			await(t, "all hosts to be served", func() bool { return d.greeted("victim.example") == nil })
+			d.signal(unix.SIGTERM)
+			d.expectExit(0)
+		})
+	}
+}
+
+// exchangeSockets exchanges the socket of a host for what is beside it, and back, while clients ask
+// for it, for about the time that it takes until a look-up is between the two.
+func (d *daemon) exchangeSockets(t *testing.T, name string) {
+	stop := keepSwapping(t, d.hostDir(name), "tls-socket", "other")
+	defer stop()
+	h := hello(name)
+	var clients sync.WaitGroup
+	defer clients.Wait()
+	over := time.After(100 * time.Millisecond)
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		for range 4 {
+			nc, err := net.DialTimeout("tcp", d.addr, time.Second)
+			if err != nil {
+				return // which the steady clients tell of
+			}
+			nc.Write(h)
+			clients.Go(func() {
+				defer nc.Close()
+				<-time.After(30 * time.Millisecond)
+			})
+		}
+		select {
+		case <-tick.C:
+		case <-over:
+			return
+		}
+	}
+}
