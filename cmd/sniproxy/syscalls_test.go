@@ -126,13 +126,8 @@ func TestSystemCalls(t *testing.T) {
 		return unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_DEFER_ACCEPT, 10)
 	})
 	log := filepath.Join(t.TempDir(), "strace")
-	d := startOn(t, l, hostsDir(t), func(cmd *exec.Cmd) {
-		// With -D the daemon, not strace, is the child. One processor makes one
-		// loop: of several, a client may wake up more than one.
-		cmd.Args = []string{strace, "-D", "-f", "-o", log, cmd.Path}
-		cmd.Path = strace
-		cmd.Env = append(cmd.Env, "GOMAXPROCS=1")
-	})
+	// One loop: of several, a client may wake up more than one.
+	d := startOn(t, l, hostsDir(t), traced(strace, log), oneLoop)
 
 	first := append(hello("short.example"), make([]byte, 16)...)
 	answer := bytes.Repeat([]byte("answer.."), 8)
@@ -177,6 +172,14 @@ func TestSystemCalls(t *testing.T) {
 		if n < least || n > most {
 			t.Errorf("%d calls of %s in %d connections, want %d to %d", n, name, conns, least, most)
 		}
+	}
+}
+
+// traced runs the daemon under strace, which writes to log. With -D the daemon, not strace, is the child.
+func traced(strace, log string, options ...string) setup {
+	return func(cmd *exec.Cmd) {
+		cmd.Args = slices.Concat([]string{strace, "-D", "-f", "-o", log}, options, []string{cmd.Path})
+		cmd.Path = strace
 	}
 }
 

@@ -1,0 +1,148 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// deafHost makes a host whose backend accepts nothing, and has no room for more connections.
+// They are those that it returns.
+func (d *daemon) deafHost(name string) (l *net.UnixListener, filling []net.Conn) {
+	d.t.Helper()
+	l = d.shortBacklog(name)
+	l.SetUnlinkOnClose(false)
+	for {
+		c, err := net.Dial("unix", l.Addr().String())
+		if err != nil {
+			return l, filling
+		}
+		d.t.Cleanup(func() { c.Close() })
+		filling = append(filling, c)
+	}
+}
+
+// Goal: clients that wait for a backend whose backlog is full cost as many tries as one, whatever the
+// names below a wildcard that they ask for; when the backend accepts again, all are served.
+func TestRedialNames(t *testing.T) {
+	t.Parallel() // it waits
+	const clients, seconds = 500, 3
+	// At most two tries in redialMax: the engines need not agree on when the time begins.
+	const most = 2 * seconds * int(time.Second/redialMax)
+	strace := need(t, "strace")
+	log := filepath.Join(t.TempDir(), "strace")
+	d := start(t, traced(strace, log, "-e", "trace=connect"), oneLoop)
+	l, filling := d.deafHost("*.deaf.example")
+	base := d.fds()
+	told := d.askEach(clients, func(i int) string { return fmt.Sprintf("n%d.deaf.example", i) })
+	tries := func() int { return countCalls(t, log)["connect"] }
+	await(t, "all clients to be accepted", func() bool { return d.fds() >= base+clients || tries() > 4*clients })
+	<-time.After(time.Second) // each may try for itself once
+	before := tries()
+	<-time.After(seconds * time.Second)
+	if n := tries() - before; n > most || before > 2*clients {
+		t.Fatalf("%d clients made %d tries, and then %d in %d s, want at most %d", clients, before, n, seconds, most)
+	} else {
+		t.Logf("%d clients made %d tries, and then %d in %d s", clients, before, n, seconds)
+	}
+	for _, c := range filling {
+		c.Close()
+	}
+	raw, err := l.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw.Control(func(fd uintptr) { err = unix.Listen(int(fd), 1024) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		for {
+			c, err := l.AcceptUnix()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				greet(c)
+			}()
+		}
+	}()
+	for range clients {
+		if got := <-told; !strings.HasPrefix(got, `"this is n`) {
+			t.Errorf("a client got %s", got)
+		}
+	}
+	d.awaitFds(base)
+}
+
+// Goal: when a backend dies for which thousands of clients wait, all are told, and a loop tries
+// for so few of them at once that others do not wait.
+func TestRedialDies(t *testing.T) {
+	if isPortable(t) {
+		t.Skip("the portable engine has no loops, and one client at a time tries")
+	}
+	t.Parallel()
+	const most = 100 // tries between two waits of a loop
+	clients := descriptorsFor(t, 2000)
+	strace := need(t, "strace")
+	log := filepath.Join(t.TempDir(), "strace")
+	d := start(t, traced(strace, log, "-e", "trace=connect,epoll_pwait"), oneLoop)
+	l, _ := d.deafHost("deaf.example")
+	base := d.fds()
+	h := hello("deaf.example")
+	var waiting []*net.TCPConn
+	for range clients {
+		waiting = append(waiting, d.crowd(1, h)...)
+	}
+	await(t, "all clients to be accepted", func() bool { return d.fds() >= base+clients })
+	before := callsAtOnce(t, log, "connect", "epoll_pwait")
+	l.Close()
+	others := make(map[int]int)
+	for _, c := range waiting {
+		got, err := io.ReadAll(c)
+		c.Close()
+		if a := alert(got); a != 112 || err != nil {
+			others[a]++
+		}
+	}
+	if len(others) > 0 {
+		t.Errorf("not all clients got alert 112, but of others so many: %v", others)
+	}
+	d.awaitFds(base)
+	after := callsAtOnce(t, log, "connect", "epoll_pwait")
+	t.Logf("up to %d tries between two waits, and %d before the backend died", after, before)
+	if after > most {
+		t.Errorf("%d tries between two waits of a loop, want at most %d", after, most)
+	}
+}
+
+// callsAtOnce returns how many calls a thread has made at most without one of another kind in between,
+// from a log of strace.
+func callsAtOnce(t *testing.T, log, call, between string) (most int) {
+	t.Helper()
+	text, err := os.ReadFile(log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	made := make(map[string]int)
+	for _, m := range callEntry.FindAllSubmatch(text, -1) {
+		thread, _, _ := bytes.Cut(m[0], []byte(" "))
+		switch string(m[1]) {
+		case call:
+			made[string(thread)]++
+			most = max(most, made[string(thread)])
+		case between:
+			made[string(thread)] = 0
+		}
+	}
+	return most
+}
