@@ -243,16 +243,24 @@ func (d *daemon) awaitFds(n int) {
 // await waits until ok returns true.
 func await(t testing.TB, what string, ok func() bool) {
 	t.Helper()
+	if !awaitFor(patience, ok) {
+		t.Fatalf("waited in vain for %s", what)
+	}
+}
+
+// awaitFor waits until ok returns true, for some time at most. It reports whether it did.
+func awaitFor(most time.Duration, ok func() bool) bool {
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
-	late := time.After(patience)
+	late := time.After(most)
 	for !ok() {
 		select {
 		case <-tick.C:
 		case <-late:
-			t.Fatalf("waited in vain for %s", what)
+			return false
 		}
 	}
+	return true
 }
 
 // lines collects what a program prints.

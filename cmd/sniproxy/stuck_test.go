@@ -681,10 +681,12 @@ type userFS struct {
 	dev    *os.File // where the kernel asks
 	served sync.WaitGroup
 
-	nodes    []node // by their numbers, which begin with 1
-	validity uint64 // for how many seconds answers may be remembered
+	nodes    []node        // by their numbers, which begin with 1
+	validity uint64        // for how many seconds answers may be remembered
+	delay    time.Duration // before it says that there is no such file
+	lazy     bool          // the kernel keeps what is written until the last who has the file closes it
 
-	holding atomic.Bool
+	holding atomic.Uint64 // operations that are not answered, as bits
 	held    chan *request // what is not answered
 }
 
@@ -751,9 +753,12 @@ func (fs *userFS) serve(validity time.Duration) {
 				return
 			default:
 				r := parseRequest(buf[:n])
-				if fs.holding.Load() && r.Opcode != opInit && r.Opcode != opInterrupt {
+				switch {
+				case fs.holding.Load()&(1<<r.Opcode) != 0:
 					fs.held <- r
-				} else {
+				case fs.delay > 0 && r.Opcode == opLookup && fs.find(r.Node, r.name()) == 0:
+					time.AfterFunc(fs.delay, func() { fs.answer(r) })
+				default:
 					fs.answer(r)
 				}
 			}
@@ -762,7 +767,10 @@ func (fs *userFS) serve(validity time.Duration) {
 }
 
 // hold keeps what is asked from now on without an answer.
-func (fs *userFS) hold() { fs.holding.Store(true) }
+func (fs *userFS) hold() { fs.holding.Store(^uint64(1<<opInit | 1<<opInterrupt)) }
+
+// holdWrites does so with what is written.
+func (fs *userFS) holdWrites() { fs.holding.Store(1 << opWrite) }
 
 // ignore stops reading what is asked.
 func (fs *userFS) ignore() {
@@ -783,13 +791,21 @@ const (
 	opLookup      = 1
 	opForget      = 2
 	opGetattr     = 3
+	opSetattr     = 4
 	opReadlink    = 5
 	opMknod       = 8
+	opOpen        = 14
+	opWrite       = 16
+	opRelease     = 18
+	opFlush       = 25
 	opInit        = 26
 	opAccess      = 34
 	opInterrupt   = 36
 	opBatchForget = 42
 )
+
+// writebackCache is FUSE_WRITEBACK_CACHE.
+const writebackCache = 1 << 16
 
 // A request is something that the kernel asks.
 type request struct {
@@ -823,6 +839,13 @@ type (
 		Mode, Links       uint32
 		UID, GID, Rdev    uint32
 		BlockSize, Flags  uint32
+	}
+	openAnswer struct { // fuse_open_out
+		Handle uint64
+		_      [2]uint32
+	}
+	writeAnswer struct { // fuse_write_out
+		Size, _ uint32
 	}
 	attrAnswer struct { // fuse_attr_out
 		Valid uint64
@@ -870,21 +893,30 @@ func (fs *userFS) answer(r *request) {
 	case opForget, opBatchForget, opInterrupt:
 		// These want no answer.
 	case opInit:
-		fs.write(r, 0, &initAnswer{Major: 7, Minor: 31, MaxWrite: 4096})
+		a := initAnswer{Major: 7, Minor: 31, MaxWrite: 4096}
+		if fs.lazy {
+			a.Flags = writebackCache
+		}
+		fs.write(r, 0, &a)
 	case opLookup:
 		if n := fs.find(r.Node, r.name()); n != 0 {
 			fs.write(r, 0, entry(n))
 		} else {
 			fs.write(r, unix.ENOENT, nil)
 		}
-	case opGetattr:
+	case opOpen:
+		fs.write(r, 0, &openAnswer{Handle: r.Node})
+	case opWrite:
+		in := r.body[16:] // fuse_write_in: the size comes behind the handle and the offset
+		fs.write(r, 0, &writeAnswer{Size: binary.NativeEndian.Uint32(in)})
+	case opGetattr, opSetattr:
 		fs.write(r, 0, &attrAnswer{Valid: fs.validity, attr: fs.attr(r.Node)})
 	case opReadlink:
 		fs.write(r, 0, []byte(fs.nodes[r.Node-1].target))
 	case opMknod:
 		mode := binary.NativeEndian.Uint32(r.body)
 		fs.write(r, 0, entry(fs.add(r.Node, r.name(), mode, "")))
-	case opAccess:
+	case opAccess, opFlush, opRelease:
 		fs.write(r, 0, nil)
 	default:
 		fs.write(r, unix.ENOSYS, nil)
