@@ -804,8 +804,11 @@ const (
 	opBatchForget = 42
 )
 
-// writebackCache is FUSE_WRITEBACK_CACHE.
-const writebackCache = 1 << 16
+// FUSE_WRITEBACK_CACHE, and FUSE_PARALLEL_DIROPS: the kernel looks up several names at once.
+const (
+	writebackCache = 1 << 16
+	parallelDirops = 1 << 18
+)
 
 // A request is something that the kernel asks.
 type request struct {
@@ -895,7 +898,10 @@ func (fs *userFS) answer(r *request) {
 	case opInit:
 		a := initAnswer{Major: 7, Minor: 31, MaxWrite: 4096}
 		if fs.lazy {
-			a.Flags = writebackCache
+			a.Flags |= writebackCache
+		}
+		if fs.delay > 0 {
+			a.Flags |= parallelDirops
 		}
 		fs.write(r, 0, &a)
 	case opLookup:

@@ -1,0 +1,300 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// inside has the daemon enter its hosts directory by itself. Starting a process in a directory that
+// this one has to answer for can take the only processor.
+func inside(cmd *exec.Cmd) {
+	cmd.Args = []string{"sh", "-c", fmt.Sprintf(`cd '%s' && exec "$0"`, cmd.Dir), cmd.Path}
+	cmd.Path, cmd.Dir = "/bin/sh", "/"
+}
+
+// Goal: while the hosts directory is on a file system that takes its time, and look-ups go on without
+// the loop that began them, every client gets to the host that it asked for.
+func TestPromiseSlowHosts(t *testing.T) {
+	t.Parallel()
+	const clients = 60
+	words := []string{"foo", "bar", "baz"}
+	ownMounts(t)
+	hosts := hostsDir(t)
+	fs := mountUserFS(t, hosts, unix.S_IFDIR)
+	fs.delay = 200 * time.Millisecond
+	elsewhere := hostsDir(t)
+	for _, word := range words {
+		serveHost(t, elsewhere, word, saying(word))
+		fs.add(rootNode, hostDir("", "*."+word+".example"), unix.S_IFLNK|0o777, hostDir(elsewhere, word))
+	}
+	fs.serve(0)
+	d := startOn(t, listen(t, "tcp4", "127.0.0.1:0"), hosts, inside)
+	// They come during the look-ups of those before, with a hello that begins like theirs.
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	var all sync.WaitGroup
+	for i := range clients {
+		all.Go(func() {
+			word := words[i*7%5%len(words)]
+			got, err := d.exchange(hello(fmt.Sprintf("c%d.%s.example", i, word)))
+			if err != nil || string(got) != word {
+				t.Errorf("a client that asked for *.%s.example got %q, error %v", word, got, err)
+			}
+		})
+		<-tick.C
+	}
+	all.Wait()
+	d.signal(syscall.SIGTERM)
+	d.expectExit(0)
+}
+
+// leadAstray makes * root's symlink to a tenant's directory, with a marker of root's in it that has the
+// connections of all hosts logged, and has one logged. Then the tenant puts a symlink into a stuck file
+// system in the place of its directory.
+func (d *daemon) leadAstray(t *testing.T) *userFS {
+	t.Helper()
+	d.serve("one.example", greet)
+	d.give("one.example", greedy)
+	writeMarker(t, d.hostPath("one.example", "log-connections"))
+	symlink(t, hostDir("", "one.example"), d.hostDir("*"))
+	d.awaitLogging("victim.example", true)
+	fs := mountUserFS(t, hostsDir(t), unix.S_IFDIR)
+	if err := os.Rename(d.hostDir("one.example"), filepath.Join(d.dir, "old")); err != nil {
+		t.Fatal(err)
+	}
+	symlink(t, filepath.Join(fs.dir, "x"), d.hostDir("one.example"))
+	return fs
+}
+
+// logs tells whether the connection of a client that asks for a host served by greet is logged.
+func (d *daemon) logs(name string) bool {
+	d.t.Helper()
+	c := d.dial()
+	say(d.t, c, hello(name))
+	if got, err := io.ReadAll(c); err != nil || string(got) != "this is "+name {
+		d.t.Errorf("got %q, error %v", got, err)
+	}
+	addr := c.LocalAddr().String()
+	c.Close()
+	// What is printed after the connection has ended comes behind the line about it.
+	await(d.t, "the connection to end", func() bool { return d.counters().open == 0 })
+	d.counters()
+	return strings.Contains(d.err.String(), "served "+addr+" ")
+}
+
+// awaitLogging waits until connections are logged, or are not.
+func (d *daemon) awaitLogging(name string, want bool) {
+	d.t.Helper()
+	await(d.t, fmt.Sprintf("logging of all hosts to be %v", want), func() bool { return d.t.Failed() || d.logs(name) == want })
+}
+
+// Goal: when * leads to a tenant's directory, and that into a file system that never answers, only
+// who asks for it notices. Connections of all hosts are logged as before.
+func TestPromiseLogAllStuck(t *testing.T) {
+	t.Parallel()
+	needRoot(t)
+	for _, signals := range []int{1, 2} {
+		t.Run(fmt.Sprintf("%d signals", signals), func(t *testing.T) {
+			t.Parallel()
+			ownMounts(t)
+			d := start(t)
+			d.serve("victim.example", greet)
+			d.leadAstray(t)
+			h := hello("victim.example")
+			unknown := d.ask(1, "unknown.example")
+			for i := range 200 {
+				got, err := d.exchangeWithin(h, helloTimeout/2)
+				if err != nil || string(got) != "this is victim.example" {
+					t.Errorf("client %d of another host: got %q, error %v", i, got, err)
+					break
+				}
+			}
+			if !t.Failed() {
+				if signals == 1 {
+					expectTold(t, unknown, 1, "alert 90")
+				}
+				if n := strings.Count(d.err.String(), "served "); n < 200 {
+					t.Errorf("%d connections were logged, want 200", n)
+				}
+			}
+			begin := time.Now()
+			d.signal(syscall.SIGTERM)
+			if signals == 2 {
+				d.out.await(t, "shutting down")
+				d.signal(syscall.SIGTERM)
+			}
+			select {
+			case <-d.exited:
+			case <-time.After(drainTimeout + 2*time.Second):
+				t.Fatalf("the daemon has not ended within %v after %d signals", time.Since(begin), signals)
+			}
+			if status := d.cmd.ProcessState.ExitCode(); status != 0 {
+				t.Errorf("exit status %d", status)
+			}
+			// It is told which came first.
+			if cut := strings.Contains(d.err.String(), "cut what was still open after"); cut && signals == 2 {
+				t.Error("the second signal did not end it")
+			}
+		})
+	}
+}
+
+// Goal: that a marker in * is made, or removed, is noticed without a restart, soon, while
+// connections come.
+func TestPromiseLogAllNoticed(t *testing.T) {
+	d := start(t)
+	d.serve("a.example", greet)
+	marker := d.hostPath("*", "log-connections")
+	if d.logs("a.example") {
+		t.Error("a connection is logged that is not to be")
+	}
+	for range 2 {
+		writeMarker(t, marker)
+		d.awaitLogging("a.example", true)
+		if err := os.Remove(marker); err != nil {
+			t.Fatal(err)
+		}
+		d.awaitLogging("a.example", false)
+	}
+}
+
+// Goal: connections of all hosts are logged also while silent clients keep descriptors short.
+func TestPromiseLogAllShort(t *testing.T) {
+	d := start(t, limitFiles(64))
+	d.serve("a.example", greet)
+	l := d.host("long.example")
+	d.logAll()
+	d.awaitLogging("a.example", true)
+	base := d.fds()
+	silent := d.crowd(60, nil)
+	await(t, "the descriptors to be taken", func() bool { return d.allFds() >= 60 })
+	var clients []*net.TCPConn
+	for range 10 {
+		silent = append(silent, d.crowd(20, nil)...)
+		client, backend := d.pair(l, "long.example")
+		ping(t, client, backend)
+		clients = append(clients, client)
+		go func() {
+			io.Copy(io.Discard, backend)
+			backend.Close()
+		}()
+		silent = append(silent, d.crowd(20, nil)...)
+		<-time.After(50 * time.Millisecond) // longer than any answer may be relied upon
+	}
+	for _, c := range append(silent, clients...) {
+		c.Close()
+	}
+	d.awaitFds(base)
+	d.awaitLogging("a.example", true)
+	for i, c := range clients {
+		if !strings.Contains(d.err.String(), "served "+c.LocalAddr().String()+" ") {
+			t.Errorf("client %d is not in the log", i)
+		}
+	}
+}
+
+// Goal: in a user namespace where nobody but the daemon is known, everybody else seems to be one user,
+// who is not taken for the administrator: neither a tenant's wildcard counts nor his marker for the log.
+// A line at the start says to whom the hosts directory seems to belong.
+func TestPromiseUserNamespace(t *testing.T) {
+	needRoot(t)
+	hosts := hostsDir(t)
+	for _, name := range []string{"*.shop.example", "evil.example"} {
+		serveHost(t, hosts, name, greet)
+		writeMarker(t, hostPath(t, hosts, name, "log-connections"))
+		for _, path := range []string{hostDir(hosts, name), hostPath(t, hosts, name, "log-connections")} {
+			if err := os.Chown(path, greedy, greedy); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := os.Chmod(hosts, 0o777|os.ModeSticky); err != nil {
+		t.Fatal(err)
+	}
+	const uid = 64999
+	self := ordinaryUser(t)
+	l := listen(t, "tcp4", "127.0.0.1:0")
+	f, err := l.File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	attr := &syscall.SysProcAttr{
+		Cloneflags:  syscall.CLONE_NEWUSER,
+		UidMappings: []syscall.SysProcIDMap{{ContainerID: uid, HostID: uid, Size: 1}},
+		GidMappings: []syscall.SysProcIDMap{{ContainerID: uid, HostID: uid, Size: 1}},
+		Credential:  &syscall.Credential{Uid: uid, Gid: uid, NoSetGroups: true},
+	}
+	if err := (&exec.Cmd{Path: need(t, "true"), SysProcAttr: attr}).Run(); err != nil {
+		t.Skipf("no user namespace: %v", err)
+	}
+	d := startOn(t, l, hosts, self, func(cmd *exec.Cmd) { cmd.SysProcAttr = attr })
+	if err := d.greeted("evil.example"); err != nil {
+		t.Error(err)
+	}
+	d.expectAlert(hello("www.shop.example"), 112)
+	d.signal(syscall.SIGTERM)
+	d.expectExit(0)
+	text := d.err.String()
+	if strings.Contains(text, "served ") {
+		t.Error("a tenant's marker has connections logged")
+	}
+	first, _, _ := strings.Cut(text, "\n")
+	if !strings.Contains(first, "hosts directory") || !strings.Contains(first, "65534") {
+		t.Errorf("the first line is %q, want one that says that the hosts directory seems to belong to uid 65534", first)
+	}
+}
+
+// Goal: what a tenant can rename into the hosts directory of what root has put into its own makes no
+// wildcard: an entry that is neither a directory nor a symlink is none, whoever it belongs to, and
+// the next wildcard serves.
+func TestPromiseMovedMarker(t *testing.T) {
+	needRoot(t)
+	for what, do := range map[string]func(path string) error{
+		"marker": func(path string) error { return os.WriteFile(path, nil, 0o644) },
+		"FIFO":   func(path string) error { return unix.Mkfifo(path, 0o644) },
+		"socket": func(path string) error { return bindUnix(path, unix.SOCK_STREAM) },
+		"device": func(path string) error { return unix.Mknod(path, unix.S_IFCHR|0o644, int(unix.Mkdev(1, 3))) },
+	} {
+		t.Run(what, func(t *testing.T) {
+			d := start(t)
+			d.serve("default.example", saying("default"))
+			symlink(t, hostDir("", "default.example"), d.hostDir("*"))
+			d.serve("evil.example", greet)
+			d.give("evil.example", greedy)
+			moved := d.hostPath("evil.example", "log-connections")
+			if err := do(moved); err != nil {
+				t.Skip(err)
+			}
+			expectWord(t, d, "www.shop.example", "default")
+			if err := os.Rename(moved, d.hostDir("*.shop.example")); err != nil {
+				t.Fatal(err)
+			}
+			expectWord(t, d, "www.shop.example", "default")
+			if err := os.RemoveAll(d.hostDir("*")); err != nil {
+				t.Fatal(err)
+			}
+			d.expectAlert(hello("www.shop.example"), 112)
+			// An entry of that very name is another matter: it is there, and cannot serve.
+			symlink(t, hostDir("", "default.example"), d.hostDir("*"))
+			if err := os.Rename(d.hostDir("*.shop.example"), d.hostDir("*")+"~"); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Rename(d.hostDir("*")+"~", d.hostDir("www.shop.example")); err != nil {
+				t.Fatal(err)
+			}
+			d.expectAlert(hello("www.shop.example"), 112)
+		})
+	}
+}
