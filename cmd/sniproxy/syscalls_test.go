@@ -200,7 +200,10 @@ func countCalls(t *testing.T, log string) map[string]int {
 }
 
 // asleep tells whether all threads of the daemon wait for something.
-func (d *daemon) asleep() bool {
+func (d *daemon) asleep() bool { return d.allInState("S") }
+
+// allInState tells whether the states of all threads of the daemon are among some.
+func (d *daemon) allInState(states string) bool {
 	d.t.Helper()
 	stats, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", d.cmd.Process.Pid))
 	if err != nil || len(stats) == 0 {
@@ -209,7 +212,7 @@ func (d *daemon) asleep() bool {
 	for _, name := range stats {
 		stat, err := os.ReadFile(name)
 		// proc(5): after the name in parentheses comes the state.
-		if _, state, ok := bytes.Cut(stat, []byte(") ")); err != nil || !ok || state[0] != 'S' {
+		if _, state, ok := bytes.Cut(stat, []byte(") ")); err != nil || !ok || !strings.Contains(states, string(state[:1])) {
 			return false
 		}
 	}
