@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -37,12 +38,16 @@ var (
 // A second daemon on the same hosts directory is short of descriptors.
 func TestChaos(t *testing.T) {
 	const round, width = 512, 64
+	ch := &chaos{t: t, hosts: chaosHosts}
+	for _, prepare := range chaosActors {
+		prepare(ch)
+	}
 	// Where there are loops, those of one daemon hand relays over all the time.
 	d := start(t, func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, "SNIPROXY_TEST_SHARE=1") })
 	l := listen(t, "tcp4", "127.0.0.1:0")
 	poor := startOn(t, l, d.dir, limitFiles(48))
 	l.Close()
-	ch := &chaos{t: t, daemons: [2]*daemon{d, poor}}
+	ch.daemons = [2]*daemon{d, poor}
 	ch.makeHosts()
 	d.serve("greet.example", greet)
 
@@ -54,9 +59,14 @@ func TestChaos(t *testing.T) {
 	bases, memory := [2]int{d.fds(), poor.fds()}, [2]int{}
 	for end := time.Now().Add(*chaosTime); ; seed += round {
 		deaf := d.shortBacklog("deaf.example")
-		stop := ch.shuffleHosts()
+		stops := []func(){ch.shuffleHosts()}
+		for _, act := range ch.actors {
+			stops = append(stops, act())
+		}
 		inParallel(round, width, func(i int) { ch.converse(seed + uint64(i)) })
-		stop()
+		for _, stop := range slices.Backward(stops) {
+			stop()
+		}
 		deaf.Close()
 		for i, d := range ch.daemons {
 			d.awaitFds(bases[i])
@@ -89,8 +99,8 @@ func TestChaos(t *testing.T) {
 }
 
 // chaosLine is what the daemons may print.
-var chaosLine = regexp.MustCompile(`^sniproxy: (refused [0-9.:]+( for [a-z.]+)?: .* \(alert \d+, [a-z_]+\)|` +
-	`refused a client that is gone.*|dropped .* to make room: .*|\d+ more such lines were left out|` +
+var chaosLine = regexp.MustCompile(`^sniproxy: (refused [0-9.:]+( for [a-z0-9.]+)?: .* \(alert \d+, [a-z_]+\)|` +
+	`refused a client that is gone.*|.* to make room.*|.*passed.*descriptor.*|\d+ more such lines were left out|` +
 	`cannot accept connections for the moment: too many open files)\n$`)
 
 // chaos is what all conversations share.
@@ -100,17 +110,27 @@ type chaos struct {
 	elsewhere string       // a directory of hosts
 	running   sync.Map     // *conversation by seed, of this round
 	backends  atomic.Int64 // connections that backends deal with
+	hosts     []chaosHost
+	actors    []func() (stop func()) // what else goes on during a round
 
 	all, whole, alone int // conversations
 }
 
-// chaosHosts are the hosts, and what may become of their clients.
-var chaosHosts = []struct {
-	name string
+// chaosActors prepare what only some systems have, before the daemons are started: hosts, and actors.
+var chaosActors []func(*chaos)
+
+// A chaosHost is an entry of the hosts directory, and what may become of clients whom it serves.
+type chaosHost struct {
+	name string // of a wildcard each client makes its own
 	fate chaosFate
-}{
+}
+
+var chaosHosts = []chaosHost{
 	{"plain.example", relayed}, {"plain.example", relayed}, {"marked.example", relayed}, {"switched.example", relayed},
 	{"moved.example", relayedOrRefused}, {"absent.example", refused}, {"rude.example", dropped}, {"deaf.example", ignored},
+	{"plain.example", relayed}, {"marked.example", relayed}, {"switched.example", relayed}, {"moved.example", relayedOrRefused},
+	{"*.plain.example", relayed}, {"*.plain.example", relayed}, {"*.marked.example", relayed}, {"*.marked.example", relayed},
+	{"deaf.example", ignored}, {"dying.example", careless},
 }
 
 type chaosFate int
@@ -119,33 +139,87 @@ const (
 	relayed          chaosFate = iota
 	relayedOrRefused           // its directory comes and goes
 	refused
-	dropped // the backend closes without a word
-	ignored // the backend does not accept
+	dropped  // the backend closes without a word
+	ignored  // the backend does not accept
+	maybe    // its look-up hangs or takes time, so its clients may be refused for that
+	careless // its backend does what breaks a connection, at any moment
 )
 
 func (ch *chaos) makeHosts() {
 	dir := ch.daemons[0].dir
-	ch.serve(dir, "plain.example", false)
-	ch.serve(dir, "marked.example", true)
+	ch.serve(dir, "plain.example", "plain.example", false)
+	ch.serve(dir, "marked.example", "marked.example", true)
+	ch.serve(dir, "*.plain.example", "*.plain.example", false)
+	ch.serve(dir, "*.marked.example", "*.marked.example", true)
 	// Two directories that take turns as moved.example.
-	ch.serve(dir, "moved.example", false)
-	ch.serve(dir, "spare.example", true)
+	ch.serve(dir, "moved.example", "moved.example", false)
+	ch.serve(dir, "spare.example", "moved.example", true)
 	// Two directories that the symlink switched.example points to in turn.
 	ch.elsewhere = hostsDir(ch.t)
-	ch.serve(ch.elsewhere, "green", false)
-	ch.serve(ch.elsewhere, "blue", true)
+	ch.serve(ch.elsewhere, "green", "switched.example", false)
+	ch.serve(ch.elsewhere, "blue", "switched.example", true)
+	ch.actors = append(ch.actors, ch.die)
 	serveHost(ch.t, dir, "rude.example", func(c *net.UnixConn) { c.Read(make([]byte, rand.IntN(400))) })
 }
 
-// serve makes a host whose backend takes part in conversations.
-func (ch *chaos) serve(hosts, name string, marker bool) {
-	serveHost(ch.t, hosts, name, func(c *net.UnixConn) {
-		ch.backends.Add(1)
-		defer ch.backends.Add(-1)
-		ch.answer(c, marker)
-	})
+// serve makes a host whose backend takes part in conversations of those who ask for an entry.
+func (ch *chaos) serve(hosts, name, entry string, marker bool) {
+	serveHost(ch.t, hosts, name, ch.backend(entry, marker))
 	if marker {
 		writeMarker(ch.t, hostPath(ch.t, hosts, name, "send-proxy-v1"))
+	}
+}
+
+func (ch *chaos) backend(entry string, marker bool) func(*net.UnixConn) {
+	return func(c *net.UnixConn) {
+		ch.backends.Add(1)
+		defer ch.backends.Add(-1)
+		ch.answer(c, entry, marker)
+	}
+}
+
+// die has a backend listen and die, again and again, with clients that are served, that wait to be
+// accepted, and that there is no room for.
+func (ch *chaos) die() (stop func()) {
+	d := ch.daemons[0]
+	over := make(chan struct{})
+	var dying sync.WaitGroup
+	dying.Go(func() {
+		for {
+			path := hostPath(ch.t, d.dir, "dying.example", "tls-socket")
+			l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+			if err == nil {
+				err = os.Chmod(path, 0o777)
+			}
+			if err != nil {
+				ch.t.Error(err)
+				return
+			}
+			l.SetUnlinkOnClose(false)
+			if raw, err := l.SyscallConn(); err == nil {
+				raw.Control(func(fd uintptr) { unix.Listen(int(fd), rand.IntN(3)) })
+			}
+			l.SetDeadline(time.Now().Add(rand.N(20 * time.Millisecond)))
+			for {
+				c, err := l.AcceptUnix()
+				if err != nil {
+					break
+				}
+				time.AfterFunc(rand.N(20*time.Millisecond), func() { c.Close() })
+			}
+			l.Close()
+			select {
+			case <-over:
+				os.Remove(path)
+				return
+			case <-time.After(rand.N(20 * time.Millisecond)):
+			}
+			os.Remove(path)
+		}
+	})
+	return func() {
+		close(over)
+		dying.Wait()
 	}
 }
 
@@ -198,6 +272,7 @@ func (ch *chaos) shuffleHosts() (stop func()) {
 // What they do and say comes from the seed alone, which the client sends behind its hello.
 type conversation struct {
 	seed   uint64
+	entry  string // of the hosts directory, which must serve it
 	host   string
 	fate   chaosFate
 	poor   bool
@@ -213,13 +288,16 @@ type conversation struct {
 // answerBegin is what a backend says first. An alert begins otherwise.
 const answerBegin = "ok"
 
-func newConversation(seed uint64) *conversation {
+func (ch *chaos) newConversation(seed uint64) *conversation {
 	r := rand.New(rand.NewPCG(seed, 0))
-	host := chaosHosts[r.IntN(len(chaosHosts))]
-	v := &conversation{seed: seed, host: host.name, fate: host.fate, poor: r.IntN(4) == 0}
+	host := ch.hosts[r.IntN(len(ch.hosts))]
+	v := &conversation{seed: seed, entry: host.name, host: host.name, fate: host.fate, poor: r.IntN(4) == 0}
+	if rest, wildcard := strings.CutPrefix(host.name, "*"); wildcard {
+		v.host = strconv.FormatUint(r.Uint64()>>r.IntN(64), 36) + rest
+	}
 
 	pad := shape{}.extension(padding, pick(r, 0, 200, 2000, 16000))
-	v.begin = records(shape{name: host.name, before: pad}.message(), pick(r, 1<<14, 1<<14, 1<<14, 1+r.IntN(500)))
+	v.begin = records(shape{name: v.host, before: pad}.message(), pick(r, 1<<14, 1<<14, 1<<14, 1+r.IntN(500)))
 	if r.IntN(16) == 0 {
 		v.begin = newChaosStream(nil, seed, 2).next(make([]byte, 1+r.IntN(3000)))
 		v.begin[0] = pick(r, 22, v.begin[0])
@@ -420,7 +498,7 @@ func (p *pace) stall() {
 
 // converse is the client.
 func (ch *chaos) converse(seed uint64) {
-	v := newConversation(seed)
+	v := ch.newConversation(seed)
 	v.daemon = ch.daemons[0]
 	if v.poor {
 		v.daemon = ch.daemons[1]
@@ -440,7 +518,7 @@ func (ch *chaos) converse(seed uint64) {
 }
 
 // answer is the backend.
-func (ch *chaos) answer(c *net.UnixConn, marker bool) {
+func (ch *chaos) answer(c *net.UnixConn, entry string, marker bool) {
 	c.SetDeadline(time.Now().Add(patience))
 	header, begin, err := readBegin(c)
 	if err != nil {
@@ -453,6 +531,9 @@ func (ch *chaos) answer(c *net.UnixConn, marker bool) {
 		return
 	}
 	v, want := running.(*conversation), ""
+	if v.entry != entry {
+		ch.t.Errorf("seed %d: a client that asked for %s got to the backend of %s", seed, v.host, entry)
+	}
 	if marker {
 		want = fmt.Sprintf("PROXY TCP4 127.0.0.1 127.0.0.1 %d %d\r\n", v.addr.Port(), netip.MustParseAddrPort(v.daemon.addr).Port())
 	}
@@ -576,7 +657,8 @@ func (v *conversation) unserved(c *chaosReport) string {
 		want = int(sni.UnrecognizedName)
 	}
 	switch {
-	case c.early:
+	case c.early, v.fate == careless:
+	case v.fate == maybe && (got == int(sni.InternalError) || got == int(sni.UserCanceled)):
 	case v.poor && (c.got == 0 || got == int(sni.InternalError)):
 	case want < 0 && c.sent >= len(v.begin) && (v.fate == relayed || v.fate == relayedOrRefused):
 		return "the client was not served"

@@ -681,9 +681,10 @@ type userFS struct {
 	dev    *os.File // where the kernel asks
 	served sync.WaitGroup
 
+	mu       sync.Mutex
 	nodes    []node        // by their numbers, which begin with 1
 	validity uint64        // for how many seconds answers may be remembered
-	delay    time.Duration // before it says that there is no such file
+	delay    time.Duration // of look-ups, but for those of files that are in the root
 	lazy     bool          // the kernel keeps what is written until the last who has the file closes it
 
 	holding atomic.Uint64 // operations that are not answered, as bits
@@ -726,18 +727,28 @@ func mountUserFS(t *testing.T, dir string, kind uint32, options ...string) *user
 
 // add adds a file, and returns the number of its node.
 func (fs *userFS) add(parent uint64, name string, mode uint32, target string) uint64 {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
 	fs.nodes = append(fs.nodes, node{parent, name, mode, target})
 	return uint64(len(fs.nodes))
 }
 
 // find returns the number of the node of a file, 0 if there is none.
 func (fs *userFS) find(parent uint64, name string) uint64 {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
 	for i, n := range fs.nodes {
 		if n.parent == parent && n.name == name {
 			return uint64(i + 1)
 		}
 	}
 	return 0
+}
+
+func (fs *userFS) node(n uint64) node {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	return fs.nodes[n-1]
 }
 
 // serve answers the kernel from now on, which may remember the answers for some time.
@@ -756,7 +767,7 @@ func (fs *userFS) serve(validity time.Duration) {
 				switch {
 				case fs.holding.Load()&(1<<r.Opcode) != 0:
 					fs.held <- r
-				case fs.delay > 0 && r.Opcode == opLookup && fs.find(r.Node, r.name()) == 0:
+				case fs.delay > 0 && r.Opcode == opLookup && (r.Node != rootNode || fs.find(r.Node, r.name()) == 0):
 					time.AfterFunc(fs.delay, func() { fs.answer(r) })
 				default:
 					fs.answer(r)
@@ -918,7 +929,7 @@ func (fs *userFS) answer(r *request) {
 	case opGetattr, opSetattr:
 		fs.write(r, 0, &attrAnswer{Valid: fs.validity, attr: fs.attr(r.Node)})
 	case opReadlink:
-		fs.write(r, 0, []byte(fs.nodes[r.Node-1].target))
+		fs.write(r, 0, []byte(fs.node(r.Node).target))
 	case opMknod:
 		mode := binary.NativeEndian.Uint32(r.body)
 		fs.write(r, 0, entry(fs.add(r.Node, r.name(), mode, "")))
@@ -930,7 +941,7 @@ func (fs *userFS) answer(r *request) {
 }
 
 func (fs *userFS) attr(n uint64) attr {
-	return attr{Ino: n, Mode: fs.nodes[n-1].mode, Links: 1, BlockSize: 4096}
+	return attr{Ino: n, Mode: fs.node(n).mode, Links: 1, BlockSize: 4096}
 }
 
 // write writes an answer. It fails if nobody waits for it any more.
