@@ -34,7 +34,7 @@ func (d *daemon) deafHost(name string) (l *net.UnixListener, filling []net.Conn)
 // names below a wildcard that they ask for; when the backend accepts again, all are served.
 func TestRedialNames(t *testing.T) {
 	t.Parallel() // it waits
-	const clients, seconds = 500, 3
+	const clients, seconds = 200, 2
 	// At most two tries in redialMax: the engines need not agree on when the time begins.
 	const most = 2 * seconds * int(time.Second/redialMax)
 	strace := need(t, "strace")

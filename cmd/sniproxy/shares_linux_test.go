@@ -113,7 +113,7 @@ func TestSharesRelays(t *testing.T) {
 			h := newHouse(t, tt.owners)
 			base := h.fds()
 			clients := h.fill(tt.full...)
-			for i := range 40 {
+			for i := range 30 {
 				c, err := h.enter("b.example")
 				if err == nil {
 					err = echoes(c)

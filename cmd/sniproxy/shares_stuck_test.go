@@ -106,18 +106,18 @@ const stuckTenants = 100
 func TestSharesStuckThreads(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
-		limit int // of threads
+		uid   uint32 // nobody else's: the limit is of a user
+		limit int    // of threads
 	}{
-		{"threads", 0},
-		{"limited threads", 30},
+		{"threads", 64998, 0},
+		{"limited threads", 64999, 30},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			needRoot(t)
 			ownMounts(t)
 			setups := []setup{ordinaryUser(t), func(cmd *exec.Cmd) {
-				// Nobody else's: the limit is of a user.
-				cmd.SysProcAttr.Credential = &syscall.Credential{Uid: 64999, Gid: 64999}
+				cmd.SysProcAttr.Credential = &syscall.Credential{Uid: tt.uid, Gid: tt.uid}
 			}}
 			if tt.limit > 0 {
 				setups = append(setups, limitThreads(tt.limit))
