@@ -1,6 +1,8 @@
 package hostdir
 
 import (
+	"fmt"
+	"runtime"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
@@ -50,6 +52,17 @@ func (h *Hosts) RefusesDescriptors() bool { return h.refuses }
 func (h *Hosts) Unmapped() bool {
 	owner, err := h.owner()
 	return err == nil && h.Overflow(owner)
+}
+
+// Remarks says what is unusual about the hosts directory, or the system.
+func (h *Hosts) Remarks() (lines []string) {
+	if h.paths != nil && runtime.GOOS == "linux" {
+		lines = append(lines, fmt.Sprintf("the system forbids unshare(2) (%v), as container engines do: so hosts are looked up by path, away from the event loops, and a name that is too long for a socket address (sun_path) needs hashed names", h.paths))
+	}
+	if owner, err := h.owner(); err == nil && h.Overflow(owner) {
+		lines = append(lines, fmt.Sprintf("the hosts directory belongs to uid %d, which in a user namespace stands for all users unknown to it: no wildcard, no directory * and no log-connections counts unless it is root's; map the owner of the hosts directory", owner))
+	}
+	return lines
 }
 
 // Administrator tells whether a user is root or the owner of the hosts directory, which is asked for

@@ -10,8 +10,6 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-
-	"sniproxy/hostdir"
 )
 
 // Limits on what is read of directories that tenants can write to, or that are a file system of theirs: such a
@@ -101,17 +99,6 @@ func (l listing) sorted() listing {
 // isStranger tells whether an entry is no host, whatever the look-up comes to.
 func isStranger(e fs.DirEntry) bool {
 	return listed(e.Name()).wrong != "" || !e.IsDir() && e.Type() != fs.ModeSymlink && e.Type() != fs.ModeIrregular
-}
-
-// remarks says what is unusual about the hosts directory, or the system, in the words of sniproxy's log.
-func remarks(h *hostdir.Hosts) (lines []string) {
-	if err := h.PathsOnly(); err != nil && onLinux {
-		lines = append(lines, fmt.Sprintf("the system forbids unshare(2), as container engines do (%v): hosts are looked up by path, away from the loops, and names that are too long for a socket address (sun_path) need hashed names", err))
-	}
-	if h.Unmapped() {
-		lines = append(lines, "the hosts directory belongs to the uid that stands for all users unknown to this user namespace: no wildcard, no directory * and no log-connections counts unless it is root's; map its owner")
-	}
-	return lines
 }
 
 // names returns the names of the first files in a host's directory. sniproxy need not list it, so we need not be allowed to.

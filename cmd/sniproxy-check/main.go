@@ -28,7 +28,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -58,8 +57,6 @@ of sniproxy does.
 // atOnce is how many hosts are looked up at the same time. Almost all of them take no time, but a file system that does
 // not answer takes ten seconds, as does a backend whose backlog is full.
 const atOnce = 32
-
-const onLinux = runtime.GOOS == "linux"
 
 func main() {
 	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
@@ -96,7 +93,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 		complain("cannot open the hosts directory %s: %s", show(dir), text)
 		return 1
 	}
-	for _, line := range remarks(hosts) {
+	for _, line := range hosts.Remarks() {
 		complain("%s", line)
 	}
 	status := 0

@@ -9,6 +9,7 @@ import (
 type account struct {
 	client string
 	name   string // empty if the client named none
+	maybe  bool   // there is a line only if all connections turn out to be logged
 }
 
 // The ways that connections end.
@@ -19,13 +20,25 @@ const (
 	resetByBackend   = "reset by the backend"
 	silentHalfClosed = "silent after one side had ended"
 	cutForMemory     = "cut, for want of memory"
+	resetForRoom     = "reset to make room for another host"
+	passedByBackend  = "cut, since the backend has passed descriptors"
 	cutAtStop        = "cut at the stop"
 )
 
-func newAccount(fd int, name []byte) *account { return &account{peer(fd), string(name)} }
+// account returns that of the client with the socket fd, whose relay begins at t, or nil if there will be no line about it.
+func (a *logAll) account(t int64, fd int, name []byte, marked bool) *account {
+	yes, maybe := a.logs(t)
+	if !marked && !yes && !maybe {
+		return nil
+	}
+	return &account{client: peer(fd), name: string(name), maybe: !marked && !yes}
+}
 
-// tell prints the line.
-func (a *account) tell(sent traffic, took time.Duration, how string) {
+// tell prints the line, if there is to be one.
+func (a *account) tell(all *logAll, sent traffic, took time.Duration, how string) {
+	if a == nil || a.maybe && !all.yes.Load() {
+		return
+	}
 	name := " without a name"
 	if a.name != "" {
 		name = " for " + a.name

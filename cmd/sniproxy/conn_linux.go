@@ -24,6 +24,8 @@ type conn struct {
 	sent    traffic
 	began   int64 // when it was accepted
 
+	tenant *tenant // whose host it is for, once that is known; it is used as long
+
 	account *account // if it is to be told of at its end
 
 	broken bool // the backend does not read any more
@@ -31,8 +33,9 @@ type conn struct {
 
 	early *early // while the hello is not complete, or the backend not connected
 
-	moved bool  // the relay has moved something
-	quiet uint8 // how often it was found that it had not
+	active int64 // the round of the loop in which something last happened to the relay
+	moved  bool  // the relay has moved something
+	quiet  uint8 // how often it was found that it had not
 
 	queue      *queue // that it is in
 	prev, next *conn
@@ -50,9 +53,10 @@ const (
 type phase uint8
 
 const (
-	greeting  phase = iota // the server name is not known yet
+	unused    phase = iota // it is no connection
+	greeting               // the server name is not known yet
 	lookingUp              // the host, which may take time
-	redialing              // the backend's backlog is full
+	redialing              // the backend's backlog is full, or there is no descriptor for it
 	relaying
 	lingering // refused: waits for the client to end
 	closed
@@ -63,6 +67,7 @@ type socket struct {
 	registered uint32 // events that epoll tells of, 0 if not registered
 	hup        bool   // its peer has ended: there is an EOF, or an error, to read
 	gone       bool   // and takes nothing any more
+	urgent     bool   // there is, or was, urgent data: a short read may end before it
 }
 
 // early is what a connection needs only while it has no backend, and only if the hello did
@@ -72,10 +77,23 @@ type early struct {
 	name   []byte
 	hello  []byte // all bytes read so far, behind headroom
 	lookup *lookup
+
+	conn *conn // nil if that has gone on
+	line *line // that it waits in
+	why  error // it waits
 }
 
-// accept accepts one connection. If there are more, the next wait says so.
-func (l *loop) accept(from *listener) {
+// acceptSome accepts connections after a full batch of events. As long as more is ready than fits into
+// one, the listening sockets take turns with all that: they are among the events of one batch in many.
+func (l *loop) acceptSome() {
+	for _, from := range l.engine.listeners[:l.listening] {
+		for n := 0; n < acceptMost && l.accept(from); n++ {
+		}
+	}
+}
+
+// accept accepts one connection, and reports whether there was one. If there are more, the next wait says so.
+func (l *loop) accept(from *listener) bool {
 	// Whoever shares the socket may have made it blocking, as systemd does whenever it
 	// starts something with it. So the flag is set anew each time, and should it be gone
 	// again before the next instruction, SO_RCVTIMEO bounds the wait.
@@ -84,11 +102,12 @@ func (l *loop) accept(from *listener) {
 	switch errno {
 	case 0:
 		l.readHello(l.add(int32(fd)))
+		return true
 	case unix.EAGAIN, unix.EINTR, unix.ECONNABORTED:
 		// Somebody else was quicker, or the client is gone.
 	case unix.EMFILE, unix.ENFILE:
 		if l.runner.dialer.Release() {
-			return // that was kept for nobody yet; the next wait says again that there is a client
+			break // that was kept for nobody yet; the next wait says again that there is a client
 		}
 		// It is said before anybody is looked for.
 		if from.pending() && !l.makeRoom(nil) {
@@ -97,11 +116,12 @@ func (l *loop) accept(from *listener) {
 	default:
 		if from.stillListens() {
 			l.pause(errno)
-			return
+			break
 		}
 		l.rest = now() + int64(time.Hour)
 		l.engine.fail(from.shutDown())
 	}
+	return false
 }
 
 // pause stops accepting for acceptPause, after a failure that has a cause outside of the
@@ -154,10 +174,10 @@ func (l *loop) readHello(c *conn) {
 			return
 		}
 		if c.early == nil {
-			c.early = &early{parser: *parser, hello: slices.Clone(l.buffer[:headroom])}
+			c.early = &early{conn: c, parser: *parser, hello: slices.Clone(l.buffer[:headroom])}
 		}
 		c.early.hello = append(c.early.hello, room[:n]...)
-		if n < len(room) && !s.hup {
+		if n < len(room) && !s.hup && !s.urgent {
 			l.awaitHello(c)
 			return
 		}
@@ -184,7 +204,7 @@ func (l *loop) register(c *conn, side int, events uint32) bool {
 		op = unix.EPOLL_CTL_ADD
 	}
 	s.registered |= events
-	event := unix.EpollEvent{Events: s.registered | unix.EPOLLRDHUP | unix.EPOLLET, Fd: c.number, Pad: int32(side)}
+	event := unix.EpollEvent{Events: s.registered | unix.EPOLLRDHUP | unix.EPOLLPRI | unix.EPOLLET, Fd: c.number, Pad: int32(side)}
 	if errno := epollCtl(l.epoll, op, s.fd, &event); errno != 0 {
 		// The kernel is out of memory, or of what it grants a user.
 		complainOften(func() string { return fmt.Sprintf("cannot watch a connection: %v", errno) })
@@ -202,10 +222,11 @@ func (l *loop) event(c *conn, side int, events uint32) {
 		s.hup = true
 		s.gone = s.gone || events&unix.EPOLLHUP != 0
 	}
+	s.urgent = s.urgent || events&unix.EPOLLPRI != 0
 	switch c.phase {
 	case greeting:
 		l.readHello(c)
-	case lookingUp, redialing, closed:
+	case unused, lookingUp, redialing, closed:
 		// A client that has ended is found out when there is a backend.
 	case lingering:
 		l.drop(c)
@@ -214,41 +235,11 @@ func (l *loop) event(c *conn, side int, events uint32) {
 	}
 }
 
-// dial connects to the backend, and begins the relay. hello is all that was read so far,
-// behind headroom.
-func (l *loop) dial(c *conn, name, hello []byte) {
-	fd, marks, err := l.dialNow(c, name, hello)
-	for noRoom(err) && l.makeRoom(c) {
-		fd, marks, err = l.dialNow(c, name, hello)
-	}
-	if mayWait(err) {
-		l.lookUp(c, name, hello)
-		return
-	}
-	l.dialled(c, name, hello, fd, marks, err)
-}
-
-// dialled goes on with what came of an attempt to connect to the backend.
-func (l *loop) dialled(c *conn, name, hello []byte, fd int, marks hostdir.Marks, err error) {
-	switch {
-	case err == nil:
-		l.begin(c, int32(fd), marks, name, hello)
-	case backlogFull(err):
-		l.keep(c, redialing, name, hello)
-		if l.redial == 0 {
-			l.redialWait = redialMin
-			l.redial = now() + int64(redialMin)
-		}
-	default:
-		l.refuse(c, name, err)
-	}
-}
-
 // keep keeps what is needed of a connection that cannot be begun now.
 func (l *loop) keep(c *conn, phase phase, name, hello []byte) {
 	c.phase = phase
 	if c.early == nil {
-		c.early = &early{hello: slices.Clone(hello)}
+		c.early = &early{conn: c, hello: slices.Clone(hello)}
 	}
 	if c.early.name == nil {
 		c.early.name = slices.Clone(name)
@@ -268,56 +259,39 @@ func (l *loop) waited(c *conn) {
 
 // forget is for what keep has kept.
 func (c *conn) forget() {
-	if c.early != nil && c.early.lookup != nil {
-		c.early.lookup.conn = nil
+	if e := c.early; e != nil {
+		if e.lookup != nil {
+			e.lookup.conn = nil
+		}
+		e.conn, e.line, c.early = nil, nil, nil
 	}
-	c.early = nil
 }
 
-// redialAll tries again to connect to backends whose backlog was full. If that of a host is
-// full still, its other clients need not try.
-func (l *loop) redialAll() {
-	var waiting []*conn
-	for c := l.hellos.first; c != nil; c = c.next {
-		if c.phase == redialing {
-			waiting = append(waiting, c)
-		}
+// belongTo says whose host c is for. It takes over the use of t.
+func (c *conn) belongTo(t *tenant) {
+	if c.tenant != nil {
+		c.tenant.release()
 	}
-	l.redialWait = min(max(2*l.redialWait, redialMin), redialMax)
-	l.redial = now() + int64(l.redialWait)
-	tried := map[string]bool{}
-	for _, c := range waiting {
-		if c.phase != redialing || tried[string(c.early.name)] {
-			continue // it was dropped to make room, or there is no room for it
-		}
-		l.dial(c, c.early.name, c.early.hello)
-		if c.phase == redialing || c.phase == lookingUp {
-			tried[string(c.early.name)] = true
-		} else {
-			l.redial, l.redialWait = now()+int64(redialMin), redialMin
-		}
-	}
-	if len(tried) == 0 {
-		l.redial = 0
-	}
+	c.tenant = t
 }
 
 // begin begins the relay: a header, if asked for, and all bytes read so far go to the
 // backend in one write.
-func (l *loop) begin(c *conn, fd int32, marks hostdir.Marks, name, hello []byte) {
+func (l *loop) begin(c *conn, b hostdir.Backend, name, hello []byte) {
 	c.leave()
 	c.forget()
 	l.waited(c)
 	c.phase = relaying
-	c.sockets[backend].fd = fd
-	if marks.Log || l.logsAll() {
-		c.account = newAccount(int(c.sockets[client].fd), name)
-	}
+	c.active = l.rounds
+	c.sockets[backend].fd = int32(b.FD)
+	l.relays.Add(1)
+	c.tenant.relays.Add(1)
+	c.account = l.engine.logAll.account(l.now(), int(c.sockets[client].fd), name, b.Log)
 	c.flows[client].size, c.flows[backend].size = readMin, readMin
 	c.begun = l.measured
 	first := hello[headroom:]
-	if marks.Proxy > 0 {
-		header, err := proxyHeader(int(c.sockets[client].fd), marks.Proxy, name)
+	if b.Proxy > 0 {
+		header, err := proxyHeader(int(c.sockets[client].fd), b.Proxy, name)
 		if err != nil {
 			l.tell(c, resetByClient)
 			l.abort(c)
@@ -403,6 +377,7 @@ func (l *loop) close(c *conn) {
 	c.phase = closed
 	closeFd(c.sockets[client].fd)
 	l.closeBackend(c)
+	c.belongTo(nil)
 	l.ended = append(l.ended, c)
 	l.open.Add(-1)
 	l.counters.ended.Add(1)
@@ -411,17 +386,9 @@ func (l *loop) close(c *conn) {
 // tell has the line printed about how c ended, if there is to be one.
 func (l *loop) tell(c *conn, how string) {
 	if c.account != nil {
-		c.account.tell(c.sent, time.Duration(now()-c.began), how)
+		c.account.tell(l.engine.logAll, c.sent, time.Duration(now()-c.began), how)
 		c.account = nil
 	}
-}
-
-// logsAll tells whether the connections of all hosts are to be told of.
-func (l *loop) logsAll() bool {
-	if t := l.now(); l.askAgain <= t {
-		l.allLogged, l.askAgain = l.runner.dialer.LogAll(), t+int64(logAllPeriod)
-	}
-	return l.allLogged
 }
 
 // closeBackend closes the connection to the backend, if there is one, and what was on its
@@ -431,7 +398,16 @@ func (l *loop) closeBackend(c *conn) {
 	if s.fd == 0 {
 		return
 	}
-	closeFd(s.fd)
+	if l.refuses || c.flows[backend].ended { // all was read
+		closeFd(s.fd)
+	} else {
+		if s.registered != 0 { // it may stay open for a while
+			epollCtl(l.epoll, unix.EPOLL_CTL_DEL, s.fd, &unix.EpollEvent{})
+		}
+		c.tenant.closeAway(l.engine.threads, int(s.fd))
+	}
+	l.relays.Add(-1)
+	c.tenant.relays.Add(-1)
 	*s = socket{}
 	for i := range c.flows {
 		if c.flows[i].held > 0 {

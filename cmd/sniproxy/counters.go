@@ -5,6 +5,7 @@ import (
 	"os"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -62,14 +63,19 @@ func (e *engine) accepted() int64 {
 // what it has keeps its name and its place.
 func tellCounters(e *engine, asked <-chan os.Signal) {
 	for range asked {
-		inUse, limit := descriptors()
+		inUse, limit := descriptors(descriptorBlock)
 		complain("%s, descriptors %d of %d", e.counted(), inUse, limit)
 	}
 }
 
+// waiting returns how many clients wait for their hello or their backend.
+func (e *engine) waiting() int64 {
+	return e.total(func(k *counters) *atomic.Int64 { return &k.waiting })
+}
+
 func (e *engine) counted() string {
 	ended := e.total(func(k *counters) *atomic.Int64 { return &k.ended })
-	waiting := e.total(func(k *counters) *atomic.Int64 { return &k.waiting })
+	waiting := e.waiting()
 	dropped := e.total(func(k *counters) *atomic.Int64 { return &k.dropped })
 	var refused int64
 	var alerts []string
@@ -96,23 +102,37 @@ func (e *engine) counted() string {
 // there may be more.
 const descriptorBlock = 1 << 16
 
-// descriptors returns how many descriptors there may be, which is the limit of their numbers, and
-// how many numbers below it are in use. (Inherited ones can be above it; they take nobody's place.)
+// pathsMost is more than there can be above all other descriptors that are for paths alone.
+const pathsMost = 256
+
+// descriptors returns how many descriptors are in use, and how many there may be, which is the limit of their numbers.
+// (Inherited ones can be above it; they take nobody's place.)
 //
-// A chroot has no /proc to ask, so every number is tried, at a fifth of a microsecond each. But a
-// limit can be a thousand million, and the system always gives the lowest number that is free: so
-// a block of numbers none of which is in use is the last.
-func descriptors() (inUse int, limit uint64) {
-	var l unix.Rlimit
-	if unix.Getrlimit(unix.RLIMIT_NOFILE, &l) != nil {
-		return 0, 0 // which does not happen
-	}
-	limit = uint64(l.Cur)
-	for first := uint64(0); first < limit; first += descriptorBlock {
-		open := 0
-		for fd := first; fd < min(first+descriptorBlock, limit); fd++ {
-			if _, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err == nil {
-				open++
+// A chroot has no /proc to ask, so the numbers are tried. But a limit can be a thousand million, and the system always
+// gives the lowest number that is free: so a block of numbers none of which is in use is the last.
+func descriptors(block int64) (inUse, limit int64) {
+	limit = openFiles()
+	fds := make([]unix.PollFd, min(block, limit))
+	for first := int64(0); first < limit; first += int64(len(fds)) {
+		some := fds[:min(int64(len(fds)), limit-first)]
+		for i := range some {
+			some[i].Fd = int32(first) + int32(i)
+		}
+		if _, err := unix.Poll(some, 0); err != nil {
+			break // which does not happen
+		}
+		open, last := int64(0), 0
+		for i, fd := range some {
+			if fd.Revents&unix.POLLNVAL == 0 {
+				open, last = open+1, i
+			}
+		}
+		// poll(2) does not know those that are for paths alone (O_PATH). There are few numbers left for these.
+		for _, fd := range some[:min(last+pathsMost, len(some))] {
+			if fd.Revents&unix.POLLNVAL != 0 {
+				if _, err := unix.FcntlInt(uintptr(fd.Fd), unix.F_GETFD, 0); err == nil {
+					open++
+				}
 			}
 		}
 		if open == 0 {
@@ -122,3 +142,8 @@ func descriptors() (inUse int, limit uint64) {
 	}
 	return inUse, limit
 }
+
+var epoch = time.Now()
+
+// now returns the time, in nanoseconds from the start of the program.
+func now() int64 { return int64(time.Since(epoch)) }

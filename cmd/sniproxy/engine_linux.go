@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sniproxy/hostdir"
 	"sniproxy/sni"
 )
 
@@ -23,10 +24,17 @@ import (
 // fall asleep and are woken up more often. Relays that stay are another matter: a busy loop
 // hands some of them over to the next; see share_linux.go.
 type engine struct {
+	hosts     *hostdir.Hosts
 	listeners []*listener
 	loops     []*loop
-	lookups   *lookups // those that the loops do not make themselves
-	watch     *watch   // for those that they do make
+	tenants   *tenants
+	threads   *threads     // for look-ups that the loops do not make themselves
+	watch     *watch       // for those that they do make
+	behind    atomic.Int64 // threads that are stuck in these, and were left behind
+	logAll    *logAll
+	room      *room
+
+	sendBuffer int32 // how much a backend's socket takes of a bulk upload that is not read
 
 	failed  chan error    // gets the reason if the engine cannot go on
 	drained chan struct{} // closed when the last connection has ended after stop
@@ -35,21 +43,24 @@ type engine struct {
 }
 
 // startEngine starts an engine that accepts from the listeners, and serves the clients that are
-// there already.
-func startEngine(listeners []*listener, clients []int) (*engine, error) {
+// there already. The program has own descriptors itself.
+func startEngine(hosts *hostdir.Hosts, listeners []*listener, clients []int, own int64) (*engine, error) {
+	var err error
+	processors := loopsFor(len(listeners))
 	e := &engine{
+		hosts:     hosts,
 		listeners: listeners,
-		lookups:   newLookups(),
+		tenants:   newTenants(),
+		threads:   newThreads(hosts),
+		logAll:    newLogAll(hosts),
 		failed:    make(chan error, 1),
 		drained:   make(chan struct{}),
 	}
-	// Go's runtime opens two descriptors for a poller of its own when the first timer is
-	// set, and ends the program if none are left then: so now, while there are some.
-	time.AfterFunc(time.Hour, func() {}).Stop()
-	processors := runtime.GOMAXPROCS(0)
-	if len(listeners) == 0 {
-		processors = 1
+	e.room = newRoom(own, e, e.threads, e.tenants)
+	if e.sendBuffer, err = sendBuffer(); err != nil {
+		return nil, err
 	}
+	e.sendBuffer += bulkMore
 	// Loops do not give their processors back; the rest of the program has one of its own.
 	runtime.GOMAXPROCS(processors + 1)
 	for range processors {
@@ -69,13 +80,30 @@ func startEngine(listeners []*listener, clients []int) (*engine, error) {
 		lp.shared = int32(fd)
 		lp.awaitHello(lp.add(lp.shared))
 	}
+	started := make(chan error, len(e.loops))
 	for _, lp := range e.loops {
 		e.accepting.Add(1)
 		e.running.Add(1)
-		go lp.run()
+		go lp.run(started)
+	}
+	for range e.loops {
+		if err := <-started; err != nil {
+			return nil, err
+		}
 	}
 	return e, nil
 }
+
+// loopsFor returns how many loops there are.
+func loopsFor(listeners int) int {
+	if listeners == 0 {
+		return 1
+	}
+	return runtime.GOMAXPROCS(0)
+}
+
+// engineDescriptors returns how many descriptors the engine has itself.
+func engineDescriptors(listeners int) int64 { return int64(loopDescriptors * loopsFor(listeners)) }
 
 // stop ends accepting, and lets go of the listening sockets. It returns when that is done.
 func (e *engine) stop() {
@@ -91,6 +119,22 @@ func (e *engine) stop() {
 		e.running.Wait()
 		close(e.drained)
 	}()
+}
+
+// relayed returns how many descriptors relays have.
+func (e *engine) relayed() (n int64) {
+	for _, l := range e.loops {
+		n += 2*l.relays.Load() + 2*l.pipesOpen.Load()
+	}
+	return n
+}
+
+// others returns how many connections are no relays.
+func (e *engine) others() (n int64) {
+	for _, l := range e.loops {
+		n += l.open.Load() - l.relays.Load()
+	}
+	return n
 }
 
 // counters returns those of all loops.
@@ -134,27 +178,29 @@ type loop struct {
 	open     atomic.Int64 // connections, for others to read
 	counters counters
 
+	relays    atomic.Int64
+	pipesOpen atomic.Int64
+
 	runner    *runner
-	accepting bool // or it may; until the stop
+	relief    atomic.Pointer[relief] // nil if there is none
+	wanted    atomic.Bool            // one is being made
+	accepting bool                   // or it may; until the stop
 
 	next      *loop       // the one that this one has help with its work
 	invited   atomic.Bool // to listen, by the one before
 	listening int         // how many of the listening sockets are among what is waited for
 	rest      int64       // not to listen before, after a failure
 
-	// For measuring how busy the loop is: the rounds that it made, how often they were
-	// measured, and the time and the processor time when they were last.
-	rounds    int
+	rounds int64 // that it made
+
+	// For measuring how busy the loop is: how often that was done, and the time and the
+	// processor time when it was last.
 	measured  int32
 	wall, cpu int64
 
 	given given
 
 	time int64 // of this round, 0 if nobody has asked for it yet
-
-	// Whether the connections of all hosts are told of, and when to find that out anew.
-	allLogged bool
-	askAgain  int64
 
 	shared int32 // the connection that was inherited, which others may have too; 0 if there is none
 
@@ -166,10 +212,7 @@ type loop struct {
 	hellos  queue // those without a backend yet, until helloTimeout
 	lingers queue // those refused, until lingerTimeout
 
-	// When to try again to connect to backends whose backlog was full, 0 if there are
-	// none, and how long after the last time that is.
-	redial     int64
-	redialWait time.Duration
+	waiting waiting // clients that try again to get a backend
 
 	// When to look for relays of which one half has ended and the other does nothing, 0 if
 	// there was none of which one half has ended.
@@ -181,6 +224,9 @@ type loop struct {
 	pipesUsed int    // how many others there are
 	holders   []turn // the flows that are stalled with something in one, the longest first
 	pipesIdle int64  // since when none was used, 0 if one was used just now
+
+	refuses bool   // the system refuses what backends pass
+	control []byte // for what they pass otherwise
 
 	parser sni.Parser
 	events [128]unix.EpollEvent
@@ -207,7 +253,10 @@ func newLoop(e *engine, index int) (*loop, error) {
 	if err != nil {
 		return nil, fmt.Errorf("eventfd: %w", err)
 	}
-	l := &loop{engine: e, index: index, epoll: epoll, wake: int32(wake)}
+	l := &loop{engine: e, index: index, epoll: epoll, wake: int32(wake), refuses: e.hosts.RefusesDescriptors()}
+	if !l.refuses {
+		l.control = make([]byte, controlSize)
+	}
 	if errno := epollCtl(epoll, unix.EPOLL_CTL_ADD, l.wake, &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET, Fd: wakeEvent}); errno != 0 {
 		return nil, fmt.Errorf("epoll_ctl: %w", errno)
 	}
@@ -239,9 +288,17 @@ func (l *loop) listenTo(i, op int) bool {
 // since nobody reads it: that would take a call more.
 func (l *loop) wakeUp() { write(l.wake, []byte{0, 0, 0, 1, 0, 0, 0, 0}) }
 
-func (l *loop) run() {
+func (l *loop) run(started chan<- error) {
+	r, err := newRunner(l.engine)
+	if err == nil {
+		l.setRunner(r)
+	}
+	started <- err
+	if err != nil {
+		return
+	}
 	l.accepting = true
-	l.runWith(newRunner(l.engine))
+	l.runWith(r)
 }
 
 // runWith goes on with the loop, for as long as there is something to do.
@@ -252,6 +309,9 @@ func (l *loop) runWith(r *runner) {
 		for l.dealt < l.ready {
 			l.dealt++
 			l.dispatch(&l.events[l.dealt-1])
+		}
+		if l.ready == len(l.events) {
+			l.acceptSome()
 		}
 		if l.accepting && l.stopping.Load() {
 			l.accepting = false
@@ -274,6 +334,7 @@ func (l *loop) runWith(r *runner) {
 		}
 		l.ready, l.dealt = l.await(), 0
 		l.time = 0
+		l.rounds++
 	}
 }
 
@@ -331,8 +392,8 @@ func (l *loop) timeout() int {
 			sooner(q.first.deadline)
 		}
 	}
-	if l.redial != 0 {
-		sooner(l.redial)
+	if l.waiting.redo != 0 {
+		sooner(l.waiting.redo)
 	}
 	if l.rest != 0 {
 		sooner(l.rest)
@@ -351,14 +412,14 @@ func (l *loop) timeout() int {
 
 // expire deals with what is due.
 func (l *loop) expire() {
-	if l.hellos.first == nil && l.lingers.first == nil && l.redial == 0 && l.quiet == 0 && len(l.pipes) == 0 && l.rest == 0 {
+	if l.hellos.first == nil && l.lingers.first == nil && l.waiting.redo == 0 && l.quiet == 0 && len(l.pipes) == 0 && l.rest == 0 {
 		return // the common case needs no clock
 	}
 	t := now()
 	for c := l.hellos.first; c != nil && c.deadline <= t; c = l.hellos.first {
 		switch c.phase {
 		case redialing:
-			l.refuse(c, c.early.name, errBacklog)
+			l.refuse(c, c.early.name, c.early.why)
 		case lookingUp:
 			l.refuse(c, c.early.name, errLookupTimeout)
 		default:
@@ -368,8 +429,8 @@ func (l *loop) expire() {
 	for c := l.lingers.first; c != nil && c.deadline <= t; c = l.lingers.first {
 		l.close(c)
 	}
-	if l.redial != 0 && l.redial <= t {
-		l.redialAll()
+	if l.waiting.redo != 0 && l.waiting.redo <= t {
+		l.redial()
 	}
 	if l.quiet != 0 && l.quiet <= t {
 		l.endQuiet()
@@ -465,11 +526,6 @@ func (c *conn) leave() {
 	}
 	c.queue, c.prev, c.next = nil, nil, nil
 }
-
-var epoch = time.Now()
-
-// now returns the time, in nanoseconds from the start of the program.
-func now() int64 { return int64(time.Since(epoch)) }
 
 // now is like the function of that name, but for all that happens in a round it is one time.
 func (l *loop) now() int64 {

@@ -16,6 +16,8 @@ type flow struct {
 	plain bool // splice(2) does not work with these sockets
 	turn  bool // it is among those with a turn to take
 	part  bool // a part of what was read last was sent
+	wide  bool // the backend's socket has room for more than others
+	full  bool // and none now, so nothing is spliced
 
 	size int32 // how much to read at once
 
@@ -26,7 +28,7 @@ type flow struct {
 	holds bool // it is among those that are stalled with something in a pipe
 }
 
-func (f *flow) stalled() bool { return f.buf != nil || f.held > 0 }
+func (f *flow) stalled() bool { return f.buf != nil || f.held > 0 || f.full }
 
 // A turn is what a flow takes when it has used up what it may move at once.
 type turn struct {
@@ -71,6 +73,7 @@ func (l *loop) relay(c *conn, side int, events uint32) {
 // other side takes no more, or the turn is over.
 func (l *loop) pump(c *conn, from int) {
 	f := &c.flows[from]
+	c.active = l.rounds
 	for moved := 0; moved < turnSize; {
 		move := l.copy
 		if f.bulk {
@@ -97,13 +100,18 @@ func (l *loop) pump(c *conn, from int) {
 func (l *loop) copy(c *conn, from int) (n int, more bool) {
 	f, src := &c.flows[from], &c.sockets[from]
 	b := l.buffer[headroom:][:f.size]
-	n, errno := read(src.fd, b)
+	var errno unix.Errno
+	if from == client || l.refuses {
+		n, errno = read(src.fd, b)
+	} else if n, errno = l.receive(c, b); c.phase != relaying {
+		return 0, false
+	}
 	if !l.got(c, from, n, errno) {
 		return 0, false
 	}
 	full := n == len(b)
 	if full && from == client {
-		f.bulk = !f.plain
+		l.beginBulk(c)
 	} else if full {
 		f.size = min(2*f.size, readMax)
 	}
@@ -112,23 +120,45 @@ func (l *loop) copy(c *conn, from int) (n int, more bool) {
 		return n, false
 	}
 	// After a short read there is no more, but with an end in sight there is still that,
-	// or the error, to read.
-	return n, full || src.hup
+	// or the error, to read. And a read ends before and after urgent data.
+	return n, full || src.hup || src.urgent
 }
 
-// splice is like copy, but moves what one splice(2) gives, through a pipe.
+// beginBulk has the client's flow spliced from now on, if it can be, and gives the backend's socket room for more.
+func (l *loop) beginBulk(c *conn) {
+	f := &c.flows[client]
+	f.bulk = !f.plain && !c.sockets[client].urgent
+	if f.bulk && !f.wide {
+		f.wide = true
+		unix.SetsockoptInt(int(c.sockets[backend].fd), unix.SOL_SOCKET, unix.SO_SNDBUF, int(l.engine.sendBuffer)/2)
+	}
+}
+
+// splice is like copy, but moves what one splice(2) gives, through a pipe. That is no more than the backend's socket has room
+// for: what it did not take would stay in the pipe.
 func (l *loop) splice(c *conn, from int) (n int, more bool) {
-	f := &c.flows[from]
-	if !l.takePipe(&f.pipe) {
+	f, src := &c.flows[from], &c.sockets[from]
+	size := l.engine.sendBuffer - unsent(c.sockets[1-from].fd)
+	if size < spliceMin {
+		f.full = true
+		l.register(c, 1-from, unix.EPOLLOUT)
+		return 0, false
+	}
+	// Where there is urgent data splice(2) says that there is nothing, or that this is the end.
+	if src.urgent || !l.takePipe(&f.pipe) {
 		f.bulk = false
 		return 0, true
 	}
-	n, errno := splice(c.sockets[from].fd, f.pipe.in, turnSize)
+	n, errno := splice(src.fd, f.pipe.in, int(size))
 	if errno != 0 || n == 0 {
 		l.givePipe(&f.pipe)
 	}
 	if errno == unix.EINVAL {
 		f.plain, f.bulk = true, false
+		return 0, true
+	}
+	if errno == 0 && n == 0 {
+		f.bulk = false // a read will tell whether it is the end
 		return 0, true
 	}
 	if !l.got(c, from, n, errno) {
@@ -137,6 +167,19 @@ func (l *loop) splice(c *conn, from int) (n int, more bool) {
 	f.held = n
 	f.bulk = n >= readMin/2
 	return n, l.sendPipe(c, from)
+}
+
+// receive reads from the backend of c where the system cannot refuse what backends pass. A read would close that in this
+// thread, which may take any time. So it is received, and the connection ends.
+func (l *loop) receive(c *conn, b []byte) (int, unix.Errno) {
+	n, passed, errno := receive(c.sockets[backend].fd, b, l.control)
+	if len(passed) > 0 {
+		complainPassed(len(passed), c.tenant)
+		c.tenant.closeAway(l.engine.threads, passed...)
+		l.tell(c, passedByBackend)
+		l.abort(c)
+	}
+	return n, errno
 }
 
 // resetBy is how a connection ended on whose side, by the number of what comes from there,
@@ -246,6 +289,11 @@ func (l *loop) letGo(c *conn, from int) {
 // resume goes on with a flow that is stalled, now that there may be room.
 func (l *loop) resume(c *conn, from int) {
 	f := &c.flows[from]
+	if f.full {
+		f.full = false
+		l.pump(c, from)
+		return
+	}
 	if f.held > 0 {
 		if l.sendPipe(c, from) {
 			l.pump(c, from)
@@ -259,9 +307,9 @@ func (l *loop) resume(c *conn, from int) {
 	}
 }
 
-// unsendable deals with a failure to send. What a backend that does not read any more has
-// said before is forwarded still; then its side ends too. If it was reset, Linux says so
-// once: to who reads, or in place of the rest of a write that was done in part.
+// unsendable deals with a failure to send. A backend that does not read any more may still have something to say: that is
+// forwarded until its end. If it was reset, Linux says so once: to who reads, or in place of the rest of a write
+// that was done in part.
 func (l *loop) unsendable(c *conn, from int, errno unix.Errno) {
 	if from != client || errno != unix.EPIPE {
 		l.tell(c, resetBy[1-from])
@@ -275,8 +323,9 @@ func (l *loop) unsendable(c *conn, from int, errno unix.Errno) {
 		l.end(c)
 		return
 	}
-	unix.Shutdown(int(c.sockets[backend].fd), unix.SHUT_RD)
-	c.sockets[backend].hup = true
+	unix.Shutdown(int(c.sockets[backend].fd), unix.SHUT_WR)
+	l.watchQuiet()
+	c.sockets[backend].hup = true // so it is read until there is nothing more
 	if !down.stalled() {
 		l.pump(c, backend)
 	}
@@ -372,6 +421,8 @@ func (l *loop) takePipe(p *pipe) bool {
 	if n := len(l.pipes); n > 0 {
 		*p = l.pipes[n-1]
 		l.pipes = l.pipes[:n-1]
+	} else if l.engine.room.crowded() {
+		return false
 	} else {
 		var fds [2]int
 		if unix.Pipe2(fds[:], unix.O_NONBLOCK|unix.O_CLOEXEC) != nil {
@@ -380,6 +431,7 @@ func (l *loop) takePipe(p *pipe) bool {
 		// An ordinary user may be refused this; then it is as large as it is.
 		unix.FcntlInt(uintptr(fds[0]), unix.F_SETPIPE_SZ, pipeSize)
 		*p = pipe{int32(fds[0]), int32(fds[1])}
+		l.pipesOpen.Add(1)
 	}
 	l.pipesUsed++
 	return true
@@ -395,7 +447,7 @@ func (l *loop) givePipe(p *pipe) {
 
 // dropPipe closes a pipe with something in it.
 func (l *loop) dropPipe(p *pipe) {
-	p.close()
+	l.closePipe(*p)
 	l.pipesUsed--
 }
 
@@ -406,13 +458,14 @@ func (l *loop) expirePipes(now int64) {
 		l.pipesIdle = now
 	case now-l.pipesIdle >= int64(pipeTimeout):
 		for _, p := range l.pipes {
-			p.close()
+			l.closePipe(p)
 		}
 		l.pipes = l.pipes[:0]
 	}
 }
 
-func (p pipe) close() {
+func (l *loop) closePipe(p pipe) {
 	closeFd(p.in)
 	closeFd(p.out)
+	l.pipesOpen.Add(-1)
 }

@@ -20,16 +20,36 @@ const (
 	// cutTimeout is for ending those that are open after that.
 	cutTimeout = 100 * time.Millisecond
 
-	// A connection to a backend whose backlog is full is tried again after
-	// redialMin, then after twice as long each time, but at most redialMax.
-	redialMin = time.Millisecond
-	redialMax = 64 * time.Millisecond
+	// Connections that wait for room in a backend's backlog are tried again every redialPeriod: one of
+	// each entry, and then the next while that succeeds, but redialTurn at the most before others have their turn.
+	redialPeriod = 8 * time.Millisecond
+	redialTurn   = 32
 
-	// Look-ups that may wait for a file system other than that of the hosts directory: so
-	// many are made at once in all and of one host, and so long others wait for their turn.
-	lookupsMost    = 64
-	lookupsOfHost  = 4
-	lookupPatience = 500 * time.Millisecond
+	// So many tasks that may wait for a file system are under way at once: in all, for one tenant, and for one entry of
+	// the hosts directory. One that waits for its turn is given up if none of the others ends for taskPatience.
+	tasksMost     = 64
+	tasksOfTenant = 16
+	tasksOfEntry  = 4
+	taskPatience  = 500 * time.Millisecond
+
+	// threadsIdle threads stay when they have no task. When the system has no room for threadsRoom threads more, it is asked
+	// again after threadPause: some of them are for Go's runtime.
+	threadsIdle = 2
+	threadPause = 100 * time.Millisecond
+	threadsRoom = 5
+
+	// A tenant of whom more than closingMost descriptors wait to be closed gets no connection more.
+	closingMost = 256
+
+	// The part of the descriptors that relays never take is one of reserveParts, but at least reserveLeast. So hellos
+	// can be read, whoever has all others. Clients that have waited for longer than roomWait for their relay make room
+	// for another one's.
+	reserveParts = 8
+	reserveLeast = 16
+	roomWait     = time.Second
+
+	// logAllPeriod is how often it is found out at the most whether all connections are logged.
+	logAllPeriod = time.Second
 
 	// A connection of which one direction has ended is ended when the other has not moved a
 	// byte for halfClosedTimeout; that is checked quietChecks times within it.

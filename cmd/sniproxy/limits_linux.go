@@ -18,6 +18,14 @@ const (
 	readMin = 32 << 10
 	readMax = 256 << 10
 
+	// A backend's socket takes bulkMore bytes more than it would by default when there is much to move: that is what a
+	// stalled upload holds. Nothing is spliced while it has room for less than spliceMin.
+	bulkMore  = 128 << 10
+	spliceMin = 64 << 10
+
+	// acceptMost is how many connections are accepted after a full batch of events.
+	acceptMost = 8
+
 	// turnSize is how many bytes a flow may move before others have their turn.
 	turnSize = 512 << 10
 
@@ -38,25 +46,25 @@ const (
 	// handedMost is how many relays it hands over at once.
 	handedMost = 64
 
-	// logAllPeriod is how long a loop takes it for granted that the connections of all hosts are
-	// logged, or that they are not.
-	logAllPeriod = 10 * time.Millisecond
-
 	// shortWait is how many milliseconds a loop waits for events before it lets the scheduler
 	// know that it waits.
 	shortWait = 10
 
-	// lookupsIdle is how many threads for look-ups stay when there are none.
-	lookupsIdle = 2
-
 	// A loop that is at the same look-up at watchStuck checks, one every watchPeriod, gets
-	// another thread: it is stuck, and has not just to wait for a processor. For distrustTime
-	// after that directories of that owner are looked up elsewhere. Nobody checks after
+	// another thread: it is stuck, and has not just to wait for a processor. Nobody checks after
 	// watchIdle periods without a look-up.
-	watchPeriod  = 25 * time.Millisecond
-	watchStuck   = 4
-	watchIdle    = 40
+	watchPeriod = 25 * time.Millisecond
+	watchStuck  = 4
+	watchIdle   = 40
+
+	// When more than behindMost threads of loops are stuck, loops leave tenants' directories to other threads.
+	behindMost = 8
+
+	// Loops leave the look-ups of a tenant to other threads for distrustTime after one has hung.
 	distrustTime = time.Minute
+
+	// loopDescriptors are what a loop has itself: an epoll descriptor, an eventfd, and the directory of the last look-up.
+	loopDescriptors = 3
 )
 
 // handOverFrom is how busy a loop is that hands relays over. Tests lower it.

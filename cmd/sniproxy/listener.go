@@ -47,6 +47,9 @@ func inherit() (listeners []*listener, clients []int, err error) {
 			}
 		}
 		if err := coverStandard(own); err != nil {
+			if own != fd {
+				unix.Close(own)
+			}
 			return nil, nil, fmt.Errorf("cannot replace %s: %w", describe(fd), err)
 		}
 		if connected {

@@ -5,162 +5,176 @@ package main
 import (
 	"runtime"
 	"slices"
-	"sync"
-	"time"
+	"sync/atomic"
 
 	"sniproxy/hostdir"
 )
 
-// A lookup is made by a thread that has the time, since it may wait for a file system: a
-// tenant's symlink can lead to one that hangs. Loops make those that need not wait themselves.
+// A runner is a goroutine, with a thread of its own, that runs a loop and makes the look-ups of its
+// connections, as far as they wait for nothing. It can be stuck in one all the same: a tenant can exchange a
+// socket for a symlink to a file system that does not answer, just between the moment when it is looked at
+// and the moment when it is connected to. Then another runner goes on with the loop, and this one has just
+// that look-up left. So all that a look-up works with is the runner's own.
+type runner struct {
+	dialer *hostdir.Dialer
+
+	// Odd during a look-up. Whoever moves it from odd to even owns the loop.
+	lookups atomic.Uint64
+	lost    chan *lookup // gets the look-up, if the loop went on without this runner
+
+	name   []byte
+	entry  []byte  // that serves it, and whose that is, once they are found
+	tenant *tenant // otherwise nil
+
+	// For whoever goes on with the loop.
+	conn  *conn
+	hello []byte
+}
+
+// newRunner returns a runner for the calling goroutine, which has its thread for good.
+func newRunner(e *engine) (*runner, error) {
+	runtime.LockOSThread()
+	dialer, err := e.hosts.NewDialer()
+	if err != nil {
+		return nil, err
+	}
+	return &runner{dialer: dialer, lost: make(chan *lookup, 1)}, nil
+}
+
+func (r *runner) end() { r.dialer.Close() }
+
+// A lookup is one that another thread makes for a connection of a loop.
 type lookup struct {
+	task
 	loop *loop
-	conn *conn // that waits for it, nil if that has ended; the loop's
-	name string
-	late *time.Timer // while it waits for its turn
-	seen int         // how many others had ended when that was set
+	conn *conn // nil if that has ended; the loop's
+	name []byte
 
-	fd    int
-	marks hostdir.Marks
-	err   error
+	backend hostdir.Backend
+	found   *tenant // whose entry it was that served the name
+	err     error
 }
 
-// lookups are all that are under way, for all loops. They are limited, as each has a thread.
-type lookups struct {
-	mu      sync.Mutex
-	all     tally
-	of      map[string]*tally // by host, if there are any
-	waiting []*lookup         // for others to end
-	idle    int               // threads without one
-	next    chan *lookup
-}
+// dial connects to the backend, and begins the relay. Hello is all that was read so far, behind headroom.
+func (l *loop) dial(c *conn, name, hello []byte) {
+	r, room := l.runner, l.engine.room
+	r.name = append(r.name[:0], name...)
+	r.conn, r.hello, r.tenant = c, hello, nil
 
-// A tally is how many lookups are under way, and how many have ended.
-type tally struct{ running, ended int }
-
-func newLookups() *lookups {
-	return &lookups{of: map[string]*tally{}, next: make(chan *lookup, lookupsMost)}
-}
-
-// start begins a lookup, as soon as that is allowed. Its loop is given it when it has ended.
-func (s *lookups) start(k *lookup) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.allowed(k) {
-		s.run(k)
+	entry, err := l.find()
+	for noRoom(err) && room.forRelay(l, c, nil, true) {
+		entry, err = l.find()
+	}
+	if err != nil && !mayWait(err) {
+		l.dialled(c, name, hello, hostdir.Backend{}, err)
 		return
 	}
-	s.waiting = append(s.waiting, k)
-	k.seen = s.ended(k)
-	k.late = time.AfterFunc(lookupPatience, func() { s.giveUp(k) })
-}
-
-func (s *lookups) allowed(k *lookup) bool {
-	of := s.of[k.name]
-	return s.all.running < lookupsMost && (of == nil || of.running < lookupsOfHost)
-}
-
-// begun counts one lookup more.
-func (s *lookups) begun(name string) {
-	of := s.of[name]
-	if of == nil {
-		of = &tally{}
-		s.of[name] = of
+	t := l.engine.tenants.of(entry)
+	c.belongTo(t)
+	switch {
+	case t.clogged():
+		l.refuse(c, name, errClogged)
+		return
+	case !room.forRelay(l, c, t, false):
+		l.wait(c, t.key(), errNoRoom, name, hello)
+		return
+	case err != nil || !l.mayConnect(t, entry):
+		l.lookUp(c, t, entry.Name, name, hello)
+		return
 	}
-	of.running++
-	s.all.running++
+
+	r.entry, r.tenant = entry.Name, t
+	b, err := l.connect()
+	for noRoom(err) && room.forRelay(l, c, t, true) {
+		b, err = l.connect()
+	}
+	if mayWait(err) {
+		l.lookUp(c, t, entry.Name, name, hello)
+		return
+	}
+	l.dialled(c, name, hello, b, err)
 }
 
-// adopt counts a lookup that a loop has begun, and could not end.
-func (s *lookups) adopt(k *lookup) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.begun(k.name)
+// find finds the entry for what the runner is to look up. Like connect it does not return if the loop goes on with another
+// runner meanwhile.
+func (l *loop) find() (hostdir.Entry, error) {
+	r := l.runner
+	this := l.beginLookup()
+	entry, err := r.dialer.Find(r.name, false)
+	if !r.lookups.CompareAndSwap(this, this+1) {
+		r.finish(hostdir.Backend{}, nil)
+	}
+	return entry, err
 }
 
-func (s *lookups) run(k *lookup) {
-	s.begun(k.name)
-	s.next <- k // has room for all
-	if s.idle > 0 {
-		s.idle--
+// connect connects to the backend of the entry that was found.
+func (l *loop) connect() (hostdir.Backend, error) {
+	r := l.runner
+	this := l.beginLookup()
+	b, err := r.dialer.Connect(false)
+	if !r.lookups.CompareAndSwap(this, this+1) {
+		r.finish(b, err)
+	}
+	return b, err
+}
+
+func mayWait(err error) bool { return isProblem(err, hostdir.MayWait) }
+
+// beginLookup begins a look-up of the loop's runner.
+func (l *loop) beginLookup() uint64 {
+	this := l.runner.lookups.Add(1)
+	l.engine.watch.wakeUp()
+	return this
+}
+
+// finish is for a runner that was given up in a look-up. If that was to find the entry, it goes on with the whole of it;
+// if it was to connect, that has come to b and err. It does not return.
+func (r *runner) finish(b hostdir.Backend, err error) {
+	k := <-r.lost
+	if r.tenant == nil {
+		k.connect(r.dialer)
 	} else {
-		go s.work()
+		k.backend, k.err = b, err
 	}
-}
-
-// giveUp ends a lookup that still waits for its turn, if those that it waits for are stuck.
-func (s *lookups) giveUp(k *lookup) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	i := slices.Index(s.waiting, k)
-	if i < 0 {
-		return
-	}
-	if ended := s.ended(k); ended != k.seen {
-		k.seen = ended
-		k.late.Reset(lookupPatience)
-		return
-	}
-	s.waiting = slices.Delete(s.waiting, i, i+1)
-	k.err = errLookups
+	k.loop.engine.comeBack(&k.task)
 	k.deliver()
+	runtime.Goexit()
 }
 
-// ended returns how many have ended of those that k waits for.
-func (s *lookups) ended(k *lookup) int {
-	if of := s.of[k.name]; of != nil && of.running >= lookupsOfHost {
-		return of.ended
-	}
-	return s.all.ended
-}
-
-// work makes lookups, until there are enough others that can.
-func (s *lookups) work() {
-	runtime.LockOSThread() // for good: the thread ends with the goroutine
-	dialer := hostdir.NewDialer()
-	defer dialer.Close()
-	for more := true; more; {
-		k := <-s.next
-		k.fd, k.marks, k.err = dialer.Dial([]byte(k.name))
-		dialer.Leave()
-		more = s.stay()
-		s.end(k.name)
-		k.deliver()
-	}
-}
-
-// stay counts a thread that can make another lookup. It fails if there are enough.
-func (s *lookups) stay() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.idle == lookupsIdle {
+// mayConnect tells whether the loop may connect to a backend itself.
+func (l *loop) mayConnect(t *tenant, entry hostdir.Entry) bool {
+	switch {
+	case !t.trusted():
+		return false
+	case entry.Foreign && l.relief.Load() == nil:
+		l.wantRelief(l.engine.behind.Load() <= behindMost)
 		return false
 	}
-	s.idle++
 	return true
 }
 
-// end counts one lookup less, and begins one that waits for that.
-func (s *lookups) end(name string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	of := s.of[name]
-	for _, t := range []*tally{of, &s.all} {
-		t.running--
-		t.ended++
+// lookUp has the host of c looked up by a thread that has the time.
+func (l *loop) lookUp(c *conn, t *tenant, entry, name, hello []byte) {
+	l.keep(c, lookingUp, name, hello)
+	k := &lookup{task: task{tenant: t, entry: string(entry)}, loop: l, conn: c, name: slices.Clone(name)}
+	k.do = func(d *hostdir.Dialer) {
+		k.connect(d)
+		k.deliver()
 	}
-	if of.running == 0 {
-		delete(s.of, name)
+	k.giveUp = func() {
+		k.err = errLookups
+		k.deliver()
 	}
-	if i := slices.IndexFunc(s.waiting, s.allowed); i >= 0 {
-		k := s.waiting[i]
-		s.waiting = slices.Delete(s.waiting, i, i+1)
-		k.late.Stop()
-		s.run(k)
-	}
+	c.early.lookup = k
+	l.engine.threads.start(&k.task)
 }
 
-// deliver gives a lookup that has ended to its loop.
+// connect makes the look-up, and waits for whatever there is to wait for.
+func (k *lookup) connect(d *hostdir.Dialer) {
+	k.backend, k.found, k.err = reach(d, k.loop.engine.tenants, k.name)
+}
+
+// deliver gives a look-up that has ended to its loop.
 func (k *lookup) deliver() {
 	if k.loop.give(func(g *given) { g.lookups = append(g.lookups, k) }) {
 		k.loop.wakeUp()
@@ -172,20 +186,18 @@ func (k *lookup) deliver() {
 // discard is for what nobody waits for any more.
 func (k *lookup) discard() {
 	if k.err == nil {
-		closeFd(int32(k.fd))
+		t := k.found
+		if t == nil {
+			t = k.tenant
+		}
+		t.closeAway(k.loop.engine.threads, k.backend.FD)
+	}
+	if k.found != nil {
+		k.found.release()
 	}
 }
 
-func mayWait(err error) bool { return isProblem(err, hostdir.MayWait) }
-
-// lookUp has the host of c looked up by a thread that has the time.
-func (l *loop) lookUp(c *conn, name, hello []byte) {
-	l.keep(c, lookingUp, name, hello)
-	c.early.lookup = &lookup{loop: l, conn: c, name: string(name)}
-	l.engine.lookups.start(c.early.lookup)
-}
-
-// found goes on with the connection that a lookup was for.
+// found goes on with the connection that a look-up was for.
 func (l *loop) found(k *lookup) {
 	c := k.conn
 	if c == nil {
@@ -193,12 +205,25 @@ func (l *loop) found(k *lookup) {
 		return
 	}
 	c.early.lookup = nil
-	if mayWait(k.err) || noRoom(k.err) && l.makeRoom(c) {
-		l.lookUp(c, c.early.name, c.early.hello)
-		return
+	if k.found != nil {
+		c.belongTo(k.found)
 	}
-	if k.err == nil && l.redial != 0 {
-		l.redial, l.redialWait = now(), 0 // maybe the backlog has room for the next, too
+	l.runner.entry, l.runner.tenant = []byte(k.entry), k.tenant
+	l.dialled(c, c.early.name, c.early.hello, k.backend, k.err)
+}
+
+// dialled goes on with what came of an attempt to connect to the backend.
+func (l *loop) dialled(c *conn, name, hello []byte, b hostdir.Backend, err error) {
+	switch {
+	case err == nil:
+		l.begin(c, b, name, hello)
+	case noRoom(err), backlogFull(err), exchanged(err):
+		var entry tenantKey // of all whose entry could not be found
+		if t := l.runner.tenant; t != nil {
+			entry = tenantKey{t.uid, string(l.runner.entry)}
+		}
+		l.wait(c, entry, err, name, hello)
+	default:
+		l.refuse(c, name, err)
 	}
-	l.dialled(c, c.early.name, c.early.hello, k.fd, k.marks, k.err)
 }

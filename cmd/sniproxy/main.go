@@ -24,8 +24,8 @@
 //     that listens, and "got SIGHUP, shutting down" at the stop.
 //   - Standard error gets everything else, a line each, without time stamps. Above all a line
 //     for each client that is refused: its address, the name if that is canonical, the reason
-//     and the alert. There are at most 50 of them at once and ten a second; how many were left
-//     out is told within three seconds.
+//     and the alert. They are limited to ten a second, in bursts of 50; a line counts the rest
+//     within three seconds.
 //
 // A descriptor that cannot be written to, or not now, neither ends nor delays the
 // program. Descriptors 0, 1 and 2 may all be the socket; nothing is ever printed to a client.
@@ -41,26 +41,39 @@
 //	accepted N, open N, waiting N, refused N (ALERT: N, …), dropped N, bytes up N, bytes down N, descriptors N of N
 //
 // They are connections since the start, those open now, and of these those waiting for their
-// hello or backend; clients refused, and how many with which alert; those dropped to make room;
-// bytes from clients to backends, and back; descriptors in use, and their limit.
+// hello or backend; clients refused, and how many with which alert; those dropped, or reset, to
+// make room; bytes from clients to backends, and back; descriptors in use, and their limit.
 //
 // # Exit status
 //
 // 0 after a stop and after a single connection, however that went; 1 if the program could not
-// start, or go on since another process has shut a listening socket down; 2 for wrong usage.
+// start, for want of descriptors for instance, or go on since another process has shut a listening
+// socket down; 2 for wrong usage.
+//
+// # Shares
+//
+// The owner of the entry that serves a name is a tenant; entries of root and of the owner of the
+// hosts directory are tenants each for itself. Look-ups that may wait for a file system,
+// descriptors and tries at a full backlog are shared out among tenants, whatever names clients ask
+// for, so none of them can use up what others need.
 //
 // # Files of the program
 //
 // A connection flows through an engine: accept, hello, dial, relay, end. There are two, with
 // one behaviour. That for Linux is a number of event loops: engine_linux.go, conn_linux.go,
-// lookup_linux.go, watch_linux.go, flow_linux.go and share_linux.go. The portable engine, for
-// other systems and for the build tag portable, has a goroutine for each direction:
-// engine_portable.go, lookup_portable.go and relay_portable.go. What goes before and beside them
-// is in main.go, listener.go, output.go, refusal.go and counters.go, and the limits that they
-// keep to are in limits.go.
+// lookup_linux.go, watch_linux.go, waiting_linux.go, flow_linux.go and share_linux.go. The portable
+// engine, for other systems and for the build tag portable, has a goroutine for each direction:
+// engine_portable.go and relay_portable.go.
+//
+// What each tenant gets is the same in both: tenants.go knows who they are, threads.go does what
+// may wait for a file system (lookup.go, closing.go), and room.go says who makes room when
+// descriptors run out. What backends pass is found by passed.go, and logall.go knows whether the
+// connections of all hosts are logged. What goes before and beside the engines is in main.go,
+// listener.go, output.go, refusal.go, account.go and counters.go, and their limits are in limits.go.
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/signal"
@@ -69,6 +82,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir"
 )
 
 const usage = `usage: sniproxy < listening TCP socket
@@ -91,10 +106,19 @@ func run() int {
 	// Early: who asks before there is anything to count gets an answer later.
 	asked := make(chan os.Signal, 1)
 	signal.Notify(asked, syscall.SIGUSR1)
-	defer flushOutput()
-
 	// First of all: then nothing that is printed gets into the stream of a client.
 	listeners, clients, err := inherit()
+	own, kept := ownDescriptors(len(listeners)), int64(reserveLeast)
+	switch {
+	case errors.Is(err, unix.EMFILE):
+		own = ownDescriptors(1) + 1 // for the socket that it could not have
+	case len(clients) > 0:
+		kept = 0
+	}
+	if few := checkOpenFiles(own, kept); few != nil {
+		return printLast(few)
+	}
+	defer flushOutput()
 	// sniproxy-rs ignores arguments.
 	if len(os.Args) != 1 {
 		stderr.print(usage)
@@ -107,7 +131,12 @@ func run() int {
 	// SIGTERM too, and a second signal: sniproxy-rs knows SIGHUP alone, and is killed by others.
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, syscall.SIGHUP, syscall.SIGTERM)
-	e, err := startEngine(listeners, clients)
+	hosts, err := openHosts()
+	if err != nil {
+		complain("%v", err)
+		return 1
+	}
+	e, err := startEngine(hosts, listeners, clients, own)
 	if err != nil {
 		complain("%v", err)
 		return 1
@@ -116,9 +145,13 @@ func run() int {
 	for _, l := range listeners {
 		stdout.print(fmt.Sprintf("listening on %v\n", l.addr))
 	}
+	stop := func() {
+		// Nothing can keep the program from ending, also if stopping takes time.
+		go e.stop()
+	}
 	single := len(listeners) == 0
 	if single {
-		e.stop() // there is nothing to accept: it ends with the one connection
+		stop() // there is nothing to accept: it ends with the one connection
 	}
 
 	status := 0
@@ -132,7 +165,7 @@ func run() int {
 		status = 1
 	}
 	if !single {
-		e.stop()
+		stop()
 	}
 	select {
 	case <-e.drained:
@@ -145,6 +178,27 @@ func run() int {
 	}
 	e.cut()
 	return status
+}
+
+// printLast prints why the program ends at once, without anything that takes descriptors, and not to a client. It returns
+// the exit status.
+func printLast(reason error) int {
+	if sa, err := unix.Getsockname(2); err != nil || !addrPort(sa).IsValid() {
+		writeAll(2, fmt.Sprintf("sniproxy: %v\n", reason))
+	}
+	return 1
+}
+
+// openHosts opens the hosts directory, and says what is unusual about it.
+func openHosts() (*hostdir.Hosts, error) {
+	hosts, err := hostdir.Open()
+	if err != nil {
+		return nil, fmt.Errorf("cannot open the hosts directory, which is the working directory: %w", err)
+	}
+	for _, remark := range hosts.Remarks() {
+		complain("%s", remark)
+	}
+	return hosts, nil
 }
 
 func connections(n int64) string {

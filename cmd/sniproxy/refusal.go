@@ -16,7 +16,8 @@ var (
 	errEOF     = sni.Alert{Description: sni.DecodeError, Reason: "the client ended the connection before the server name"}
 	errTimeout = sni.Alert{Description: sni.UserCanceled, Reason: "no complete server name within the time limit"}
 
-	errBacklog       = &hostdir.Error{Problem: hostdir.BacklogFull}
+	errNoRoom        = &hostdir.Error{Problem: hostdir.NoRoom}
+	errClogged       = sni.Alert{Description: sni.InternalError, Reason: "too many descriptors that backends of this tenant have passed wait to be closed"}
 	errLookups       = sni.Alert{Description: sni.InternalError, Reason: "too many look-ups wait for a file system"}
 	errLookupTimeout = sni.Alert{Description: sni.UserCanceled, Reason: "the look-up has waited for a file system until the time limit"}
 )
@@ -72,6 +73,20 @@ func complainDropped(fd int) {
 	})
 }
 
+// complainReset says that a relay of a tenant's is ended to make room for another tenant's.
+func complainReset(fd int, t *tenant) {
+	complainOften(func() string {
+		return fmt.Sprintf("reset %s to make room: no descriptor is left, and %v has the most connections; raise the limit (ulimit -n, LimitNOFILE=)", peer(fd), t)
+	})
+}
+
+// complainPassed says that a backend has passed descriptors.
+func complainPassed(n int, t *tenant) {
+	complainOften(func() string {
+		return fmt.Sprintf("a backend of %v has passed %d descriptors, so its connection was ended; nothing but bytes is forwarded", t, n)
+	})
+}
+
 // peer returns the address of the client with the socket fd.
 func peer(fd int) string {
 	if sa, err := unix.Getpeername(fd); err == nil {
@@ -82,9 +97,10 @@ func peer(fd int) string {
 	return "a client that is gone"
 }
 
-// Errors of Dial after which it is worth trying again.
+// Errors of a look-up that are not the last word.
 func backlogFull(err error) bool { return isProblem(err, hostdir.BacklogFull) }
 func noRoom(err error) bool      { return isProblem(err, hostdir.NoRoom) }
+func exchanged(err error) bool   { return isProblem(err, hostdir.Exchanged) }
 
 func isProblem(err error, p hostdir.Problem) bool {
 	var host *hostdir.Error

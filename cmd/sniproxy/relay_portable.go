@@ -7,12 +7,12 @@ import (
 	"io"
 	"os"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"sniproxy/hostdir"
 	"sniproxy/sni"
 )
 
@@ -20,10 +20,21 @@ import (
 // every stallCheck.
 const stallCheck = 500 * time.Millisecond
 
-// relay sends the backend the hello, then forwards bytes both ways until both directions
-// have ended, or one has failed.
-func relay(c *conn, backend *os.File, hello []byte) {
-	client := c.client
+// relay sends the backend the header, if there is to be one, and the hello, then forwards bytes both ways until both
+// directions have ended, or one has failed.
+func (e *engine) relay(c *conn, b hostdir.Backend, name, hello []byte) {
+	control(c.client, func(fd int) { c.account = e.logAll.account(now(), fd, name, b.Log) })
+	defer func() { c.account.tell(e.logAll, c.sent, time.Duration(now()-c.began), c.how) }()
+	if b.Proxy > 0 {
+		var header []byte
+		var err error
+		if closed := control(c.client, func(fd int) { header, err = proxyHeader(fd, b.Proxy, name) }); closed != nil || err != nil {
+			c.endsAs(resetByClient)
+			return
+		}
+		c.sent[up] = -int64(len(header))
+		hello = append(header, hello...)
+	}
 	var flows sync.WaitGroup
 	var sending sync.Mutex // to the backend
 	var broken, cut bool   // the backend does not read any more; in the middle of a write
@@ -32,7 +43,7 @@ func relay(c *conn, backend *os.File, hello []byte) {
 	sendUp := func(b []byte) error {
 		sending.Lock()
 		defer sending.Unlock()
-		n, err := send(backend, b, client, func(n int) { c.count(up, n) })
+		n, err := send(c.backend, b, c.client, func(n int) { e.count(c, up, n) })
 		broken = errors.Is(err, unix.EPIPE)
 		cut = broken && n > 0
 		if err != nil && !broken {
@@ -44,33 +55,36 @@ func relay(c *conn, backend *os.File, hello []byte) {
 		err := sendUp(hello)
 		hello = nil
 		if err == nil {
-			err = forward(sendUp, client)
+			err = forward(sendUp, newSource(c.client, false))
 		}
 		switch {
 		case err == nil:
-			shutdown(backend, unix.SHUT_WR)
-			go endQuiet(&c.moved, over, func() {
-				c.endsAs(silentHalfClosed)
-				reset(client, backend)
-			})
+			shutdown(c.backend, unix.SHUT_WR)
+			go c.endQuiet(over, c.reset)
 		case broken:
-			// What the backend has said before is forwarded still; then its side
-			// ends too. If it was reset, Linux says so once: to who reads, or in
-			// place of the rest of a write that was done in part.
-			shutdown(backend, unix.SHUT_RD)
+			// It may still have something to say: that is forwarded until its end. If it was reset, Linux says so once:
+			// to who reads, or in place of the rest of a write that was done in part.
+			shutdown(c.backend, unix.SHUT_WR)
+			go c.endQuiet(over, c.reset)
 		default:
 			c.endsAs(resetByClient)
-			reset(client, backend)
+			c.reset()
 		}
 	})
+	from := newSource(c.backend, !e.hosts.RefusesDescriptors())
+	from.passed = func(fds []int) {
+		complainPassed(len(fds), c.tenant)
+		c.tenant.closeAway(e.threads, fds...)
+		c.endsAs(passedByBackend)
+	}
 	err := forward(func(b []byte) error {
-		_, err := send(client, b, nil, func(n int) { c.count(down, n) })
+		_, err := send(c.client, b, nil, func(n int) { e.count(c, down, n) })
 		if err != nil {
 			c.endsAs(resetByClient)
 		}
 		return err
-	}, backend)
-	if err == nil && poll(backend)&unix.POLLHUP != 0 {
+	}, from)
+	if err == nil && poll(c.backend)&unix.POLLHUP != 0 {
 		// If something is being sent to it just now, that fails, and tells how it ended.
 		sending.Lock()
 		if cut {
@@ -80,76 +94,58 @@ func relay(c *conn, backend *os.File, hello []byte) {
 	}
 	if err != nil {
 		c.endsAs(resetByBackend)
-		reset(client, backend)
+		c.reset()
 	} else {
-		shutdown(client, unix.SHUT_WR)
-		go endQuiet(&c.moved, over, func() {
-			c.endsAs(silentHalfClosed)
-			client.Close()
-			backend.Close()
-		})
+		c.drained.Store(true)
+		shutdown(c.client, unix.SHUT_WR)
+		go c.endQuiet(over, c.close)
 	}
 	flows.Wait()
 	switch {
 	case cut:
 		c.endsAs(resetByBackend)
-		reset(client, backend)
+		c.reset()
 	case broken:
 		c.endsAs(closedByBackend)
-		linger(client)
+		linger(c.client)
 	}
 	c.endsAs(closedByBoth)
 }
 
-// A telling is what is needed for the line about a connection at its end.
-type telling struct {
-	account *account
-	backend *os.File
-
-	mu  sync.Mutex
-	how string
-}
-
-// endsAs says how c ends, if that is to be told. What is said first counts: the rest follows from
-// it.
+// endsAs says how c ends. What is said first counts: the rest follows from it.
 func (c *conn) endsAs(how string) {
-	if c.telling == nil {
-		return
-	}
-	c.telling.mu.Lock()
-	defer c.telling.mu.Unlock()
-	if c.telling.how == "" {
-		c.telling.how = how
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.how == "" {
+		c.how = how
 	}
 }
 
-// count counts n bytes that the relay has moved.
-func (c *conn) count(way, n int) {
-	c.moved.Store(true)
-	c.counts.count(&c.sent, way, n)
+// count counts n bytes that a relay has moved.
+func (e *engine) count(c *conn, way, n int) {
+	c.active.Store(now())
+	e.counts.count(&c.sent, way, n)
 }
 
-// endQuiet calls end for a relay of which one half has ended, when the other has not moved
-// anything at quietChecks checks in a row.
-func endQuiet(moved *atomic.Bool, over <-chan struct{}, end func()) {
-	tick := time.NewTicker(halfClosed / quietChecks)
-	defer tick.Stop()
-	for checks := 0; checks < quietChecks; checks++ {
+// endQuiet calls end for a relay of which one half has ended, when the other has not moved anything for halfClosed.
+func (c *conn) endQuiet(over <-chan struct{}, end func()) {
+	for {
+		left := time.Duration(c.active.Load()-now()) + halfClosed
+		if left <= 0 {
+			break
+		}
 		select {
-		case <-tick.C:
+		case <-time.After(left):
 		case <-over:
 			return
 		}
-		if moved.Swap(false) {
-			checks = -1
-		}
 	}
+	c.endsAs(silentHalfClosed)
 	end()
 }
 
-// forward calls send with all that comes from src, until that ends.
-func forward(send func([]byte) error, src *os.File) error {
-	in := newSource(src)
+// forward calls send with all that comes from a source, until that ends.
+func forward(send func([]byte) error, in *source) error {
 	for {
 		b, err := in.read(sni.MaxHello)
 		switch err {
@@ -208,7 +204,7 @@ func linger(client *os.File) {
 	if client.SetReadDeadline(time.Now().Add(lingerTimeout)) != nil {
 		return
 	}
-	in := newSource(client)
+	in := newSource(client, false)
 	for size := 0; size < lingerSize; {
 		b, err := in.read(sni.MaxHello)
 		if err != nil {
@@ -219,14 +215,34 @@ func linger(client *os.File) {
 	}
 }
 
-// reset closes both connections at once, rather than the failed direction as sniproxy-rs does;
-// that of the client with a reset, so that it does not mistake what it has for all there is.
-func reset(client, backend *os.File) {
-	control(client, func(fd int) {
+// reset ends both connections at once, rather than the failed direction as sniproxy-rs does; that of the client with a
+// reset, so that it does not mistake what it has for all there is.
+func (c *conn) reset() {
+	control(c.client, func(fd int) {
 		unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1, Linger: 0})
 	})
-	client.Close()
-	backend.Close()
+	c.close()
+}
+
+// close ends both connections at once.
+func (c *conn) close() {
+	c.client.Close()
+	c.closeBackend()
+}
+
+// closeBackend closes the connection to the backend: in another thread, if it may hold what the system could not refuse.
+func (c *conn) closeBackend() {
+	e := c.engine
+	if !e.hosts.RefusesDescriptors() && !c.drained.Load() {
+		// It is ended at once, and nobody waits for it to be closed.
+		control(c.backend, func(fd int) {
+			if own, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3); err == nil {
+				unix.Shutdown(fd, unix.SHUT_RDWR)
+				c.tenant.closeAway(e.threads, own)
+			}
+		})
+	}
+	c.backend.Close()
 }
 
 // shutdown ends a direction. It fails only where there is nothing left to end.
@@ -243,28 +259,40 @@ func control(f *os.File, do func(fd int)) error {
 	return raw.Control(func(fd uintptr) { do(int(fd)) })
 }
 
-// scratch holds the buffers of sources.
-var scratch = sync.Pool{New: func() any { return new([sni.MaxHello]byte) }}
+// A buffer is for what one call reads, and for what a backend passes besides.
+type buffer struct {
+	bytes   [sni.MaxHello]byte
+	control [controlSize]byte
+}
+
+// buffers are for sources.
+var buffers = sync.Pool{New: func() any { return new(buffer) }}
 
 // A source reads from a file with a buffer that it holds only from the moment when there
 // is something to read until what was read is dealt with. Idle connections have none.
 type source struct {
-	raw syscall.RawConn
-	try func(fd uintptr) bool
+	raw    syscall.RawConn
+	try    func(fd uintptr) bool
+	passed func(fds []int) // gets descriptors that were received, which end the source
 
-	buf  *[sni.MaxHello]byte
+	buf  *buffer
 	size int
 	n    int
 	err  error
 }
 
-func newSource(f *os.File) *source {
+// newSource returns a source. If descriptors can be passed with what it reads, it receives them.
+func newSource(f *os.File, passes bool) *source {
 	s := &source{}
 	s.raw, s.err = f.SyscallConn()
 	s.try = func(fd uintptr) bool {
-		s.buf = scratch.Get().(*[sni.MaxHello]byte)
+		s.buf = buffers.Get().(*buffer)
 		for {
-			s.n, s.err = unix.Read(int(fd), s.buf[:s.size])
+			if passes {
+				s.receive(int(fd))
+			} else {
+				s.n, s.err = unix.Read(int(fd), s.buf.bytes[:s.size])
+			}
 			switch s.err {
 			case unix.EINTR:
 				continue
@@ -278,6 +306,20 @@ func newSource(f *os.File) *source {
 	return s
 }
 
+var errPassed = errors.New("descriptors were passed")
+
+// No program is started that could inherit what is received.
+func (s *source) receive(fd int) {
+	var size int
+	s.n, size, _, _, s.err = unix.Recvmsg(fd, s.buf.bytes[:s.size], s.buf.control[:], 0)
+	if s.err == nil && size > 0 {
+		if fds := descriptorsIn(s.buf.control[:size]); len(fds) > 0 {
+			s.passed(fds)
+			s.err = errPassed
+		}
+	}
+}
+
 // read waits for input, and returns at most size bytes of it. They are valid until
 // release, which must follow if there is no error. At the end it returns [io.EOF].
 func (s *source) read(size int) ([]byte, error) {
@@ -289,7 +331,7 @@ func (s *source) read(size int) ([]byte, error) {
 		return nil, err
 	}
 	if s.err == nil && s.n > 0 {
-		return s.buf[:s.n], nil
+		return s.buf.bytes[:s.n], nil
 	}
 	s.release()
 	if s.err == nil {
@@ -300,6 +342,6 @@ func (s *source) read(size int) ([]byte, error) {
 
 // release gives the buffer back.
 func (s *source) release() {
-	scratch.Put(s.buf)
+	buffers.Put(s.buf)
 	s.buf = nil
 }

@@ -14,7 +14,7 @@ import (
 
 // measure finds out now and then how busy the loop is, and acts upon it.
 func (l *loop) measure() {
-	if l.rounds++; l.rounds%32 != 0 || l.next == l {
+	if l.rounds%32 != 0 || l.next == l {
 		return
 	}
 	t := now()
@@ -69,12 +69,15 @@ func (l *loop) hand(c *conn) {
 		if f.held > 0 {
 			l.letGo(c, i)
 			l.pipesUsed--
+			l.pipesOpen.Add(-1)
 		}
 		if f.turn {
 			f.turn = false
 			l.busy = slices.DeleteFunc(l.busy, func(t turn) bool { return t.c == c })
 		}
 	}
+	l.relays.Add(-1)
+	l.next.relays.Add(1)
 	l.conns[c.number] = &conn{number: c.number}
 	l.free = append(l.free, l.conns[c.number])
 
@@ -83,6 +86,8 @@ func (l *loop) hand(c *conn) {
 		l.next.open.Add(1)
 		l.open.Add(-1)
 	}) {
+		l.relays.Add(1)
+		l.next.relays.Add(-1)
 		l.adopt(c)
 	}
 }
@@ -93,6 +98,8 @@ type given struct {
 	over    bool      // the loop has ended, and takes nothing any more
 	relays  []*conn   // that another loop has handed over
 	lookups []*lookup // that have ended
+
+	rich, needy *tenant // the first has to give up a relay for the second
 }
 
 // give has add give the loop something. It fails if the loop has ended.
@@ -112,13 +119,17 @@ func (l *loop) take() {
 	g := &l.given
 	g.mu.Lock()
 	relays, lookups := g.relays, g.lookups
-	g.relays, g.lookups = nil, nil
+	rich, needy := g.rich, g.needy
+	g.relays, g.lookups, g.rich, g.needy = nil, nil, nil, nil
 	g.mu.Unlock()
 	for _, c := range relays {
 		l.adopt(c)
 	}
 	for _, k := range lookups {
 		l.found(k)
+	}
+	if rich != nil {
+		l.resetOne(rich, needy)
 	}
 }
 
@@ -133,11 +144,12 @@ func (l *loop) adopt(c *conn) {
 		c.number = int32(len(l.conns))
 		l.conns = append(l.conns, c)
 	}
-	c.begun = l.measured
+	c.begun, c.active = l.measured, l.rounds
 	l.watchQuiet()
 	for i := range c.flows {
 		if c.flows[i].held > 0 {
 			l.pipesUsed++
+			l.pipesOpen.Add(1)
 			l.hold(c, i)
 		}
 	}

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"fmt"
 	"syscall"
 	"unsafe"
 
@@ -37,7 +38,36 @@ func recv(fd int32, b []byte, flags int) (int, unix.Errno) {
 	return int(n), errno
 }
 
-// unsent returns how many bytes a TCP socket has that its peer did not acknowledge.
+// receive is read, for a Unix socket, and returns what was passed with the bytes as well: control has room for that.
+func receive(fd int32, b, control []byte) (n int, passed []int, errno unix.Errno) {
+	iov := unix.Iovec{Base: unsafe.SliceData(b)}
+	iov.SetLen(len(b))
+	msg := unix.Msghdr{Iov: &iov, Iovlen: 1, Control: unsafe.SliceData(control)}
+	msg.SetControllen(len(control))
+	for {
+		r, _, errno := syscall.RawSyscall(unix.SYS_RECVMSG, uintptr(fd), uintptr(unsafe.Pointer(&msg)), unix.MSG_CMSG_CLOEXEC)
+		switch {
+		case errno == unix.EINTR:
+			continue
+		case errno == 0 && msg.Controllen > 0:
+			passed = descriptorsIn(control[:msg.Controllen])
+		}
+		return int(r), passed, errno
+	}
+}
+
+// sendBuffer returns how much a Unix socket takes that its peer does not read.
+func sendBuffer() (int32, error) {
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 0, fmt.Errorf("cannot make a Unix socket: %w", err)
+	}
+	defer unix.Close(fd)
+	n, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF)
+	return int32(n), err
+}
+
+// unsent returns how many bytes a socket has that its peer did not acknowledge, or read.
 func unsent(fd int32) int32 {
 	var n int32
 	syscall.RawSyscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCOUTQ, uintptr(unsafe.Pointer(&n)))

@@ -3,78 +3,17 @@
 package main
 
 import (
-	"runtime"
+	"slices"
 	"sync/atomic"
 	"time"
-
-	"sniproxy/hostdir"
 )
-
-// A runner is a goroutine, with a thread of its own, that runs a loop. It can be stuck in a
-// look-up after all: a tenant can exchange a socket for a symlink to a file system that does not
-// answer, just between the moment when it is looked at and the moment when it is connected to.
-// Then the loop gets another runner, and the first has just that look-up left.
-type runner struct {
-	dialer *hostdir.Dialer
-
-	// Odd while a look-up is made. To go on with the loop after one is to make it even.
-	lookups atomic.Uint64
-	conn    *conn // that it is for
-	name    []byte
-	hello   []byte
-	lost    chan *lookup // gets it, if the loop went on without this runner
-}
-
-func newRunner(e *engine) *runner {
-	runtime.LockOSThread() // for good, as the dialer wants it
-	r := &runner{dialer: hostdir.NewDialer(), lost: make(chan *lookup, 1)}
-	r.dialer.Distrusted = &e.watch.distrusted
-	return r
-}
-
-func (r *runner) end() { r.dialer.Close() }
-
-// dialNow connects to a backend without waiting for a file system, as far as that can be known
-// beforehand.
-func (l *loop) dialNow(c *conn, name, hello []byte) (fd int, marks hostdir.Marks, err error) {
-	r := l.runner
-	r.conn, r.name, r.hello = c, name, hello
-	this := r.lookups.Add(1)
-	l.engine.watch.wakeUp()
-	fd, marks, err = r.dialer.DialNow(name)
-	if !r.lookups.CompareAndSwap(this, this+1) {
-		k := <-r.lost
-		k.fd, k.marks, k.err = fd, marks, err
-		k.loop.engine.lookups.end(k.name)
-		k.deliver()
-		runtime.Goexit()
-	}
-	return fd, marks, err
-}
-
-// rescue goes on with the loop in place of a runner that is stuck.
-func (l *loop) rescue(r *runner) {
-	next := newRunner(l.engine)
-	k := &lookup{loop: l, conn: r.conn, name: string(r.name)}
-	l.engine.lookups.adopt(k)
-	l.keep(r.conn, lookingUp, r.name, r.hello)
-	r.conn.early.lookup = k
-	r.lost <- k
-	l.runWith(next)
-}
-
-func (l *loop) setRunner(r *runner) {
-	l.runner = r
-	l.engine.watch.runners[l.index].Store(r)
-}
 
 // A watch finds runners that are stuck. It is awake only while there are look-ups.
 type watch struct {
-	engine     *engine
-	awake      atomic.Bool
-	start      chan struct{}
-	runners    []atomic.Pointer[runner] // of each loop
-	distrusted hostdir.Owners           // of directories where a runner was stuck
+	engine  *engine
+	awake   atomic.Bool
+	start   chan struct{}
+	runners []atomic.Pointer[runner] // of each loop
 }
 
 func newWatch(e *engine) *watch {
@@ -91,7 +30,7 @@ func (w *watch) wakeUp() {
 }
 
 func (w *watch) run() {
-	seen := make([]sight, len(w.runners))
+	seen := make([]sighting, len(w.runners))
 	for range w.start {
 		tick := time.NewTicker(watchPeriod)
 		for idle := 0; idle < watchIdle; {
@@ -108,15 +47,14 @@ func (w *watch) run() {
 	}
 }
 
-// A sight is the look-up that a runner was seen at, and how often in a row.
-type sight struct {
+// A sighting is the look-up that a runner was seen at, and how often in a row.
+type sighting struct {
 	lookup uint64
 	times  int
 }
 
-// look has runners replaced that are stuck. It reports whether there was any look-up since the
-// last time.
-func (w *watch) look(seen []sight) (some bool) {
+// look has runners replaced that are stuck. It reports whether there was any look-up since the last time.
+func (w *watch) look(seen []sighting) (some bool) {
 	for i := range w.runners {
 		r := w.runners[i].Load()
 		if r == nil {
@@ -125,22 +63,91 @@ func (w *watch) look(seen []sight) (some bool) {
 		now := r.lookups.Load()
 		some = some || now != seen[i].lookup || now%2 == 1
 		if now != seen[i].lookup {
-			seen[i] = sight{lookup: now}
+			seen[i] = sighting{lookup: now}
 		}
 		if seen[i].times++; now%2 == 1 && seen[i].times >= watchStuck {
-			w.replace(w.engine.loops[i], r, now)
+			w.engine.loops[i].replace(r, now)
 		}
 	}
 	return some
 }
 
-func (w *watch) replace(l *loop, r *runner, lookup uint64) {
-	owner, ok := r.dialer.Owner()
-	if !r.lookups.CompareAndSwap(lookup, lookup+1) {
-		return // it has ended
+// A relief is a runner that stands by to go on with a loop. There is one before the loop looks up what is a
+// tenant's, so that a thread need not be had just when one is stuck.
+type relief chan *runner // gets the one that is stuck
+
+// wantRelief has a relief made for the loop, if it may have one and none is being made.
+func (l *loop) wantRelief(may bool) {
+	if may && !l.wanted.Swap(true) {
+		l.engine.threads.more <- l.standBy
 	}
-	if ok {
-		w.distrusted.Add(owner, distrustTime)
+}
+
+func (l *loop) standBy() {
+	next, err := newRunner(l.engine)
+	if err != nil {
+		complainThread(err)
+		time.Sleep(threadPause)
+		l.wanted.Store(false)
+		return
 	}
-	go l.rescue(r)
+	stuck := make(relief)
+	l.relief.Store(&stuck)
+	l.wanted.Store(false)
+	l.rescue(<-stuck, next)
+}
+
+// replace has the relief go on with the loop in place of r, which is stuck.
+func (l *loop) replace(r *runner, lookup uint64) {
+	next := l.relief.Swap(nil)
+	if next == nil {
+		l.wantRelief(true)
+		return
+	}
+	if !r.lookups.CompareAndSwap(lookup, lookup+1) { // it has ended
+		l.relief.Store(next)
+		return
+	}
+	*next <- r
+}
+
+// rescue goes on with the loop in place of r.
+func (l *loop) rescue(r, next *runner) {
+	k := &lookup{loop: l, conn: r.conn, name: slices.Clone(r.name)}
+	if r.tenant != nil {
+		k.tenant, k.entry = r.tenant, string(r.entry)
+		l.engine.leaveBehind(&k.task)
+	} else { // it was stuck before it knew whose the host is
+		k.tenant, k.entry = l.engine.tenants.get(0, r.name), string(r.name)
+		l.engine.leaveBehind(&k.task)
+		k.tenant.release()
+	}
+	l.keep(r.conn, lookingUp, r.name, r.hello)
+	r.conn.early.lookup = k
+	r.lost <- k
+	l.runWith(next)
+}
+
+// leaveBehind counts a thread that is stuck with a task.
+func (e *engine) leaveBehind(k *task) {
+	k.tenant.hung.Add(1)
+	e.behind.Add(1)
+	s := e.threads
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.enter(k)
+	s.begin(k)
+}
+
+// comeBack counts a thread that was left behind, and has ended its task.
+func (e *engine) comeBack(k *task) {
+	k.tenant.untrusted.Store(now() + int64(distrustTime))
+	k.tenant.hung.Add(-1)
+	e.behind.Add(-1)
+	e.threads.end(k)
+}
+
+func (l *loop) setRunner(r *runner) {
+	l.runner = r
+	l.engine.watch.runners[l.index].Store(r)
 }
