@@ -3,6 +3,7 @@ package hostdir
 import (
 	"bytes"
 	"runtime"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -219,6 +220,16 @@ type thread struct {
 	entry []byte // that it is, with a zero
 	buf   [nameMax + 1]byte
 	inode inode // its own
+
+	changed unix.StatxTimestamp // when the directory was changed last, as far as is known
+	known   bool                // which markers there were since
+	marks   marks
+}
+
+// marks tells which markers are in a directory.
+type marks struct {
+	proxy uint8 // the version of the PROXY protocol
+	log   bool  // there is a log-connections, whoever it belongs to
 }
 
 // begin gives the calling thread a working directory of its own, which takes no privilege.
@@ -232,7 +243,7 @@ func (d *Dialer) Release() bool {
 		return false
 	}
 	closeRaw(t.dir)
-	t.kept, t.entry = false, nil
+	t.kept, t.entry, t.known = false, nil, false
 	return true
 }
 
@@ -281,6 +292,8 @@ func (d *Dialer) isIn(general bool) (bool, error) {
 	if errno != 0 || inodeOf(&st) != t.inode {
 		return false, nil
 	}
+	t.known = t.known && st.Ctime == t.changed
+	t.changed = st.Ctime
 	return true, d.plain(&st, general)
 }
 
@@ -328,7 +341,7 @@ func (d *Dialer) change(general, wait bool) error {
 	}
 	t.kept, t.dir = true, fd
 	t.entry = append(t.buf[:0], d.entry...)
-	t.inode = inodeOf(&st)
+	t.inode, t.changed = inodeOf(&st), st.Ctime
 	return nil
 }
 
@@ -502,23 +515,40 @@ func (d *Dialer) checkSocket() error {
 	return &Error{Problem: MayWait, Errno: unix.EAGAIN}
 }
 
-// markers looks for the markers.
+// markers finds out what the markers say. Which there are is known from the look-up before, if the directory
+// has not changed since. The system proves that: it tells when a directory was changed, by a clock that had gone on
+// before the markers were looked at. Who owns a marker is no change of the directory.
 func (d *Dialer) markers(b *Backend) unix.Errno {
+	t := &d.own
+	if !t.known {
+		sure := t.kept && !t.waits && time.Since(time.Unix(t.changed.Sec, int64(t.changed.Nsec))) > clockTick
+		var errno unix.Errno
+		if t.marks, errno = d.lookForMarkers(); errno != 0 {
+			return errno
+		}
+		t.known = sure
+	}
+	b.Proxy = t.marks.proxy
+	if t.marks.log {
+		st, errno := stat(here, logConnections, t.waits)
+		b.Log = errno == 0 && d.hosts.Administrator(st.Uid)
+	}
+	return 0
+}
+
+func (d *Dialer) lookForMarkers() (m marks, errno unix.Errno) {
 	there, errno := d.has(sendProxyV2)
 	if there {
-		b.Proxy = 2
+		m.proxy = 2
 	} else if errno == 0 {
 		if there, errno = d.has(sendProxyV1); there {
-			b.Proxy = 1
+			m.proxy = 1
 		}
 	}
 	if errno == 0 {
-		if there, errno = d.has(logConnections); there {
-			st, errno := stat(here, logConnections, d.own.waits)
-			b.Log = errno == 0 && d.hosts.Administrator(st.Uid)
-		}
+		m.log, errno = d.has(logConnections)
 	}
-	return errno
+	return m, errno
 }
 
 // has tells whether there is something in the working directory.

@@ -4,6 +4,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -238,4 +239,71 @@ func TestDialNowAgain(t *testing.T) {
 	if got := descriptors(t); got != base+3 {
 		t.Errorf("%d descriptors in the end, %d in the beginning", got, base)
 	}
+}
+
+// Goal: a marker that was made, removed, replaced or given away a moment ago counts as it is for the next look-up, also when
+// the directory had been the same for long before, so that its markers were not looked for again.
+func TestMarkersAtOnce(t *testing.T) {
+	chdir(t)
+	unix.Close(listen(t, "b", 8)) // another host
+	l := listen(t, "a", 4096)
+	h := ownDirectories(t)
+	hosts, err := os.Getwd() // the thread will be elsewhere
+	must(t, err)
+	path := func(marker string) string { return hosts + "/" + dirName("a") + "/" + marker }
+	var want hostdir.Backend
+	changes := []func() error{
+		func() error { want.Proxy = 1; return os.WriteFile(path("send-proxy-v1"), nil, 0o644) },
+		func() error { want.Proxy = 2; return os.Mkdir(path("send-proxy-v2"), 0o755) },
+		func() error { return os.Remove(path("send-proxy-v1")) },
+		func() error { want.Proxy = 1; return os.Rename(path("send-proxy-v2"), path("send-proxy-v1")) },
+		func() error { want.Log = true; return os.WriteFile(path("log-connections"), nil, 0o644) },
+		func() error { want.Proxy = 0; return os.Remove(path("send-proxy-v1")) },
+		func() error { want.Log = os.Geteuid() != 0; return chownFile(path("log-connections"), 12345) },
+		func() error { want.Log = true; return chownFile(path("log-connections"), 0) },
+		func() error { want.Log = false; return os.Remove(path("log-connections")) },
+	}
+	withDialer(t, h, func(d *hostdir.Dialer) {
+		defer d.Leave()
+		expect := func(what string, i int) bool {
+			b, err := dial(d, "a", false)
+			if err != nil {
+				t.Errorf("%s, change %d: %v", what, i, err)
+				return false
+			}
+			unix.Close(b.FD)
+			if c, _, err := unix.Accept(l); err == nil {
+				unix.Close(c)
+			}
+			if marks(b) != want {
+				t.Errorf("%s, change %d: got %+v, want %+v", what, i, marks(b), want)
+				return false
+			}
+			return true
+		}
+		for i := range 2000 {
+			if i%20 == 0 { // long enough that the look-up is sure of what there is
+				for begin := time.Now(); time.Since(begin) < 25*time.Millisecond; {
+					if !expect("unchanged", i) {
+						return
+					}
+				}
+			}
+			if err := changes[i%len(changes)](); err != nil {
+				t.Error(err)
+				return
+			}
+			if !expect("changed", i) {
+				return
+			}
+		}
+	})
+}
+
+// chownFile gives a file away, if we may.
+func chownFile(path string, uid int) error {
+	if os.Geteuid() != 0 {
+		return nil
+	}
+	return os.Lchown(path, uid, uid)
 }

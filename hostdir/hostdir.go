@@ -20,7 +20,8 @@
 // In a user namespace all users that it does not know look like one, the overflow uid. That one is
 // never the administrator.
 //
-// Everything is looked up anew for each connection; nothing is cached. Symlinks are
+// Everything is looked up anew for each connection. Only the markers of the directory of the look-up before are
+// not looked for again, if the system proves that it has not changed since. Symlinks are
 // followed wherever they lead: what may be reached is a matter of permissions.
 //
 // A program opens [Hosts] once. Each thread that connects has a [Dialer]: its Find tells which

@@ -82,7 +82,7 @@ func openat2(dir uintptr, path *byte, how *unix.OpenHow, waits bool) (uintptr, u
 // symlink, and takes what the system knows already of what is there; but to find it may have to wait.
 func stat(dir uintptr, name []byte, waits bool) (st unix.Statx_t, errno unix.Errno) {
 	const flags = unix.AT_EMPTY_PATH | unix.AT_SYMLINK_NOFOLLOW | unix.AT_NO_AUTOMOUNT | unix.AT_STATX_DONT_SYNC
-	const mask = unix.STATX_TYPE | unix.STATX_UID | unix.STATX_INO
+	const mask = unix.STATX_TYPE | unix.STATX_UID | unix.STATX_INO | unix.STATX_CTIME
 	if !waits {
 		_, _, errno = syscall.RawSyscall6(unix.SYS_STATX, dir, uintptr(unsafe.Pointer(&name[0])), flags, mask, uintptr(unsafe.Pointer(&st)), 0)
 		return st, errno
