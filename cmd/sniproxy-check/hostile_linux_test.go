@@ -57,7 +57,7 @@ func TestUnshareForbidden(t *testing.T) {
 		want = "one.example: ok\n" + long + ": ok\n"
 	}
 	if stdout.String() != want || strings.Count(stderr.String(), "\n") != 1 || (err == nil) != hostdir.Hashed ||
-		!strings.HasPrefix(stderr.String(), "sniproxy-check: the system forbids unshare(2), as container engines do (operation not permitted): ") {
+		!strings.HasPrefix(stderr.String(), "sniproxy-check: the system forbids unshare(2) (operation not permitted), as container engines do: ") {
 		t.Errorf("%v, stdout %q, stderr %q", err, stdout.String(), stderr.String())
 	}
 }
@@ -88,7 +88,7 @@ func TestUserNamespace(t *testing.T) {
 		"it is that of uid 65534, chown -h it to root\n" +
 		"a.ours.example: ok, served by *.ours.example\n"
 	if stdout.String() != want || strings.Count(stderr.String(), "\n") != 1 ||
-		!strings.HasPrefix(stderr.String(), "sniproxy-check: the hosts directory belongs to the uid that stands for all users unknown to this user namespace: ") {
+		!strings.HasPrefix(stderr.String(), "sniproxy-check: the hosts directory belongs to uid 65534, which in a user namespace stands for all users unknown to it: ") {
 		t.Errorf("stdout %q, stderr %q", stdout.String(), stderr.String())
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // logAll makes the daemon log the connections of all hosts.
@@ -179,10 +180,16 @@ func TestAccessLogOwner(t *testing.T) {
 			t.Errorf("%s: %d lines, want %d", what, got, want)
 		}
 	}
-	// What is in * may be noticed a moment later.
+	// What is in * is noticed a second later. Not so often that lines are left out.
 	eventually := func(what string, want int) {
 		t.Helper()
-		await(t, what, func() bool { return lines() == want })
+		for range 40 {
+			if lines() == want {
+				return
+			}
+			<-time.After(logAllPeriod / 5)
+		}
+		t.Fatalf("waited in vain for %s", what)
 	}
 	expect("markers of a tenant", 0)
 	marker := d.hostPath("*", "log-connections")
@@ -210,7 +217,7 @@ func TestAccessLogOwner(t *testing.T) {
 func TestAccessLogFull(t *testing.T) {
 	// Goal: while the log takes nothing, connections are served as ever; lines are dropped,
 	// and counted: in the end each connection has a line or is among those dropped.
-	const conns = 3000
+	const conns, before = 3000, 20
 	r, w, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
@@ -221,6 +228,13 @@ func TestAccessLogFull(t *testing.T) {
 	d.serve("a.example", greet)
 	d.logAll()
 	base := d.fds()
+	// The first ones may come before it is known that they are logged.
+	for range before {
+		if err := d.greeted("a.example"); err != nil {
+			t.Fatal(err)
+		}
+		<-time.After(logAllPeriod / before)
+	}
 	inParallel(conns, 20, func(int) {
 		if err := d.greeted("a.example"); err != nil {
 			t.Error(err)
@@ -246,8 +260,8 @@ func TestAccessLogFull(t *testing.T) {
 			t.Errorf("the log has %q", line)
 		}
 	}
-	if told+dropped != conns || dropped == 0 {
-		t.Errorf("%d lines and %d dropped, want %d in all", told, dropped, conns)
+	if n := told + dropped; n < conns || n > conns+before || dropped == 0 {
+		t.Errorf("%d lines and %d dropped, want %d in all, and up to %d for those before", told, dropped, conns, before)
 	}
 }
 

@@ -403,6 +403,10 @@ func TestCountersEnds(t *testing.T) {
 	want.down += word
 	backend.CloseRead()
 	client.Write(make([]byte, 1000))
+	ping(t, backend, client) // it may still say something
+	want.down += word
+	d.awaitCounters(want)
+	backend.Close()
 	if got, err := io.ReadAll(client); err != nil {
 		t.Errorf("got %q, error %v, want the end", got, err)
 	}

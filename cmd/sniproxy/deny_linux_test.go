@@ -94,7 +94,7 @@ func TestDenyUnshareSwitched(t *testing.T) {
 		most = max(most, d.threads())
 	}
 	stop()
-	if limit := threads + lookupsOfHost + 8; !isPortable(t) && most > limit {
+	if limit := threads + tasksOfEntry + 8; !isPortable(t) && most > limit {
 		t.Errorf("the daemon had %d threads, and %d before, want at most %d", most, threads, limit)
 	}
 }

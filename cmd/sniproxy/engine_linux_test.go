@@ -13,16 +13,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
-	"time"
 )
-
-// The engine connects from within the host's directory, so its name can have any length, unless the
-// system forbids a thread a working directory of its own.
-var anyName = !denied("unshare")
-
-// It has the directory that it connects from open, so a symlink may be switched at any rate, with the
-// same exception.
-var switchPause = map[bool]time.Duration{false: 40 * time.Millisecond}[anyName]
 
 // With this variable a daemon's loops hand relays over although they are not busy.
 func init() {

@@ -40,7 +40,7 @@ type injection struct {
 
 // The errors are those that the manual page of the call has, and the pages that it refers to for
 // sockets, TCP and paths; and EINTR. Not all calls can be made to fail:
-//   - What is an answer rather than a failure: of readlinkat and newfstatat, that there is no
+//   - What is an answer rather than a failure: of readlinkat and statx, that there is no
 //     marker, and of readlinkat that there is one (EINVAL).
 //   - EAGAIN, of reads and writes: it promises an event, which does not come if it is not true.
 //   - shutdown and close have their effect unless the descriptor is wrong, which no caller can
@@ -82,7 +82,7 @@ var goroutineInjections = []injection{
 	{calls: "read", when: "2+5", harmless: "EINTR", harmful: readErrors},
 	{calls: "socket", when: "1+2", harmful: socketErrors},
 	{calls: "connect", when: "1+2", harmless: "EAGAIN", harmful: connectErrors},
-	{calls: "newfstatat", when: "2+7", harmful: "EACCES EBADF EFAULT EINTR EINVAL EIO ELOOP ENAMETOOLONG ENOMEM EOVERFLOW"},
+	{calls: "statx", when: "2+7", harmful: "EACCES EBADF EFAULT EINTR EINVAL EIO ELOOP ENAMETOOLONG ENOMEM EOVERFLOW"},
 	{calls: "fcntl", when: "2+5", harmful: "EACCES EBADF EBUSY EINTR EINVAL EMFILE ENOMEM EPERM"},
 	{calls: "getsockname", when: "1+2", harmful: "EBADF EFAULT EINVAL ENOBUFS ENOTSOCK"},
 }
@@ -414,6 +414,7 @@ func (v *visitors) visit(kind visitor, when string, may outcome) {
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		why = "it waited in vain"
 	case kind.want == nil:
+	case may.end && (bytes.HasPrefix(got, []byte("error: ")) || bytes.Contains(got, []byte(" bytes, "))): // so says the backend, which did not get all
 	case !bytes.HasPrefix(want, got) && !(told && may.fail):
 		why = "these are not the right bytes"
 	case err == nil && len(got) == len(want):

@@ -522,8 +522,8 @@ func TestRelayBackendResetClientStuck(t *testing.T) {
 	}
 }
 
-// Goal: a backend that has closed its reading side only, and so can never get what the
-// client sends, ends the connection.
+// Goal: what a backend says that has closed its reading side only, and so can never get what the client sends, is
+// forwarded all the same, until it ends.
 func TestRelayBackendStopsReading(t *testing.T) {
 	d := start(t)
 	l := d.host("deaf.example")
@@ -533,6 +533,8 @@ func TestRelayBackendStopsReading(t *testing.T) {
 		t.Fatal(err)
 	}
 	go io.Copy(client, zeros{})
+	ping(t, backend, client)
+	backend.Close()
 	if got, err := io.ReadAll(client); len(got) > 0 || err != nil && !isReset(err) {
 		t.Errorf("the client got %q, error %v, want the end", got, err)
 	}

@@ -36,12 +36,8 @@ type bound struct {
 //	statx         the directory of the host, which is that of the connection before
 //	openat2       fails, and so tells that to look tls-socket up does not wait
 //	socket
+//	setsockopt    what the backend passes is refused; before Linux 6.16 it keeps urgent data in its place instead
 //	connect       to tls-socket
-//	readlinkat    whether there is a send-proxy-v2,
-//	readlinkat    a send-proxy-v1,
-//	readlinkat    a log-connections
-//	statx         a directory *, which may have the log of all hosts turned on; once for
-//	              all connections of ten milliseconds
 //	epoll_ctl     for the answer of the backend, and its end
 //	write         the hello
 //	epoll_ctl     for what else the client says, and its end
@@ -54,8 +50,9 @@ type bound struct {
 //	close         the client, which takes it out of epoll as well
 //	close         the backend
 //
-// For another host than that of the connection before, the first statx is an openat2 and an
-// fchdir, so that socket and markers are of one directory, and a close of the one before. A
+// For another host than that of the connection before, or if its directory has changed, there are three readlinkat as well:
+// for send-proxy-v2, send-proxy-v1 and log-connections. For another host there are an openat2 and an
+// fchdir before the first statx, so that socket and markers are of one directory, and a close of the one before. A
 // loop that has nothing to do for a while leaves the directory as well, by a close and an
 // fchdir, and waits anew. Whether that is so between two of these calls hangs on how quick
 // the others are; and an end of the backend that is seen later than its answer takes a wait
@@ -75,11 +72,12 @@ var eventLoopCalls = map[string]bound{
 	"ioctl":       {1, 1, 0},
 	"openat2":     {1, 2, 0},
 	"read":        {3, 3, +1},
-	"readlinkat":  {3, 3, 0},
+	"readlinkat":  {0, 3, 0},
 	"recvfrom":    {1, 1, -1},
+	"setsockopt":  {0, 1, 0},
 	"shutdown":    {0, 0, +1},
 	"socket":      {1, 1, 0},
-	"statx":       {0, 3, 0},
+	"statx":       {1, 2, 0},
 	"write":       {2, 2, 0},
 }
 
@@ -87,18 +85,22 @@ var eventLoopCalls = map[string]bound{
 // through an eventfd, has its part in them, and tries to read before it waits.
 var goroutineCalls = map[string]bound{
 	"accept4":     {1, 3, 0},
-	"close":       {2, 2, 0},
+	"close":       {3, 3, 0},
 	"connect":     {1, 1, 0},
 	"epoll_ctl":   {4, 4, 0},
 	"epoll_pwait": {2, 12, 0},
+	"fchdir":      {2, 2, 0}, // a thread for look-ups leaves after each
 	"fcntl":       {2, 8, 0},
 	"getsockopt":  {0, 2, 0},
-	"newfstatat":  {8, 8, 0},
+	"openat2":     {1, 1, 0},
 	"poll":        {0, 1, 0}, // or ppoll, by the architecture
 	"ppoll":       {0, 1, 0},
 	"read":        {4, 10, 0},
+	"readlinkat":  {3, 3, 0},
+	"setsockopt":  {1, 1, 0},
 	"shutdown":    {2, 2, 0},
 	"socket":      {1, 1, 0},
+	"statx":       {2, 6, 0}, // more when the log of all hosts is looked for, once a second
 	"write":       {2, 4, 0},
 }
 

@@ -138,7 +138,7 @@ func TestWildcardTenantExchanges(t *testing.T) {
 						t.Fatal(err)
 					}
 				}
-				if err := os.Lchown(theirs, tenant, tenant); err != nil {
+				if err := os.Lchown(theirs, lodger, lodger); err != nil {
 					t.Fatal(err)
 				}
 				stop := keepSwapping(t, d.dir, filepath.Base(mine), filepath.Base(theirs))
