@@ -53,6 +53,11 @@ type threads struct {
 
 func newThreads(hosts *hostdir.Hosts) *threads {
 	s := &threads{hosts: hosts, next: make(chan *task, tasksMost), more: make(chan func(), tasksMost+runtime.GOMAXPROCS(0))}
+	// From the start, when the system has room for them, so there is always one.
+	for range threadsIdle {
+		s.idle++
+		startThread(s.work)
+	}
 	go s.supply()
 	return s
 }
