@@ -36,7 +36,12 @@ func (a *logAll) account(t int64, fd int, name []byte, marked bool) *account {
 
 // tell prints the line, if there is to be one.
 func (a *account) tell(all *logAll, sent traffic, took time.Duration, how string) {
-	if a == nil || a.maybe && !all.yes.Load() {
+	switch {
+	case a == nil:
+		return
+	case a.maybe:
+		a.maybe = false
+		all.ifYes(func() { a.tell(all, sent, took, how) })
 		return
 	}
 	name := " without a name"

@@ -75,6 +75,9 @@ func startEngine(hosts *hostdir.Hosts, listeners []*listener, clients []int, own
 		lp.next = e.loops[(i+1)%processors]
 	}
 	e.loops[0].invited.Store(true)
+	if len(clients) > 0 {
+		e.logAll.await()
+	}
 	for _, fd := range clients {
 		lp := e.loops[0]
 		lp.shared = int32(fd)

@@ -64,6 +64,9 @@ func startEngine(hosts *hostdir.Hosts, listeners []*listener, clients []int, own
 		e.files = append(e.files, f)
 		e.conns.Go(func() { e.accept(l, f) })
 	}
+	if len(clients) > 0 {
+		e.logAll.await()
+	}
 	for _, fd := range clients {
 		f, err := pollable(&fd)
 		if err != nil {

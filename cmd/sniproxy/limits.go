@@ -48,8 +48,13 @@ const (
 	reserveLeast = 16
 	roomWait     = time.Second
 
-	// logAllPeriod is how often it is found out at the most whether all connections are logged.
+	// logAllPeriod is how often it is found out at the most whether all connections are logged. So many lines about
+	// connections that have ended meanwhile wait for the answer.
 	logAllPeriod = time.Second
+	logAllLines  = 1000
+
+	// logAllPatience is how long a program that serves one connection waits for that.
+	logAllPatience = 100 * time.Millisecond
 
 	// A connection of which one direction has ended is ended when the other has not moved a
 	// byte for halfClosedTimeout; that is checked quietChecks times within it.

@@ -1,7 +1,9 @@
 package main
 
 import (
+	"sync"
 	"sync/atomic"
+	"time"
 
 	"sniproxy/hostdir"
 )
@@ -15,6 +17,9 @@ type logAll struct {
 	asking atomic.Bool
 	again  atomic.Int64 // when to ask again, by the clock of now
 	ask    chan struct{}
+
+	mu    sync.Mutex
+	lines []func() // of connections that have ended before it was known whether they are logged
 }
 
 func newLogAll(hosts *hostdir.Hosts) *logAll {
@@ -25,14 +30,34 @@ func newLogAll(hosts *hostdir.Hosts) *logAll {
 				a.yes.Store(yes)
 			}
 			a.again.Store(now() + int64(logAllPeriod))
+			a.mu.Lock()
 			a.asking.Store(false)
+			lines := a.lines
+			a.lines = nil
+			a.mu.Unlock()
+			for _, print := range lines {
+				if a.yes.Load() {
+					print()
+				}
+			}
 		}
 	}()
 	return a
 }
 
-// logs tells whether a connection that begins at t is logged, and if not, whether it may be: the answer may be
-// out of date, and is known when the connection ends.
+// await waits a moment until it is known, for a program that ends with its one connection.
+func (a *logAll) await() {
+	a.logs(now())
+	for late := time.After(logAllPatience); a.asking.Load(); {
+		select {
+		case <-time.After(time.Millisecond):
+		case <-late:
+			return
+		}
+	}
+}
+
+// logs tells whether a connection that begins at t is logged, and if not, whether it may be: that is being found out.
 func (a *logAll) logs(t int64) (yes, maybe bool) {
 	if t >= a.again.Load() && !a.asking.Swap(true) {
 		a.ask <- struct{}{}
@@ -40,4 +65,19 @@ func (a *logAll) logs(t int64) (yes, maybe bool) {
 	maybe = a.asking.Load()
 	yes = a.yes.Load()
 	return yes, maybe && !yes
+}
+
+// ifYes calls print if all connections are logged, once that is known. Few have to wait for that: if it takes long, others
+// go by the last answer.
+func (a *logAll) ifYes(print func()) {
+	a.mu.Lock()
+	if a.asking.Load() && len(a.lines) < logAllLines {
+		a.lines = append(a.lines, print)
+		a.mu.Unlock()
+		return
+	}
+	a.mu.Unlock()
+	if a.yes.Load() {
+		print()
+	}
 }
