@@ -424,7 +424,11 @@ func (l *loop) expire() {
 		case redialing:
 			l.refuse(c, c.early.name, c.early.why)
 		case lookingUp:
-			l.refuse(c, c.early.name, errLookupTimeout)
+			why := c.early.why // of a try before this one
+			if why == nil {
+				why = errLookupTimeout
+			}
+			l.refuse(c, c.early.name, why)
 		default:
 			l.refuse(c, nil, errTimeout)
 		}

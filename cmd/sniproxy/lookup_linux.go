@@ -209,7 +209,15 @@ func (l *loop) found(k *lookup) {
 		c.belongTo(k.found)
 	}
 	l.runner.entry, l.runner.tenant = []byte(k.entry), k.tenant
+	q := c.early.line
 	l.dialled(c, c.early.name, c.early.hello, k.backend, k.err)
+	// It may have made room for the next one in its line.
+	if q == nil {
+		return
+	}
+	if e := q.first(); e != nil && e.conn != c && e.conn.phase == redialing {
+		l.dial(e.conn, e.name, e.hello)
+	}
 }
 
 // dialled goes on with what came of an attempt to connect to the backend.

@@ -123,7 +123,7 @@ func TestRedialDies(t *testing.T) {
 	d.awaitFds(base)
 	after := callsAtOnce(t, log, "connect", "epoll_pwait")
 	t.Logf("up to %d tries between two waits, and %d before the backend died", after, before)
-	if after > most {
+	if after > most && !denied("unshare") { // otherwise it is not the loop that tries
 		t.Errorf("%d tries between two waits of a loop, want at most %d", after, most)
 	}
 }
