@@ -263,7 +263,7 @@ func TestCountersDropped(t *testing.T) {
 	var got counted
 	await(t, "all clients to be accepted", func() bool {
 		got = d.counters()
-		return got.accepted == silent+1
+		return got.accepted == silent+1 && got.waiting == got.open-1
 	})
 	if got.dropped == 0 || got.open != silent+1-got.dropped || got.waiting != got.open-1 || got.refused != "" {
 		t.Errorf("the counters are %+v", got)
