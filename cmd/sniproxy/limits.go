@@ -35,8 +35,8 @@ const (
 	// threadsIdle threads stay when they have no task. When the system has no room for threadsRoom threads more, it is asked
 	// again after threadPause: some of them are for Go's runtime.
 	threadsIdle = 2
-	threadPause = 100 * time.Millisecond
-	threadsRoom = 5
+	threadPause = 500 * time.Millisecond
+	threadsRoom = 8
 
 	// A tenant of whom more than closingMost descriptors wait to be closed gets no connection more.
 	closingMost = 256

@@ -102,7 +102,7 @@ func (l *loop) find() (hostdir.Entry, error) {
 	this := l.beginLookup()
 	entry, err := r.dialer.Find(r.name, false)
 	if !r.lookups.CompareAndSwap(this, this+1) {
-		r.finish(hostdir.Backend{}, nil)
+		r.finish(entry, hostdir.Backend{}, err)
 	}
 	return entry, err
 }
@@ -113,7 +113,7 @@ func (l *loop) connect() (hostdir.Backend, error) {
 	this := l.beginLookup()
 	b, err := r.dialer.Connect(false)
 	if !r.lookups.CompareAndSwap(this, this+1) {
-		r.finish(b, err)
+		r.finish(hostdir.Entry{}, b, err)
 	}
 	return b, err
 }
@@ -127,13 +127,17 @@ func (l *loop) beginLookup() uint64 {
 	return this
 }
 
-// finish is for a runner that was given up in a look-up. If that was to find the entry, it goes on with the whole of it;
-// if it was to connect, that has come to b and err. It does not return.
-func (r *runner) finish(b hostdir.Backend, err error) {
+// finish is for a runner that was given up in a look-up. If that was to find the entry, what it has come to is entry and
+// err, and the runner goes on from there; if it was to connect, that has come to b and err. It does not return.
+func (r *runner) finish(entry hostdir.Entry, b hostdir.Backend, err error) {
 	k := <-r.lost
-	if r.tenant == nil {
+	switch {
+	case r.tenant == nil && err == nil:
+		k.found = k.loop.engine.tenants.of(entry)
+		k.backend, k.err = r.dialer.Connect(true)
+	case r.tenant == nil && mayWait(err):
 		k.connect(r.dialer)
-	} else {
+	default:
 		k.backend, k.err = b, err
 	}
 	k.loop.engine.comeBack(&k.task)
