@@ -25,8 +25,11 @@ type Dialer struct {
 	found Entry
 	err   error // that Find has ended with
 
-	own    thread
-	before identity // of what was found, when working with paths
+	own thread
+
+	// Of what was found, when working with paths.
+	general bool // it is a wildcard, or *
+	before  identity
 }
 
 // NewDialer returns a Dialer for the calling goroutine, which must be the only one to use it and, on
@@ -120,11 +123,16 @@ func (d *Dialer) Connect(wait bool) (Backend, error) {
 
 // look finds an entry.
 func (d *Dialer) look(general, wait bool) (err error) {
-	d.before = identity{}
+	d.general, d.before = general, identity{}
 	if d.found, err = d.hosts.find(d.entry, general, wait); err != nil || !wait {
 		return err
 	}
-	path := string(d.found.Name)
+	return d.identify()
+}
+
+// identify identifies the directory of the entry that was found.
+func (d *Dialer) identify() error {
+	path, general := string(d.found.Name), d.general
 	d.before = identify(path)
 	switch {
 	case d.before.absent:
@@ -140,7 +148,10 @@ func (d *Dialer) look(general, wait bool) (err error) {
 
 func (d *Dialer) connectPath() (Backend, error) {
 	if d.before == (identity{}) { // it was found with no time for it
-		return Backend{FD: -1}, &Error{Problem: Exchanged}
+		if d.identify() != nil {
+			d.before = identity{}
+			return Backend{FD: -1}, &Error{Problem: Exchanged}
+		}
 	}
 	path := string(d.found.Name)
 	fd, err := d.hosts.socket(d.Deaf)

@@ -3,6 +3,7 @@ package hostdir_test
 import (
 	"runtime"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -52,17 +53,17 @@ func dial(d *hostdir.Dialer, name string, wait bool) (hostdir.Backend, error) {
 	return again(d, wait, func() (hostdir.Entry, error) { return d.Find([]byte(name), wait) })
 }
 
+// again finds and connects until nothing is exchanged meanwhile.
 func again(d *hostdir.Dialer, wait bool, find func() (hostdir.Entry, error)) (b hostdir.Backend, err error) {
-	for {
+	for deadline := time.Now().Add(10 * time.Second); ; runtime.Gosched() {
 		if _, err = find(); err == nil {
 			b, err = d.Connect(wait)
 		} else {
 			b.FD = -1
 		}
-		if problem(err) != hostdir.Exchanged {
+		if problem(err) != hostdir.Exchanged || time.Now().After(deadline) {
 			return b, err
 		}
-		runtime.Gosched()
 	}
 }
 
@@ -84,9 +85,17 @@ func ways(t *testing.T) []way {
 		}
 		return b, err
 	}
-	all := []way{{"paths", true, later}}
+	// found at once, and connected to with time for it
+	both := func(d *hostdir.Dialer, name string) (hostdir.Backend, error) {
+		b, err := again(d, true, func() (hostdir.Entry, error) { return d.Find([]byte(name), false) })
+		if problem(err) == hostdir.MayWait {
+			return dial(d, name, true)
+		}
+		return b, err
+	}
+	all := []way{{"paths", true, later}, {"paths, both", true, both}}
 	if runtime.GOOS == "linux" {
-		all = append(all, way{"later", false, later}, way{"now", false, now})
+		all = append(all, way{"later", false, later}, way{"now", false, now}, way{"both", false, both})
 	}
 	return all
 }
