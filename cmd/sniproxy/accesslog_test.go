@@ -12,6 +12,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"sniproxy/cmd/internal/report"
 )
 
 // logAll makes the daemon log the connections of all hosts.
@@ -84,22 +86,22 @@ func TestAccessLog(t *testing.T) {
 				how string
 				do  func(client *net.TCPConn, b *net.UnixConn)
 			}{
-				{closedByBoth, func(client *net.TCPConn, b *net.UnixConn) {
+				{report.ClosedByBoth, func(client *net.TCPConn, b *net.UnixConn) {
 					client.CloseWrite()
 					io.Copy(io.Discard, b)
 					b.Close()
 				}},
-				{closedByBoth, func(client *net.TCPConn, b *net.UnixConn) {
+				{report.ClosedByBoth, func(client *net.TCPConn, b *net.UnixConn) {
 					b.CloseWrite()
 					io.Copy(io.Discard, client)
 					client.Close()
 				}},
-				{resetByClient, func(client *net.TCPConn, b *net.UnixConn) {
+				{report.ResetByClient, func(client *net.TCPConn, b *net.UnixConn) {
 					client.SetLinger(0)
 					client.Close()
 				}},
-				{silentHalfClosed, func(client *net.TCPConn, b *net.UnixConn) { client.CloseWrite() }},
-				{silentHalfClosed, func(client *net.TCPConn, b *net.UnixConn) { b.CloseWrite() }},
+				{report.SilentHalfClosed, func(client *net.TCPConn, b *net.UnixConn) { client.CloseWrite() }},
+				{report.SilentHalfClosed, func(client *net.TCPConn, b *net.UnixConn) { b.CloseWrite() }},
 			} {
 				client, b := begin()
 				end.do(client, b)
@@ -110,7 +112,7 @@ func TestAccessLog(t *testing.T) {
 			client.Write([]byte("unread"))
 			awaitInput(t, b)
 			b.Close()
-			d.expectServed(client.LocalAddr(), " for logged.example", sent+6, 5, resetByBackend)
+			d.expectServed(client.LocalAddr(), " for logged.example", sent+6, 5, report.ResetByBackend)
 
 			before := strings.Count(d.err.String(), "served")
 			if err := d.greeted("silent.example"); err != nil {
@@ -138,7 +140,7 @@ func TestAccessLog(t *testing.T) {
 			if status := d.wait(); status != 0 {
 				t.Errorf("exit status %d", status)
 			}
-			d.expectServed(client.LocalAddr(), " for logged.example", sent, 5, cutAtStop)
+			d.expectServed(client.LocalAddr(), " for logged.example", sent, 5, report.CutAtStop)
 		})
 	}
 }
@@ -187,7 +189,7 @@ func TestAccessLogOwner(t *testing.T) {
 			if lines() == want {
 				return
 			}
-			<-time.After(logAllPeriod / 5)
+			<-time.After(report.LogAllPeriod / 5)
 		}
 		t.Fatalf("waited in vain for %s", what)
 	}
@@ -233,7 +235,7 @@ func TestAccessLogFull(t *testing.T) {
 		if err := d.greeted("a.example"); err != nil {
 			t.Fatal(err)
 		}
-		<-time.After(logAllPeriod / before)
+		<-time.After(report.LogAllPeriod / before)
 	}
 	inParallel(conns, 20, func(int) {
 		if err := d.greeted("a.example"); err != nil {

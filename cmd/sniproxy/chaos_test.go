@@ -25,6 +25,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sniproxy/cmd/internal/limits"
 	"sniproxy/sni"
 )
 
@@ -654,7 +655,7 @@ func (v *conversation) unserved(c *chaosReport) string {
 	switch {
 	case err != nil:
 		want = int(err.(sni.Alert).Description)
-	case name == nil && v.took >= helloTimeout:
+	case name == nil && v.took >= limits.Hello:
 		want = int(sni.UserCanceled) // it waited for an answer before it ended
 	case name == nil:
 		want = int(sni.DecodeError)
@@ -667,7 +668,7 @@ func (v *conversation) unserved(c *chaosReport) string {
 	case v.poor && (c.got == 0 || got == int(sni.InternalError)):
 	case want < 0 && c.sent >= len(v.begin) && (v.fate == relayed || v.fate == relayedOrRefused):
 		return "the client was not served"
-	case want >= 0 && c.got == 0 && isReset(c.recvErr) && (v.took >= lingerTimeout || c.sent > lingerSize):
+	case want >= 0 && c.got == 0 && isReset(c.recvErr) && (v.took >= limits.Linger || c.sent > limits.LingerSize):
 		// It was still sending when the proxy's patience was over.
 	case got != want, want < 0 && c.got > 0, want >= 0 && c.recvErr != io.EOF && c.sendErr == nil:
 		return fmt.Sprintf("the client got the alert %d, want %d", got, want)

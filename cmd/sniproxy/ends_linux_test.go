@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sniproxy/cmd/internal/limits"
 )
 
 // urge sends a byte out of band.
@@ -68,7 +70,7 @@ func (u urgent) send(from, to halfConn) error {
 		sendErr = err
 	})
 	defer sender.Wait()
-	to.SetReadDeadline(time.Now().Add(helloTimeout))
+	to.SetReadDeadline(time.Now().Add(limits.Hello))
 	var got bytes.Buffer
 	var err error
 	if u.end {
@@ -228,7 +230,7 @@ func TestEndsBackendDeaf(t *testing.T) {
 					<-time.After(tt.pause)
 				}
 			})
-			client.SetReadDeadline(time.Now().Add(helloTimeout))
+			client.SetReadDeadline(time.Now().Add(limits.Hello))
 			got, err := io.ReadAll(client)
 			switch {
 			case !bytes.HasPrefix(want, got):

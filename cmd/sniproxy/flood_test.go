@@ -14,6 +14,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"sniproxy/cmd/internal/limits"
 )
 
 const silentClients = 1000
@@ -246,7 +248,7 @@ func TestFlood(t *testing.T) {
 		// On a machine that is busy with other things all is slow, the flood too. Otherwise
 		// they may have to share it with the flood, but do not wait for as long as accept
 		// rests when there is no room.
-		most := 2*before.quantile(.5) + acceptPause/2
+		most := 2*before.quantile(.5) + limits.AcceptPause/2
 		if got := during.quantile(.5); got > most && rate > float64(silentRate())/2 {
 			t.Errorf("half of the good clients took %v or longer, want at most %v", got, most)
 		}

@@ -20,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"sniproxy/cmd/internal/limits"
 	"sniproxy/hostdir"
 	"sniproxy/sni"
 )
@@ -44,7 +45,7 @@ func TestMain(m *testing.M) {
 func init() {
 	if limit := os.Getenv("SNIPROXY_TEST_HALFCLOSED"); os.Getenv(impersonate) != "" && limit != "" {
 		var err error
-		if halfClosed, err = time.ParseDuration(limit); err != nil {
+		if limits.HalfClosed, err = time.ParseDuration(limit); err != nil {
 			panic(err)
 		}
 	}

@@ -21,6 +21,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sniproxy/cmd/internal/limits"
 	"sniproxy/sni"
 )
 
@@ -365,7 +366,7 @@ func (v *visitors) come(when string, may outcome) {
 	late.send = func(c *net.TCPConn) error {
 		select {
 		case <-others:
-		case <-time.After(helloTimeout / 2):
+		case <-time.After(limits.Hello / 2):
 		}
 		return send(c)
 	}

@@ -57,19 +57,26 @@
 // descriptors and tries at a full backlog are shared out among tenants, whatever names clients ask
 // for, so none of them can use up what others need.
 //
-// # Files of the program
+// # Rooms
 //
-// A connection flows through an engine: accept, hello, dial, relay, end. There are two, with
-// one behaviour. That for Linux is a number of event loops: engine_linux.go, conn_linux.go,
-// lookup_linux.go, watch_linux.go, waiting_linux.go, flow_linux.go and share_linux.go. The portable
-// engine, for other systems and for the build tag portable, has a goroutine for each direction:
-// engine_portable.go and relay_portable.go.
+// A package knows those that stand below it here, and none above.
 //
-// What each tenant gets is the same in both: tenants.go knows who they are, threads.go does what
-// may wait for a file system (lookup.go, closing.go), and room.go says who makes room when
-// descriptors run out. What backends pass is found by passed.go, and logall.go knows whether the
-// connections of all hosts are logged. What goes before and beside the engines is in main.go,
-// listener.go, output.go, refusal.go, account.go and counters.go, and their limits are in limits.go.
+//	sniproxy            start, signals, stop
+//	  epoll             the engine for Linux: event loops
+//	  goroutines        the engine for other systems, and for the build tag portable
+//	    shares          who tenants are, and what each gets: threads that may wait, descriptors
+//	      report        refusals, access lines, counters
+//	        hostdir     a name's directory, its backend and its markers
+//	        sni         the name in a ClientHello
+//	        logline     lines that never block
+//	        socket      addresses, PROXY headers and passed descriptors of a socket
+//	          proxyproto
+//	  inherit           the sockets that the program is given
+//	  descriptors       how many are in use, and their limit
+//	  limits            what a connection may take
+//
+// A connection flows through an engine: accept, hello, look-up, relay, end. Both engines do the
+// same; for Linux begin with the connection's life in epoll.
 package main
 
 import (
@@ -83,6 +90,12 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sniproxy/cmd/internal/descriptors"
+	"sniproxy/cmd/internal/inherit"
+	"sniproxy/cmd/internal/limits"
+	"sniproxy/cmd/internal/logline"
+	"sniproxy/cmd/internal/shares"
+	"sniproxy/cmd/internal/socket"
 	"sniproxy/hostdir"
 )
 
@@ -93,39 +106,39 @@ unless systemd has passed sockets (LISTEN_FDS), and the working directory holds 
 directory NAME, with the Unix socket tls-socket in it, for each host.
 `
 
-// The main goroutine keeps the main thread. The system would rather give that the signals than
-// any other, and while it waits for a file system that does not answer it takes none.
+// Keep the main thread for the main goroutine: the kernel prefers it for signals, and a thread stuck
+// in a file system takes none.
 func init() { runtime.LockOSThread() }
 
 func main() { os.Exit(run()) }
 
 func run() int {
-	// Before anything is written: descriptors 1 and 2 may be a dead pipe, or the
-	// listening socket, for which write(2) is EPIPE.
+	// Before anything is written: descriptors 1 and 2 may be a dead pipe, or the listening socket,
+	// for which write(2) is EPIPE.
 	signal.Ignore(syscall.SIGPIPE)
 	// Early: who asks before there is anything to count gets an answer later.
 	asked := make(chan os.Signal, 1)
 	signal.Notify(asked, syscall.SIGUSR1)
-	// First of all: then nothing that is printed gets into the stream of a client.
-	listeners, clients, err := inherit()
-	own, kept := ownDescriptors(len(listeners)), int64(reserveLeast)
+	// Before anything else: then nothing that is printed gets into the stream of a client.
+	listeners, clients, err := inherit.Take()
+	own, reserve := ownDescriptors(len(listeners)), int64(shares.ReserveLeast)
 	switch {
 	case errors.Is(err, unix.EMFILE):
 		own = ownDescriptors(1) + 1 // for the socket that it could not have
 	case len(clients) > 0:
-		kept = 0
+		reserve = 0
 	}
-	if few := checkOpenFiles(own, kept); few != nil {
+	if few := descriptors.Enough(own + reserve + 2); few != nil {
 		return printLast(few)
 	}
-	defer flushOutput()
+	defer logline.Flush()
 	// sniproxy-rs ignores arguments.
 	if len(os.Args) != 1 {
-		stderr.print(usage)
+		logline.Text(usage)
 		return 2
 	}
 	if err != nil {
-		complain("%v", err)
+		logline.Err("%v", err)
 		return 1
 	}
 	// SIGTERM too, and a second signal: sniproxy-rs knows SIGHUP alone, and is killed by others.
@@ -133,22 +146,19 @@ func run() int {
 	signal.Notify(signals, syscall.SIGHUP, syscall.SIGTERM)
 	hosts, err := openHosts()
 	if err != nil {
-		complain("%v", err)
+		logline.Err("%v", err)
 		return 1
 	}
 	e, err := startEngine(hosts, listeners, clients, own)
 	if err != nil {
-		complain("%v", err)
+		logline.Err("%v", err)
 		return 1
 	}
-	go tellCounters(e, asked)
+	go printCounters(e, asked)
 	for _, l := range listeners {
-		stdout.print(fmt.Sprintf("listening on %v\n", l.addr))
+		logline.Out("listening on %v", l.Addr)
 	}
-	stop := func() {
-		// Nothing can keep the program from ending, also if stopping takes time.
-		go e.stop()
-	}
+	stop := func() { go e.Stop() } // if stopping takes time, the program ends all the same
 	single := len(listeners) == 0
 	if single {
 		stop() // there is nothing to accept: it ends with the one connection
@@ -156,35 +166,45 @@ func run() int {
 
 	status := 0
 	select {
-	case <-e.drained: // which comes without a signal only then
+	case <-e.Drained(): // without a signal this comes only after a single connection
 		return 0
 	case s := <-signals:
-		stdout.print(fmt.Sprintf("got %s, shutting down\n", unix.SignalName(s.(syscall.Signal))))
-	case err := <-e.failed:
-		complain("%v; shutting down", err)
+		logline.Out("got %s, shutting down", signalName(s))
+	case err := <-e.Failed():
+		logline.Err("%v; shutting down", err)
 		status = 1
 	}
 	if !single {
 		stop()
 	}
 	select {
-	case <-e.drained:
+	case <-e.Drained():
 		return status
 	case s := <-signals:
-		complain("got %s again, cut what was open: %s", unix.SignalName(s.(syscall.Signal)), connections(e.open()))
-	case <-time.After(drainTimeout):
+		logline.Err("got %s again, cut what was open: %s", signalName(s), openConnections(e))
+	case <-time.After(limits.Drain):
 		// With the exit status of sniproxy-rs, 1, systemd would take it for a failure.
-		complain("cut what was still open after %v: %s", drainTimeout, connections(e.open()))
+		logline.Err("cut what was still open after %v: %s", limits.Drain, openConnections(e))
 	}
-	e.cut()
+	e.Cut()
 	return status
 }
 
-// printLast prints why the program ends at once, without anything that takes descriptors, and not to a client. It returns
-// the exit status.
+// ownDescriptors returns how many descriptors the program will have besides those of connections: what
+// is open now, one for the hosts directory, and those of the engine.
+func ownDescriptors(listeners int) int64 {
+	own := 1 + engineDescriptors(listeners)
+	if !descriptors.OpenPoller() {
+		own += 2
+	}
+	return own + descriptors.InUse(1024)
+}
+
+// printLast prints why the program ends at once. It takes no descriptors, and prints nothing to a
+// client. It returns the exit status.
 func printLast(reason error) int {
-	if sa, err := unix.Getsockname(2); err != nil || !addrPort(sa).IsValid() {
-		writeAll(2, fmt.Sprintf("sniproxy: %v\n", reason))
+	if sa, err := unix.Getsockname(2); err != nil || !socket.AddrPort(sa).IsValid() {
+		logline.Write(2, fmt.Sprintf("sniproxy: %v\n", reason))
 	}
 	return 1
 }
@@ -196,14 +216,23 @@ func openHosts() (*hostdir.Hosts, error) {
 		return nil, fmt.Errorf("cannot open the hosts directory, which is the working directory: %w", err)
 	}
 	for _, remark := range hosts.Remarks() {
-		complain("%s", remark)
+		logline.Err("%s", remark)
 	}
 	return hosts, nil
 }
 
-func connections(n int64) string {
-	if n == 1 {
-		return "1 connection"
+// printCounters prints a line of counters whenever it is asked to.
+func printCounters(e *engine, asked <-chan os.Signal) {
+	for range asked {
+		logline.Err("%v, descriptors %d of %d", e.Counters(), descriptors.InUse(1<<16), descriptors.Limit())
 	}
-	return fmt.Sprintf("%d connections", n)
+}
+
+func signalName(s os.Signal) string { return unix.SignalName(s.(syscall.Signal)) }
+
+func openConnections(e *engine) string {
+	if n := e.Counters().Open(); n != 1 {
+		return fmt.Sprintf("%d connections", n)
+	}
+	return "1 connection"
 }

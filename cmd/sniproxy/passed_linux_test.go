@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sniproxy/cmd/internal/limits"
 )
 
 // mostPassed is how many descriptors there can be in a message (SCM_MAX_FD).
@@ -62,7 +64,7 @@ func newToken(t *testing.T) token {
 func (k token) expectClosed(t *testing.T) {
 	t.Helper()
 	unix.Close(k.fd)
-	k.other.SetDeadline(time.Now().Add(helloTimeout))
+	k.other.SetDeadline(time.Now().Add(limits.Hello))
 	if err := expectEnd(k.other); err != nil {
 		t.Errorf("a descriptor that was passed is still open: %v", err)
 	}
@@ -156,11 +158,11 @@ func TestPassedDescriptors(t *testing.T) {
 			if err := tt.pass(backend, k.fd); err != nil {
 				t.Fatal(err)
 			}
-			client.SetDeadline(time.Now().Add(helloTimeout))
+			client.SetDeadline(time.Now().Add(limits.Hello))
 			if _, err := io.Copy(io.Discard, client); !isReset(err) {
 				t.Errorf("the client got %v, want a reset", err)
 			}
-			backend.SetDeadline(time.Now().Add(helloTimeout))
+			backend.SetDeadline(time.Now().Add(limits.Hello))
 			if _, err := io.Copy(io.Discard, backend); err != nil && !isReset(err) && !errors.Is(err, net.ErrClosed) {
 				t.Errorf("the backend got %v, want the end", err)
 			}
@@ -357,7 +359,7 @@ func TestPassedSlow(t *testing.T) {
 				}
 				h := hello("good.example")
 				for i := range 300 {
-					got, err := d.exchangeWithin(h, helloTimeout/2)
+					got, err := d.exchangeWithin(h, limits.Hello/2)
 					if err != nil || string(got) != "this is good.example" {
 						t.Errorf("client %d of another host: got %q, error %v", i, got, err)
 						break

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sniproxy/cmd/internal/limits"
 )
 
 // inside has the daemon enter its hosts directory by itself. Starting a process in a directory that
@@ -114,7 +116,7 @@ func TestPromiseLogAllStuck(t *testing.T) {
 			h := hello("victim.example")
 			unknown := d.ask(1, "unknown.example")
 			for i := range 200 {
-				got, err := d.exchangeWithin(h, helloTimeout/2)
+				got, err := d.exchangeWithin(h, limits.Hello/2)
 				if err != nil || string(got) != "this is victim.example" {
 					t.Errorf("client %d of another host: got %q, error %v", i, got, err)
 					break
@@ -136,7 +138,7 @@ func TestPromiseLogAllStuck(t *testing.T) {
 			}
 			select {
 			case <-d.exited:
-			case <-time.After(drainTimeout + 2*time.Second):
+			case <-time.After(limits.Drain + 2*time.Second):
 				t.Fatalf("the daemon has not ended within %v after %d signals", time.Since(begin), signals)
 			}
 			if status := d.cmd.ProcessState.ExitCode(); status != 0 {

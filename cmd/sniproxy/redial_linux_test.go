@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sniproxy/cmd/internal/limits"
 )
 
 // deafHost makes a host whose backend accepts nothing, and has no room for more connections.
@@ -38,8 +40,8 @@ func TestRedialNames(t *testing.T) {
 	}
 	t.Parallel() // it waits
 	const clients, seconds = 200, 2
-	// At most two tries in redialPeriod: the engines need not agree on when the time begins.
-	const most = 2 * seconds * int(time.Second/redialPeriod)
+	// At most two tries in limits.Redial: the engines need not agree on when the time begins.
+	const most = 2 * seconds * int(time.Second/limits.Redial)
 	strace := need(t, "strace")
 	log := filepath.Join(t.TempDir(), "strace")
 	d := start(t, traced(strace, log, "-e", "trace=connect"), oneLoop)

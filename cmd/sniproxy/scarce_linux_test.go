@@ -8,6 +8,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"sniproxy/cmd/internal/limits"
 )
 
 // leastFiles and mostFiles are limits of descriptors (ulimit -n) between which all are tried. With the
@@ -74,7 +76,7 @@ func tryScarce(t *testing.T, n int) string {
 		}
 	}
 	d.signal(syscall.SIGTERM)
-	if !awaitFor(drainTimeout+2*time.Second, func() bool { return !d.running() }) {
+	if !awaitFor(limits.Drain+2*time.Second, func() bool { return !d.running() }) {
 		t.Errorf("it does not stop: %s", d.err)
 	}
 	return ""

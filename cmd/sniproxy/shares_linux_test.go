@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"sniproxy/cmd/internal/limits"
 	"sniproxy/hostdir"
 )
 
@@ -64,7 +65,7 @@ func newHouse(t *testing.T, tenants map[string]int) *house {
 func (h *house) enter(name string) (*net.TCPConn, error) {
 	h.t.Helper()
 	c := h.dial()
-	c.SetDeadline(time.Now().Add(helloTimeout + 2*time.Second))
+	c.SetDeadline(time.Now().Add(limits.Hello + 2*time.Second))
 	return c, says(append(hello(name), "ping"...))(c)
 }
 
@@ -271,7 +272,7 @@ func TestSharesSilent(t *testing.T) {
 	})
 	await(t, "the descriptors to be taken", func() bool { return h.allFds() >= houseFiles-houseFiles/20 })
 	for i := range 100 {
-		got, err := h.exchangeWithin(hello("modest.example"), helloTimeout)
+		got, err := h.exchangeWithin(hello("modest.example"), limits.Hello)
 		if err != nil || string(got) != "this is modest.example" {
 			t.Errorf("client %d: got %q, error %v", i, got, err)
 			break

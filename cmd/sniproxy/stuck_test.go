@@ -20,6 +20,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sniproxy/cmd/internal/limits"
 )
 
 const (
@@ -522,7 +524,7 @@ func expectTold(t *testing.T, told <-chan string, n int, want string) {
 // stop is called. The test fails if one of them is not served, or is kept waiting for about as
 // long as one whose host is stuck.
 func (d *daemon) steady(name string) (stop func()) {
-	const most = helloTimeout / 2
+	const most = limits.Hello / 2
 	over := make(chan struct{})
 	var served, slowest atomic.Int64
 	var clients sync.WaitGroup

@@ -1,6 +1,6 @@
 //go:build !linux
 
-package main
+package shares
 
 // roomForThreads tells whether the system lets this user have some threads more, which only Linux can be asked.
 func roomForThreads() bool { return true }

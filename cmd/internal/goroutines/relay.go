@@ -1,6 +1,4 @@
-//go:build portable || !linux
-
-package main
+package goroutines
 
 import (
 	"errors"
@@ -12,6 +10,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sniproxy/cmd/internal/limits"
+	"sniproxy/cmd/internal/report"
+	"sniproxy/cmd/internal/socket"
 	"sniproxy/hostdir"
 	"sniproxy/sni"
 )
@@ -22,17 +23,17 @@ const stallCheck = 500 * time.Millisecond
 
 // relay sends the backend the header, if there is to be one, and the hello, then forwards bytes both ways until both
 // directions have ended, or one has failed.
-func (e *engine) relay(c *conn, b hostdir.Backend, name, hello []byte) {
-	control(c.client, func(fd int) { c.account = e.logAll.account(now(), fd, name, b.Log) })
-	defer func() { c.account.tell(e.logAll, c.sent, time.Duration(now()-c.began), c.how) }()
+func (e *Engine) relay(c *conn, b hostdir.Backend, name, hello []byte) {
+	control(c.client, func(fd int) { c.access = e.logAll.AccessLine(limits.Now(), fd, name, b.Log) })
+	defer func() { c.access.Print(c.sent, time.Duration(limits.Now()-c.began), c.how) }()
 	if b.Proxy > 0 {
 		var header []byte
 		var err error
-		if closed := control(c.client, func(fd int) { header, err = proxyHeader(fd, b.Proxy, name) }); closed != nil || err != nil {
-			c.endsAs(resetByClient)
+		if closed := control(c.client, func(fd int) { header, err = socket.Header(fd, b.Proxy, name) }); closed != nil || err != nil {
+			c.endsAs(report.ResetByClient)
 			return
 		}
-		c.sent[up] = -int64(len(header))
+		c.header = len(header)
 		hello = append(header, hello...)
 	}
 	var flows sync.WaitGroup
@@ -43,11 +44,11 @@ func (e *engine) relay(c *conn, b hostdir.Backend, name, hello []byte) {
 	sendUp := func(b []byte) error {
 		sending.Lock()
 		defer sending.Unlock()
-		n, err := send(c.backend, b, c.client, func(n int) { e.count(c, up, n) })
+		n, err := send(c.backend, b, c.client, func(n int) { e.count(c, report.Up, n) })
 		broken = errors.Is(err, unix.EPIPE)
 		cut = broken && n > 0
 		if err != nil && !broken {
-			c.endsAs(resetByBackend)
+			c.endsAs(report.ResetByBackend)
 		}
 		return err
 	}
@@ -67,20 +68,20 @@ func (e *engine) relay(c *conn, b hostdir.Backend, name, hello []byte) {
 			shutdown(c.backend, unix.SHUT_WR)
 			go c.endQuiet(over, c.reset)
 		default:
-			c.endsAs(resetByClient)
+			c.endsAs(report.ResetByClient)
 			c.reset()
 		}
 	})
 	from := newSource(c.backend, !e.hosts.RefusesDescriptors())
 	from.passed = func(fds []int) {
-		complainPassed(len(fds), c.tenant)
-		c.tenant.closeAway(e.threads, fds...)
-		c.endsAs(passedByBackend)
+		report.Passed(len(fds), c.tenant)
+		c.tenant.CloseAway(e.shares.Threads, fds...)
+		c.endsAs(report.PassedByBackend)
 	}
 	err := forward(func(b []byte) error {
-		_, err := send(c.client, b, nil, func(n int) { e.count(c, down, n) })
+		_, err := send(c.client, b, nil, func(n int) { e.count(c, report.Down, n) })
 		if err != nil {
-			c.endsAs(resetByClient)
+			c.endsAs(report.ResetByClient)
 		}
 		return err
 	}, from)
@@ -93,7 +94,7 @@ func (e *engine) relay(c *conn, b hostdir.Backend, name, hello []byte) {
 		sending.Unlock()
 	}
 	if err != nil {
-		c.endsAs(resetByBackend)
+		c.endsAs(report.ResetByBackend)
 		c.reset()
 	} else {
 		c.drained.Store(true)
@@ -103,13 +104,13 @@ func (e *engine) relay(c *conn, b hostdir.Backend, name, hello []byte) {
 	flows.Wait()
 	switch {
 	case cut:
-		c.endsAs(resetByBackend)
+		c.endsAs(report.ResetByBackend)
 		c.reset()
 	case broken:
-		c.endsAs(closedByBackend)
+		c.endsAs(report.ClosedByBackend)
 		linger(c.client)
 	}
-	c.endsAs(closedByBoth)
+	c.endsAs(report.ClosedByBoth)
 }
 
 // endsAs says how c ends. What is said first counts: the rest follows from it.
@@ -121,16 +122,22 @@ func (c *conn) endsAs(how string) {
 	}
 }
 
-// count counts n bytes that a relay has moved.
-func (e *engine) count(c *conn, way, n int) {
-	c.active.Store(now())
-	e.counts.count(&c.sent, way, n)
+// count counts n bytes that a relay has moved. The PROXY header is not the client's.
+func (e *Engine) count(c *conn, way, n int) {
+	c.active.Store(limits.Now())
+	if way == report.Up {
+		header := min(n, c.header)
+		c.header -= header
+		n -= header
+	}
+	c.sent[way] += int64(n)
+	e.counts.Bytes[way].Add(int64(n))
 }
 
-// endQuiet calls end for a relay of which one half has ended, when the other has not moved anything for halfClosed.
+// endQuiet calls end for a relay of which one half has ended, when the other has not moved anything for limits.HalfClosed.
 func (c *conn) endQuiet(over <-chan struct{}, end func()) {
 	for {
-		left := time.Duration(c.active.Load()-now()) + halfClosed
+		left := time.Duration(c.active.Load()-limits.Now()) + limits.HalfClosed
 		if left <= 0 {
 			break
 		}
@@ -140,7 +147,7 @@ func (c *conn) endQuiet(over <-chan struct{}, end func()) {
 			return
 		}
 	}
-	c.endsAs(silentHalfClosed)
+	c.endsAs(report.SilentHalfClosed)
 	end()
 }
 
@@ -201,11 +208,11 @@ func poll(f *os.File) (events int16) {
 // sent before.
 func linger(client *os.File) {
 	shutdown(client, unix.SHUT_WR)
-	if client.SetReadDeadline(time.Now().Add(lingerTimeout)) != nil {
+	if client.SetReadDeadline(time.Now().Add(limits.Linger)) != nil {
 		return
 	}
 	in := newSource(client, false)
-	for size := 0; size < lingerSize; {
+	for size := 0; size < limits.LingerSize; {
 		b, err := in.read(sni.MaxHello)
 		if err != nil {
 			return
@@ -238,7 +245,7 @@ func (c *conn) closeBackend() {
 		control(c.backend, func(fd int) {
 			if own, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3); err == nil {
 				unix.Shutdown(fd, unix.SHUT_RDWR)
-				c.tenant.closeAway(e.threads, own)
+				c.tenant.CloseAway(e.shares.Threads, own)
 			}
 		})
 	}
@@ -262,7 +269,7 @@ func control(f *os.File, do func(fd int)) error {
 // A buffer is for what one call reads, and for what a backend passes besides.
 type buffer struct {
 	bytes   [sni.MaxHello]byte
-	control [controlSize]byte
+	control [socket.ControlSize]byte
 }
 
 // buffers are for sources.
@@ -313,7 +320,7 @@ func (s *source) receive(fd int) {
 	var size int
 	s.n, size, _, _, s.err = unix.Recvmsg(fd, s.buf.bytes[:s.size], s.buf.control[:], 0)
 	if s.err == nil && size > 0 {
-		if fds := descriptorsIn(s.buf.control[:size]); len(fds) > 0 {
+		if fds := socket.Passed(s.buf.control[:size]); len(fds) > 0 {
 			s.passed(fds)
 			s.err = errPassed
 		}

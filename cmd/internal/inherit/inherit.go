@@ -1,4 +1,5 @@
-package main
+// Package inherit takes over the sockets that the program was given, and checks them.
+package inherit
 
 import (
 	"errors"
@@ -8,21 +9,23 @@ import (
 	"strconv"
 
 	"golang.org/x/sys/unix"
+
+	"sniproxy/cmd/internal/socket"
 )
 
-// A listener is a listening socket that was inherited. Its open file description is shared:
-// other processes may accept from it and change its flags at any time. So O_NONBLOCK,
-// although it is set here, is not to be relied upon: it is set anew before each accept. (sniproxy-rs
-// checks only that there is a TCP socket, and relies on the flag.)
-type listener struct {
-	fd   int
-	addr netip.AddrPort
+// A Listener is a listening socket that was inherited. Its open file description is shared: other
+// processes may accept from it and change its flags at any time. So nobody may rely on O_NONBLOCK,
+// although it is set here: set it anew before each accept. (sniproxy-rs checks only that there is a
+// TCP socket, and relies on the flag.)
+type Listener struct {
+	FD   int
+	Addr netip.AddrPort
 }
 
-// inherit takes over the sockets that the program was given: those that systemd has passed, or
-// else the one on standard input, to a descriptor of its own. They listen, or there is just one,
-// and that is the connection of a client. (sniproxy-rs knows only a listening standard input.)
-func inherit() (listeners []*listener, clients []int, err error) {
+// Take takes over the sockets that systemd has passed (LISTEN_FDS), or else the one on standard
+// input. They all listen, or there is just one, and that is the connection of a client. (sniproxy-rs
+// knows only a listening standard input.) The error says what was found and what to do.
+func Take() (listeners []*Listener, clients []int, err error) {
 	n, err := passed()
 	if err != nil {
 		return nil, nil, err
@@ -35,7 +38,7 @@ func inherit() (listeners []*listener, clients []int, err error) {
 		want += ", or a TCP connection"
 	}
 	for fd := first; fd < first+n; fd++ {
-		addr, err := checkSocket(fd)
+		addr, err := check(fd)
 		connected := err == errConnection && n == 1
 		if err != nil && !connected {
 			return nil, nil, fmt.Errorf("%s %w; %s", describe(fd), err, want)
@@ -54,10 +57,10 @@ func inherit() (listeners []*listener, clients []int, err error) {
 		}
 		if connected {
 			clients = append(clients, own)
-			err = tuneClient(own)
+			err = setClientOptions(own)
 		} else {
-			listeners = append(listeners, &listener{own, addr})
-			err = tuneListener(own)
+			listeners = append(listeners, &Listener{own, addr})
+			err = setListenerOptions(own)
 		}
 		if err != nil {
 			return nil, nil, fmt.Errorf("cannot set options of the socket on %s: %w", describe(fd), err)
@@ -66,8 +69,8 @@ func inherit() (listeners []*listener, clients []int, err error) {
 	return listeners, clients, nil
 }
 
-// passed returns how many sockets systemd has passed to this process, on descriptors from 3
-// on, as sd_listen_fds(3) has it. Variables that are for another process are none of ours.
+// passed returns how many sockets systemd has passed to this process, on descriptors from 3 on; see
+// sd_listen_fds(3). It ignores variables that are for another process.
 func passed() (int, error) {
 	if os.Getenv("LISTEN_PID") != strconv.Itoa(os.Getpid()) {
 		return 0, nil
@@ -93,9 +96,9 @@ func describe(fd int) string {
 
 var errConnection = errors.New("is a TCP connection")
 
-// checkSocket returns the address that the socket fd listens on, errConnection, or an error
-// that says what else fd is.
-func checkSocket(fd int) (netip.AddrPort, error) {
+// check returns the address that the socket fd listens on, errConnection, or an error that says what
+// else fd is.
+func check(fd int) (netip.AddrPort, error) {
 	none := netip.AddrPort{}
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
@@ -114,7 +117,7 @@ func checkSocket(fd int) (netip.AddrPort, error) {
 	if err != nil {
 		return none, fmt.Errorf("is not a socket (%w)", err)
 	}
-	addr := addrPort(sa)
+	addr := socket.AddrPort(sa)
 	if !addr.IsValid() {
 		if _, ok := sa.(*unix.SockaddrUnix); ok {
 			return none, errors.New("is a Unix socket")
@@ -129,7 +132,7 @@ func checkSocket(fd int) (netip.AddrPort, error) {
 	}
 	if listens, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN); err != nil || listens == 0 {
 		// One that the client has reset already has no peer any more, but an end to read.
-		if _, err := unix.Getpeername(fd); err == nil || readable(fd) {
+		if _, err := unix.Getpeername(fd); err == nil || socket.Readable(fd) {
 			return none, errConnection
 		}
 		return none, errors.New("is a TCP socket that does not listen")
@@ -137,10 +140,10 @@ func checkSocket(fd int) (netip.AddrPort, error) {
 	return addr, nil
 }
 
-// coverStandard puts something harmless over each of the descriptors 0, 1 and 2 that is
-// the same socket as fd: the reading end of a pipe that nobody writes to, since a chroot
-// may have no /dev/null. They are not closed, so that no connection gets their numbers.
-// Only fd is left to close at the stop, and nothing that is printed gets to a client.
+// coverStandard puts something harmless over each of the descriptors 0, 1 and 2 that is the same
+// socket as fd: the reading end of a pipe that nobody writes to, since a chroot may have no
+// /dev/null. It does not close them, so that no connection gets their numbers. Then only fd is left
+// to close at the stop, and nothing that is printed gets to a client.
 func coverStandard(fd int) error {
 	var pipe [2]int
 	if err := unix.Pipe(pipe[:]); err != nil {
@@ -148,12 +151,12 @@ func coverStandard(fd int) error {
 	}
 	defer unix.Close(pipe[0])
 	defer unix.Close(pipe[1])
-	var socket, st unix.Stat_t
-	if err := unix.Fstat(fd, &socket); err != nil {
+	var own, st unix.Stat_t
+	if err := unix.Fstat(fd, &own); err != nil {
 		return err
 	}
 	for i := range 3 {
-		if unix.Fstat(i, &st) == nil && st.Dev == socket.Dev && st.Ino == socket.Ino {
+		if unix.Fstat(i, &st) == nil && st.Dev == own.Dev && st.Ino == own.Ino {
 			if err := dup2(pipe[0], i); err != nil {
 				return err
 			}
@@ -162,8 +165,8 @@ func coverStandard(fd int) error {
 	return nil
 }
 
-// boundWaits is for a connection that others may share, as a wrapper of the program or systemd
-// does, and make blocking: reads and writes that find it so end with EAGAIN after this time.
+// boundWaits is for a connection that others share, such as a wrapper of the program or systemd, and
+// may make blocking: reads and writes then end with EAGAIN after this time.
 func boundWaits(fd int) error {
 	for _, name := range []int{unix.SO_RCVTIMEO, unix.SO_SNDTIMEO} {
 		if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, name, &unix.Timeval{Usec: 10_000}); err != nil {
@@ -173,39 +176,14 @@ func boundWaits(fd int) error {
 	return unix.SetNonblock(fd, true)
 }
 
-// shutDown is why the program cannot go on if not stillListens.
-func (l *listener) shutDown() error {
-	return fmt.Errorf("the listening socket %v was shut down by another process that shares it", l.addr)
-}
-
-// stillListens tells whether the socket can be accepted from at all: whoever shares it
-// can shut it down for all.
-func (l *listener) stillListens() bool {
-	listens, err := unix.GetsockoptInt(l.fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN)
+// StillListens tells whether the socket can be accepted from at all: whoever shares it can shut it
+// down for all.
+func (l *Listener) StillListens() bool {
+	listens, err := unix.GetsockoptInt(l.FD, unix.SOL_SOCKET, unix.SO_ACCEPTCONN)
 	return err != nil || listens != 0
 }
 
-// pending tells whether there is a connection to accept.
-func (l *listener) pending() bool {
-	p := []unix.PollFd{{Fd: int32(l.fd), Events: unix.POLLIN}}
-	n, err := unix.Poll(p, 0)
-	return err == nil && n > 0
-}
-
-// readable tells whether there is something to read, an end or an error at least.
-func readable(fd int) bool {
-	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-	_, err := unix.Poll(p, 0)
-	return err == nil && p[0].Revents&unix.POLLIN != 0
-}
-
-// addrPort returns the address in sa, not valid if it is of another family than IP.
-func addrPort(sa unix.Sockaddr) netip.AddrPort {
-	switch sa := sa.(type) {
-	case *unix.SockaddrInet4:
-		return netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), uint16(sa.Port))
-	case *unix.SockaddrInet6:
-		return netip.AddrPortFrom(netip.AddrFrom16(sa.Addr), uint16(sa.Port))
-	}
-	return netip.AddrPort{}
+// ShutDown is why the program cannot go on if a socket does not listen any more.
+func (l *Listener) ShutDown() error {
+	return fmt.Errorf("the listening socket %v was shut down by another process that shares it", l.Addr)
 }

@@ -1,6 +1,4 @@
-//go:build portable || !linux
-
-package main
+package goroutines
 
 import (
 	"container/list"
@@ -15,49 +13,50 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sniproxy/cmd/internal/inherit"
+	"sniproxy/cmd/internal/limits"
+	"sniproxy/cmd/internal/report"
+	"sniproxy/cmd/internal/shares"
+	"sniproxy/cmd/internal/socket"
 	"sniproxy/hostdir"
 	"sniproxy/sni"
 )
 
 // The portable engine accepts connections and serves them, with a goroutine for each direction of each
 // connection, on Go's own poller. It is the plain statement of what the program does.
-type engine struct {
-	hosts   *hostdir.Hosts
-	tenants *tenants
-	threads *threads // for all look-ups
-	logAll  *logAll
-	room    *room
+type Engine struct {
+	hosts  *hostdir.Hosts
+	shares *shares.Shares
+	logAll *report.LogAll
 
 	files   []*os.File    // the listening sockets, for the poller
 	failed  chan error    // gets the reason if the engine cannot go on
 	drained chan struct{} // closed when the last connection has ended after stop
 	conns   sync.WaitGroup
-	counts  counters
+	counts  report.Counters
 	ended   chan struct{} // gets something when a connection has ended
 
 	mu     sync.Mutex
 	queue  list.List // of *conn: those that are not relays yet, in order of arrival; refused ones are first
 	relays map[*conn]struct{}
-	lines  map[tenantKey]*line
+	lines  map[shares.Key]*line
 }
 
-// startEngine starts an engine that accepts from the listeners, and serves the clients that are
+// Start starts an engine that accepts from the listeners, and serves the clients that are
 // there already. The program has own descriptors itself.
-func startEngine(hosts *hostdir.Hosts, listeners []*listener, clients []int, own int64) (*engine, error) {
-	e := &engine{
+func Start(hosts *hostdir.Hosts, listeners []*inherit.Listener, clients []int, own int64) (*Engine, error) {
+	e := &Engine{
 		hosts:   hosts,
-		tenants: newTenants(),
-		threads: newThreads(hosts),
-		logAll:  newLogAll(hosts),
+		logAll:  report.NewLogAll(hosts),
 		failed:  make(chan error, len(listeners)),
 		drained: make(chan struct{}),
 		ended:   make(chan struct{}, 1),
 		relays:  map[*conn]struct{}{},
-		lines:   map[tenantKey]*line{},
+		lines:   map[shares.Key]*line{},
 	}
-	e.room = newRoom(own, e, e.threads, e.tenants)
+	e.shares = shares.New(hosts, own, e)
 	for _, l := range listeners {
-		f, err := pollable(&l.fd)
+		f, err := pollable(&l.FD)
 		if err != nil {
 			return nil, err
 		}
@@ -65,7 +64,7 @@ func startEngine(hosts *hostdir.Hosts, listeners []*listener, clients []int, own
 		e.conns.Go(func() { e.accept(l, f) })
 	}
 	if len(clients) > 0 {
-		e.logAll.await()
+		e.logAll.Await()
 	}
 	for _, fd := range clients {
 		f, err := pollable(&fd)
@@ -79,8 +78,8 @@ func startEngine(hosts *hostdir.Hosts, listeners []*listener, clients []int, own
 	return e, nil
 }
 
-// engineDescriptors returns how many descriptors the engine has itself: pollable takes one for a moment.
-func engineDescriptors(int) int64 { return 1 }
+// Descriptors returns how many descriptors the engine has itself: pollable takes one for a moment.
+func Descriptors(int) int64 { return 1 }
 
 // pollable returns a file for the socket fd, known to the poller, whose descriptor takes the
 // place of fd. The poller takes a file only if it is non-blocking, which whoever shares
@@ -104,8 +103,8 @@ func pollable(fd *int) (*os.File, error) {
 	}
 }
 
-// stop ends accepting, and lets go of the listening sockets. It returns when that is done.
-func (e *engine) stop() {
+// Stop ends accepting, and lets go of the listening sockets. It returns when that is done.
+func (e *Engine) Stop() {
 	for _, f := range e.files {
 		f.Close()
 	}
@@ -115,74 +114,81 @@ func (e *engine) stop() {
 	}()
 }
 
-// counters returns the only ones.
-func (e *engine) counters() []*counters { return []*counters{&e.counts} }
+// Counters returns the only ones.
+func (e *Engine) Counters() report.All { return report.All{&e.counts} }
 
-// relayed returns how many descriptors relays have.
-func (e *engine) relayed() int64 {
+// Drained is closed when the last connection has ended after Stop.
+func (e *Engine) Drained() <-chan struct{} { return e.drained }
+
+// Failed gets the reason if the engine cannot go on.
+func (e *Engine) Failed() <-chan error { return e.failed }
+
+// RelayDescriptors returns how many descriptors relays have.
+func (e *Engine) RelayDescriptors() int64 {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return 2 * int64(len(e.relays))
 }
 
-// others returns how many connections are no relays.
-func (e *engine) others() int64 {
+// Waiting returns how many connections are no relays.
+func (e *Engine) Waiting() int64 {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return int64(e.queue.Len())
 }
 
-// cut ends all relays, and waits a moment for that.
-func (e *engine) cut() {
+// Cut ends all relays, and waits a moment for that.
+func (e *Engine) Cut() {
 	e.mu.Lock()
 	for c := range e.relays {
-		c.endsAs(cutAtStop)
+		c.endsAs(report.CutAtStop)
 		c.close()
 	}
 	e.mu.Unlock()
 	select {
 	case <-e.drained:
-	case <-time.After(cutTimeout):
+	case <-time.After(limits.Cut):
 	}
 }
 
 // A conn is a client's connection.
 type conn struct {
-	engine          *engine
+	engine          *Engine
 	client, backend *os.File
 	began           int64           // when it was accepted, by the clock of now
 	early           context.Context // until its relay begins: done at the deadline, and when it is dropped to make room
 	drop            context.CancelFunc
 	place           *list.Element // in the queue
 	refused, told   bool
-	tenant          *tenant // whose host it is for, once that is known
+	tenant          *shares.Tenant // whose host it is for, once that is known
 
 	active  atomic.Int64 // when the relay last moved something
 	drained atomic.Bool  // all was read that the backend had to say
-	sent    traffic
-	account *account // if it is to be told of at its end
+	header  int          // bytes of the PROXY header that are not sent yet
+	sent    report.Traffic
+	access  *report.AccessLine // if it is to be told of at its end
 
 	mu  sync.Mutex
 	how string // it ends
 }
 
 // belongTo says whose host c is for. It takes over the use of t.
-func (c *conn) belongTo(t *tenant) {
+func (c *conn) belongTo(t *shares.Tenant) {
 	if c.tenant != nil {
-		c.tenant.release()
+		c.tenant.Release()
 	}
 	c.tenant = t
 }
 
 // accept accepts connections until the file of the listener is closed. No failure ends it, as any
 // would end sniproxy-rs.
-func (e *engine) accept(l *listener, f *os.File) {
+func (e *Engine) accept(l *inherit.Listener, f *os.File) {
 	for {
 		fd, err := acceptOne(l, f)
 		switch err {
 		case nil:
 			e.begin(os.NewFile(uintptr(fd), "client"))
-			if e.room.full() {
+			if e.shares.Room.Full(roomLeft) {
 				runtime.Gosched()
 				e.dropOldest(nil, 0)
 			}
@@ -197,8 +203,8 @@ func (e *engine) accept(l *listener, f *os.File) {
 				e.pause(err)
 			}
 		default:
-			if !l.stillListens() {
-				e.failed <- l.shutDown()
+			if !l.StillListens() {
+				e.failed <- l.ShutDown()
 				return
 			}
 			e.pause(err)
@@ -206,17 +212,17 @@ func (e *engine) accept(l *listener, f *os.File) {
 	}
 }
 
-func acceptOne(l *listener, f *os.File) (fd int, err error) {
+func acceptOne(l *inherit.Listener, f *os.File) (fd int, err error) {
 	raw, err := f.SyscallConn()
 	if err != nil {
 		return -1, os.ErrClosed
 	}
 	closed := raw.Read(func(uintptr) bool {
-		fd, err = l.accept()
+		fd, err = accept(l.FD)
 		for err == unix.EINTR {
-			fd, err = l.accept()
+			fd, err = accept(l.FD)
 		}
-		if (err == unix.EMFILE || err == unix.ENFILE) && !l.pending() {
+		if (err == unix.EMFILE || err == unix.ENFILE) && !socket.Readable(l.FD) {
 			err = unix.EAGAIN // accept(2) says that before it looks for a client
 		}
 		return err != unix.EAGAIN
@@ -230,27 +236,22 @@ func acceptOne(l *listener, f *os.File) (fd int, err error) {
 // roomLeft descriptors are left to look-ups, than which accept could be quicker.
 const roomLeft = 4
 
-// full tells whether hardly a descriptor is left, for anything.
-func (r *room) full() bool {
-	return r.base+r.threads.descriptors()+r.people.relayed()+r.people.others()+roomLeft > r.limit.Load()
-}
-
 // pause waits after a failure of accept that has a cause outside of the connection, for
-// one to end or for acceptPause. The clients wait in the backlog.
-func (e *engine) pause(err error) {
-	complainAccept(err)
+// one to end or for limits.AcceptPause. The clients wait in the backlog.
+func (e *Engine) pause(err error) {
+	report.AcceptFailed(err)
 	select {
 	case <-e.ended:
-	case <-time.After(acceptPause):
+	case <-time.After(limits.AcceptPause):
 	}
 }
 
 // begin begins to serve a client.
-func (e *engine) begin(client *os.File) {
-	c := &conn{engine: e, client: client, began: now()}
-	c.early, c.drop = context.WithTimeout(context.Background(), helloTimeout)
-	e.counts.accepted.Add(1)
-	e.counts.waiting.Add(1)
+func (e *Engine) begin(client *os.File) {
+	c := &conn{engine: e, client: client, began: limits.Now()}
+	c.early, c.drop = context.WithTimeout(context.Background(), limits.Hello)
+	e.counts.Accepted.Add(1)
+	e.counts.Waiting.Add(1)
 	e.mu.Lock()
 	c.place = e.queue.PushBack(c)
 	e.mu.Unlock()
@@ -260,7 +261,7 @@ func (e *engine) begin(client *os.File) {
 		c.client.Close()
 		e.leave(c)
 		c.belongTo(nil)
-		e.counts.ended.Add(1)
+		e.counts.Ended.Add(1)
 		select {
 		case e.ended <- struct{}{}:
 		default:
@@ -269,26 +270,34 @@ func (e *engine) begin(client *os.File) {
 }
 
 // leave takes c out of the queue. It reports whether c was still there; if not, it was dropped to make room.
-func (e *engine) leave(c *conn) bool {
+func (e *Engine) leave(c *conn) bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return e.remove(c)
 }
 
-func (e *engine) remove(c *conn) bool {
+func (e *Engine) remove(c *conn) bool {
 	if c.place == nil {
 		return false
 	}
 	e.queue.Remove(c.place)
 	c.place = nil
 	if !c.refused {
-		e.counts.waiting.Add(-1)
+		e.counts.Waiting.Add(-1)
 	}
 	return true
 }
 
-// dropOldest is for those who make room.
-func (e *engine) dropOldest(c *conn, age time.Duration) bool {
+// A roomFor makes room for a connection.
+type roomFor struct {
+	*Engine
+	c *conn
+}
+
+// DropOldest is for those who make room.
+func (r roomFor) DropOldest(age time.Duration) bool { return r.dropOldest(r.c, age) }
+
+func (e *Engine) dropOldest(c *conn, age time.Duration) bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	first := e.queue.Front()
@@ -300,11 +309,11 @@ func (e *engine) dropOldest(c *conn, age time.Duration) bool {
 	}
 	oldest := first.Value.(*conn)
 	if !oldest.refused {
-		if age > 0 && now()-oldest.began <= int64(age) {
+		if age > 0 && limits.Now()-oldest.began <= int64(age) {
 			return false
 		}
-		control(oldest.client, complainDropped)
-		e.counts.dropped.Add(1)
+		control(oldest.client, report.Dropped)
+		e.counts.Dropped.Add(1)
 	}
 	e.remove(oldest)
 	oldest.drop()
@@ -312,9 +321,9 @@ func (e *engine) dropOldest(c *conn, age time.Duration) bool {
 	return true
 }
 
-// resetSilent is for those who make room.
-func (e *engine) resetSilent(rich, needy *tenant) bool {
-	if !rich.mayLose(needy) {
+// ResetSilent is for those who make room.
+func (e *Engine) ResetSilent(rich, needy *shares.Tenant) bool {
+	if !rich.MayLose(needy) {
 		return false
 	}
 	e.mu.Lock()
@@ -328,36 +337,36 @@ func (e *engine) resetSilent(rich, needy *tenant) bool {
 	if silent == nil {
 		return false
 	}
-	control(silent.client, func(fd int) { complainReset(fd, rich) })
-	e.counts.dropped.Add(1)
-	silent.endsAs(resetForRoom)
+	control(silent.client, func(fd int) { report.Reset(fd, rich) })
+	e.counts.Dropped.Add(1)
+	silent.endsAs(report.ResetForRoom)
 	silent.reset()
 	e.removeRelay(silent)
 	return true
 }
 
 // addRelay counts c as a relay, rather than among those that wait. It fails if c was dropped to make room.
-func (e *engine) addRelay(c *conn) bool {
+func (e *Engine) addRelay(c *conn) bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if !e.remove(c) {
 		return false
 	}
-	c.active.Store(now())
+	c.active.Store(limits.Now())
 	e.relays[c] = struct{}{}
-	c.tenant.relays.Add(1)
+	c.tenant.Relays.Add(1)
 	return true
 }
 
-func (e *engine) removeRelay(c *conn) {
+func (e *Engine) removeRelay(c *conn) {
 	if _, is := e.relays[c]; is {
 		delete(e.relays, c)
-		c.tenant.relays.Add(-1)
+		c.tenant.Relays.Add(-1)
 	}
 }
 
 // serve is the way of a connection: hello, dial, relay.
-func (e *engine) serve(c *conn) {
+func (e *Engine) serve(c *conn) {
 	if late, _ := c.early.Deadline(); c.client.SetReadDeadline(late) != nil {
 		return // the poller has no room for it
 	}
@@ -391,9 +400,9 @@ func (c *conn) hello() (hello, name []byte, err error) {
 		b, err := in.read(sni.MaxHello - len(hello))
 		switch {
 		case errors.Is(err, io.EOF):
-			return nil, nil, errEOF
+			return nil, nil, report.ErrEOF
 		case errors.Is(err, os.ErrDeadlineExceeded):
-			return nil, nil, errTimeout
+			return nil, nil, report.ErrTimeout
 		case err != nil:
 			return nil, nil, err
 		}
@@ -418,7 +427,7 @@ type line struct {
 }
 
 // dial connects to the backend of a host. It fails with what is in the way at the deadline.
-func (e *engine) dial(c *conn, name []byte) (b hostdir.Backend, err error) {
+func (e *Engine) dial(c *conn, name []byte) (b hostdir.Backend, err error) {
 	b, place, err := e.dialOnce(c, name)
 	for transient(err) && c.early.Err() == nil {
 		e.mu.Lock()
@@ -433,11 +442,11 @@ func (e *engine) dial(c *conn, name []byte) (b hostdir.Backend, err error) {
 		at, why := place, err
 		select {
 		case q.turn <- struct{}{}:
-			for place == at && transient(err) && c.pause(redialPeriod) {
+			for place == at && transient(err) && c.pause(limits.Redial) {
 				b, place, err = e.dialOnce(c, name)
 			}
 			<-q.turn
-			if err == errLookupTimeout { // the last of many tries
+			if err == report.ErrLookupTimeout { // the last of many tries
 				err = why
 			}
 		case <-c.early.Done():
@@ -453,7 +462,9 @@ func (e *engine) dial(c *conn, name []byte) (b hostdir.Backend, err error) {
 }
 
 // transient tells whether it is worth trying again after an error of a look-up.
-func transient(err error) bool { return noRoom(err) || backlogFull(err) || exchanged(err) }
+func transient(err error) bool {
+	return report.NoRoom(err) || report.BacklogFull(err) || report.Exchanged(err)
+}
 
 // pause waits. It fails if there is no time left.
 func (c *conn) pause(d time.Duration) bool {
@@ -466,43 +477,43 @@ func (c *conn) pause(d time.Duration) bool {
 }
 
 // dialOnce tries to connect to the backend of a host. If the client has to wait, it does so with those of the same place.
-func (e *engine) dialOnce(c *conn, name []byte) (b hostdir.Backend, place tenantKey, err error) {
+func (e *Engine) dialOnce(c *conn, name []byte) (b hostdir.Backend, place shares.Key, err error) {
 	entry, _, err := e.hosts.Find(name)
 	if err != nil {
 		return b, place, err
 	}
-	t := e.tenants.of(entry)
+	t := e.shares.Tenants.Of(entry)
 	c.belongTo(t)
 	switch {
-	case t.clogged():
-		return b, place, errClogged
-	case !e.room.forRelay(e, c, t, false):
-		return b, t.key(), errNoRoom
+	case t.Clogged():
+		return b, place, report.ErrClogged
+	case !e.shares.Room.ForRelay(roomFor{e, c}, t, false):
+		return b, t.Key(), report.ErrNoRoom
 	}
-	place = tenantKey{t.uid, string(entry.Name)}
-	b, err = e.reach(c, t, place.entry, name)
-	for noRoom(err) && e.room.forRelay(e, c, t, true) {
-		b, err = e.reach(c, t, place.entry, name)
+	place = t.EntryKey(entry.Name)
+	b, err = e.reach(c, t, string(entry.Name), name)
+	for report.NoRoom(err) && e.shares.Room.ForRelay(roomFor{e, c}, t, true) {
+		b, err = e.reach(c, t, string(entry.Name), name)
 	}
 	return b, place, err
 }
 
 // reach has a thread look a host up, and connect to its backend.
-func (e *engine) reach(c *conn, t *tenant, entry string, name []byte) (hostdir.Backend, error) {
+func (e *Engine) reach(c *conn, t *shares.Tenant, entry string, name []byte) (hostdir.Backend, error) {
 	type result struct {
 		b     hostdir.Backend
-		found *tenant
+		found *shares.Tenant
 		err   error
 	}
 	done := make(chan result, 1)
-	e.threads.start(&task{
-		tenant: t,
-		entry:  entry,
-		do: func(d *hostdir.Dialer) {
-			b, found, err := reach(d, e.tenants, name)
+	e.shares.Threads.Start(&shares.Task{
+		Tenant: t,
+		Entry:  entry,
+		Do: func(d *hostdir.Dialer) {
+			b, found, err := e.shares.Reach(d, name)
 			done <- result{b, found, err}
 		},
-		giveUp: func() { done <- result{err: errLookups} },
+		GiveUp: func() { done <- result{err: report.ErrLookups} },
 	})
 	select {
 	case r := <-done:
@@ -517,19 +528,19 @@ func (e *engine) reach(c *conn, t *tenant, entry string, name []byte) (hostdir.B
 				e.closeUnread(r.found, r.b.FD)
 			}
 			if r.found != nil {
-				r.found.release()
+				r.found.Release()
 			}
 		}()
-		return hostdir.Backend{}, errLookupTimeout
+		return hostdir.Backend{}, report.ErrLookupTimeout
 	}
 }
 
 // closeUnread closes a socket of a backend of t's that may hold what was not read.
-func (e *engine) closeUnread(t *tenant, fd int) {
+func (e *Engine) closeUnread(t *shares.Tenant, fd int) {
 	if e.hosts.RefusesDescriptors() {
 		unix.Close(fd)
 	} else {
-		t.closeAway(e.threads, fd)
+		t.CloseAway(e.shares.Threads, fd)
 	}
 }
 
@@ -537,22 +548,22 @@ func (e *engine) closeUnread(t *tenant, fd int) {
 // alert arrives, which that of sniproxy-rs often does not: it ends the sending side, and reads
 // what the client has still to say, within bounds, so that closing does not send a reset, which
 // would overtake the alert. Meanwhile the client is the first one to make room.
-func (e *engine) refuse(c *conn, name []byte, err error) {
+func (e *Engine) refuse(c *conn, name []byte, err error) {
 	e.mu.Lock()
 	waited := c.place != nil // otherwise it was dropped, and that was said
 	if waited {
 		c.refused = true
-		e.counts.waiting.Add(-1)
+		e.counts.Waiting.Add(-1)
 	}
 	e.mu.Unlock()
 	if !waited {
 		return
 	}
-	alert := refusal(name, err)
-	control(c.client, func(fd int) { complainRefused(fd, name, alert) })
-	e.counts.refused[alert.Description].Add(1)
+	alert := report.Alert(name, err)
+	control(c.client, func(fd int) { report.Refused(fd, name, alert) })
+	e.counts.Refused[alert.Description].Add(1)
 	record := alert.Description.Record()
-	c.client.SetDeadline(time.Now().Add(lingerTimeout))
+	c.client.SetDeadline(time.Now().Add(limits.Linger))
 	if _, err := c.client.Write(record[:]); err != nil {
 		return
 	}

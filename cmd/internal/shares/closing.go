@@ -1,4 +1,4 @@
-package main
+package shares
 
 import (
 	"sync"
@@ -9,9 +9,12 @@ import (
 	"sniproxy/hostdir"
 )
 
-// A closing is what is left to close of a tenant's, where close(2) may take any time, or never return:
+// closingMost is how many descriptors of a tenant may wait to be closed before he gets no connection more.
+const closingMost = 256
+
+// A closing is what is left to close for a tenant where close(2) may take any time, or never return:
 // descriptors that his backends have passed, such as of a file on a file system of his own, and sockets
-// that may hold some. They are closed by one thread at a time.
+// that may hold some. One thread at a time closes them.
 type closing struct {
 	mu      sync.Mutex
 	fds     []int
@@ -19,8 +22,8 @@ type closing struct {
 	left    atomic.Int64
 }
 
-// closeAway closes descriptors in another thread.
-func (t *tenant) closeAway(threads *threads, fds ...int) {
+// CloseAway closes descriptors in another thread.
+func (t *Tenant) CloseAway(threads *Threads, fds ...int) {
 	c := &t.closing
 	c.left.Add(int64(len(fds)))
 	threads.closing.Add(int64(len(fds)))
@@ -32,14 +35,14 @@ func (t *tenant) closeAway(threads *threads, fds ...int) {
 	}
 	c.running = true
 	t.users.Add(1)
-	threads.start(&task{tenant: t, do: func(*hostdir.Dialer) {
+	threads.Start(&Task{Tenant: t, Do: func(*hostdir.Dialer) {
 		for t.closeSome(threads) {
 		}
-		t.release()
+		t.Release()
 	}})
 }
 
-func (t *tenant) closeSome(threads *threads) bool {
+func (t *Tenant) closeSome(threads *Threads) bool {
 	c := &t.closing
 	c.mu.Lock()
 	fds := c.fds
@@ -54,5 +57,5 @@ func (t *tenant) closeSome(threads *threads) bool {
 	return len(fds) > 0
 }
 
-// clogged tells whether so much of his is left to close that he gets no connection more.
-func (t *tenant) clogged() bool { return t.closing.left.Load() > closingMost }
+// Clogged tells whether so much is left to close for him that he gets no connection more.
+func (t *Tenant) Clogged() bool { return t.closing.left.Load() > closingMost }

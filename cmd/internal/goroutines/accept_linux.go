@@ -1,6 +1,4 @@
-//go:build portable
-
-package main
+package goroutines
 
 import "golang.org/x/sys/unix"
 
@@ -8,10 +6,10 @@ import "golang.org/x/sys/unix"
 // socket may have made it blocking, as systemd does whenever it starts something with
 // it. So the flag is set anew each time, and should it be gone again before the next
 // instruction, SO_RCVTIMEO bounds the wait.
-func (l *listener) accept() (fd int, err error) {
-	if err := unix.SetNonblock(l.fd, true); err != nil {
+func accept(listener int) (fd int, err error) {
+	if err := unix.SetNonblock(listener, true); err != nil {
 		return -1, err
 	}
-	fd, _, err = unix.Accept4(l.fd, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
+	fd, _, err = unix.Accept4(listener, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
 	return fd, err
 }

@@ -1,0 +1,23 @@
+//go:build !linux
+
+package inherit
+
+import "golang.org/x/sys/unix"
+
+// setListenerOptions finds nothing to do: accepted sockets do not inherit options everywhere.
+func setListenerOptions(int) error { return nil }
+
+// setClientOptions sets the options of a connection that was inherited.
+func setClientOptions(fd int) error {
+	SetAccepted(fd)
+	boundWaits(fd)
+	return nil
+}
+
+// SetAccepted sets the options of an accepted connection. It fails only for one that is gone.
+func SetAccepted(fd int) {
+	unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
+}
+
+func dup2(from, to int) error { return unix.Dup2(from, to) }

@@ -1,0 +1,308 @@
+package shares
+
+import (
+	"runtime"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"sniproxy/cmd/internal/limits"
+	"sniproxy/cmd/internal/report"
+	"sniproxy/hostdir"
+)
+
+const (
+	// So many tasks run at once: in all, for one tenant, and for one entry of the hosts
+	// directory. One that waits for its turn is given up if none of the others ends for taskPatience.
+	tasksMost     = 64
+	tasksOfTenant = 16
+	TasksOfEntry  = 4
+	taskPatience  = 500 * time.Millisecond
+
+	// threadsIdle threads stay when they have no task. When the system has no room for
+	// threadsRoom threads more, it is asked again after ThreadPause: some are for Go's runtime.
+	threadsIdle = 2
+	threadsRoom = 8
+	ThreadPause = 500 * time.Millisecond
+)
+
+// A Task is something that may wait for a file system, and so for ever: a tenant's symlink can lead to
+// one that hangs. It runs in a thread that has the time. A task owns all that it touches.
+type Task struct {
+	Tenant *Tenant
+	Entry  string // of the hosts directory
+	Do     func(*hostdir.Dialer)
+	GiveUp func() // called in place of Do if those that the task waits for are stuck; nil if it can wait
+
+	queue *entryTasks
+	late  *time.Timer // while it waits for its turn
+	seen  int         // how many others had ended when that was set
+}
+
+// A tally is how many tasks run, and how many have ended.
+type tally struct{ running, ended int }
+
+// entryTasks are the tasks of an entry of a tenant.
+type entryTasks struct {
+	tenant  *Tenant
+	name    string
+	tally   tally
+	waiting []*Task
+}
+
+// Threads run the tasks of all tenants: so many at once for an entry, for a tenant and in all.
+// Threads of event loops that are stuck, and were left behind, count among them.
+type Threads struct {
+	hosts *hostdir.Hosts
+
+	mu      sync.Mutex
+	all     tally
+	waiting []*Tenant // those with tasks that wait
+	idle    int       // threads without a task
+	next    chan *Task
+	more    chan func() // those that are to get a thread of their own
+
+	underWay atomic.Int64 // all.running, for others to read
+	behind   atomic.Int64 // threads that were left behind
+	closing  atomic.Int64 // descriptors that wait to be closed
+}
+
+func newThreads(hosts *hostdir.Hosts) *Threads {
+	s := &Threads{hosts: hosts, next: make(chan *Task, tasksMost), more: make(chan func(), tasksMost+runtime.GOMAXPROCS(0))}
+	// At the start the system has room for them, so there is always one.
+	for range threadsIdle {
+		s.idle++
+		startThread(s.work)
+	}
+	go s.supply()
+	return s
+}
+
+// Start runs a task, as soon as that is allowed.
+func (s *Threads) Start(k *Task) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	q := s.enter(k)
+	if s.allowed(q) {
+		s.run(k)
+		return
+	}
+	if len(q.waiting) == 0 {
+		if len(k.Tenant.waiting) == 0 {
+			s.waiting = append(s.waiting, k.Tenant)
+		}
+		k.Tenant.waiting = append(k.Tenant.waiting, q)
+	}
+	q.waiting = append(q.waiting, k)
+	if k.GiveUp != nil {
+		k.seen = s.ended(q)
+		k.late = time.AfterFunc(taskPatience, func() { s.late(k) })
+	}
+}
+
+// enter finds the queue of a task.
+func (s *Threads) enter(k *Task) *entryTasks {
+	q := k.Tenant.entries[k.Entry]
+	if q == nil {
+		if k.Tenant.entries == nil {
+			k.Tenant.entries = map[string]*entryTasks{}
+		}
+		q = &entryTasks{tenant: k.Tenant, name: k.Entry}
+		k.Tenant.entries[k.Entry] = q
+	}
+	k.queue = q
+	k.Tenant.users.Add(1)
+	return q
+}
+
+// leave undoes enter.
+func (s *Threads) leave(k *Task) {
+	if q := k.queue; q.tally.running == 0 && len(q.waiting) == 0 {
+		delete(k.Tenant.entries, q.name)
+	}
+	k.Tenant.Release()
+}
+
+func (s *Threads) allowed(q *entryTasks) bool {
+	return s.all.running < tasksMost && q.tenant.tasks.running < tasksOfTenant && q.tally.running < TasksOfEntry
+}
+
+// ended counts the tasks that have ended, of those that the tasks in q wait for.
+func (s *Threads) ended(q *entryTasks) int {
+	switch {
+	case q.tally.running >= TasksOfEntry:
+		return q.tally.ended
+	case q.tenant.tasks.running >= tasksOfTenant:
+		return q.tenant.tasks.ended
+	}
+	return s.all.ended
+}
+
+// begin counts a task.
+func (s *Threads) begin(k *Task) {
+	for _, t := range []*tally{&k.queue.tally, &k.Tenant.tasks, &s.all} {
+		t.running++
+	}
+	s.underWay.Add(1)
+}
+
+func (s *Threads) run(k *Task) {
+	s.begin(k)
+	s.next <- k // has room for all
+	if s.idle > 0 {
+		s.idle--
+	} else {
+		s.more <- s.work
+	}
+}
+
+// end counts a task as done, and runs one that waits for that.
+func (s *Threads) end(k *Task) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, t := range []*tally{&k.queue.tally, &k.Tenant.tasks, &s.all} {
+		t.running--
+		t.ended++
+	}
+	s.underWay.Add(-1)
+	s.leave(k)
+	s.runNext()
+}
+
+// runNext runs a task that waits and is allowed now. Tenants, and each tenant's entries, take turns.
+// It passes over no more entries than there are tasks under way.
+func (s *Threads) runNext() {
+	for i, t := range s.waiting {
+		for j, q := range t.waiting {
+			if !s.allowed(q) {
+				continue
+			}
+			k := q.waiting[0]
+			s.remove(k, 0)
+			if len(q.waiting) > 0 {
+				t.waiting = append(slices.Delete(t.waiting, j, j+1), q)
+			}
+			if len(t.waiting) > 0 {
+				s.waiting = append(slices.Delete(s.waiting, i, i+1), t)
+			}
+			if k.late != nil {
+				k.late.Stop()
+			}
+			s.run(k)
+			return
+		}
+	}
+}
+
+// remove takes a task from those that wait. It is the ith of its entry.
+func (s *Threads) remove(k *Task, i int) {
+	q, t := k.queue, k.Tenant
+	if q.waiting = slices.Delete(q.waiting, i, i+1); len(q.waiting) > 0 {
+		return
+	}
+	j := slices.Index(t.waiting, q)
+	if t.waiting = slices.Delete(t.waiting, j, j+1); len(t.waiting) > 0 {
+		return
+	}
+	j = slices.Index(s.waiting, t)
+	s.waiting = slices.Delete(s.waiting, j, j+1)
+}
+
+// late gives up a task that still waits for its turn, if those that it waits for are stuck.
+func (s *Threads) late(k *Task) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	i := slices.Index(k.queue.waiting, k)
+	if i < 0 {
+		return
+	}
+	if ended := s.ended(k.queue); ended != k.seen {
+		k.seen = ended
+		k.late.Reset(taskPatience)
+		return
+	}
+	s.remove(k, i)
+	s.leave(k)
+	k.GiveUp()
+}
+
+// work runs tasks, until enough other threads are idle.
+func (s *Threads) work() {
+	dialer, err := s.hosts.NewDialer()
+	if err != nil {
+		report.NoThread(err)
+		time.Sleep(ThreadPause)
+		s.more <- s.work
+		return
+	}
+	defer dialer.Close()
+	for more := true; more; {
+		k := <-s.next
+		k.Do(dialer)
+		dialer.Leave()
+		more = s.stay()
+		s.end(k)
+	}
+}
+
+// stay counts a thread as idle. It fails if enough are.
+func (s *Threads) stay() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.idle == threadsIdle {
+		return false
+	}
+	s.idle++
+	return true
+}
+
+// descriptors returns how many look-ups may have open, and how many wait to be closed.
+func (s *Threads) descriptors() int64 { return 2*s.underWay.Load() + s.closing.Load() }
+
+// LeaveBehind counts a thread of an event loop that is stuck in a look-up as one that runs the task.
+func (s *Threads) LeaveBehind(k *Task) {
+	k.Tenant.hung.Add(1)
+	s.behind.Add(1)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.enter(k)
+	s.begin(k)
+}
+
+// ComeBack counts the task of a thread that was left behind as done. Its tenant is not trusted for a
+// while.
+func (s *Threads) ComeBack(k *Task) {
+	k.Tenant.untrusted.Store(limits.Now() + int64(distrustTime))
+	k.Tenant.hung.Add(-1)
+	s.behind.Add(-1)
+	s.end(k)
+}
+
+// Behind returns how many threads were left behind and have not come back.
+func (s *Threads) Behind() int64 { return s.behind.Load() }
+
+// Extra gives f a thread of its own, which ends with it, as soon as the system has room for one.
+func (s *Threads) Extra(f func()) { s.more <- f }
+
+// supply starts threads while the system lets the program have some more: Go's runtime may want one at
+// any moment as well, and ends the program when it is refused.
+func (s *Threads) supply() {
+	for f := range s.more {
+		for !roomForThreads() {
+			time.Sleep(ThreadPause)
+		}
+		startThread(f)
+	}
+}
+
+// startThread calls f in a thread that ends with it.
+func startThread(f func()) {
+	started := make(chan struct{})
+	go func() {
+		runtime.LockOSThread()
+		close(started)
+		f()
+	}()
+	<-started
+}

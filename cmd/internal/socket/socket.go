@@ -1,0 +1,76 @@
+// Package socket answers questions about sockets: whose they are, which PROXY protocol header
+// describes them, and which descriptors came with a message.
+package socket
+
+import (
+	"net/netip"
+
+	"golang.org/x/sys/unix"
+
+	"sniproxy/proxyproto"
+)
+
+// AddrPort returns the address in sa. It is not valid if sa is of another family than IP.
+func AddrPort(sa unix.Sockaddr) netip.AddrPort {
+	switch sa := sa.(type) {
+	case *unix.SockaddrInet4:
+		return netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), uint16(sa.Port))
+	case *unix.SockaddrInet6:
+		return netip.AddrPortFrom(netip.AddrFrom16(sa.Addr), uint16(sa.Port))
+	}
+	return netip.AddrPort{}
+}
+
+// Peer returns the address of the client with the socket fd, as people read it.
+func Peer(fd int) string {
+	if sa, err := unix.Getpeername(fd); err == nil {
+		if addr := AddrPort(sa); addr.IsValid() {
+			return netip.AddrPortFrom(addr.Addr().Unmap(), addr.Port()).String()
+		}
+	}
+	return "a client that is gone"
+}
+
+// Header returns the header of a version of the PROXY protocol for the client with the socket fd,
+// at most [proxyproto.MaxV2] bytes. The name is the one that the client asked for, empty if none.
+// An error means that the client is gone.
+func Header(fd int, version uint8, name []byte) ([]byte, error) {
+	remote, err := unix.Getpeername(fd)
+	if err != nil {
+		return nil, err
+	}
+	local, err := unix.Getsockname(fd)
+	if err != nil {
+		return nil, err
+	}
+	header := make([]byte, 0, proxyproto.MaxV2)
+	if version == 1 {
+		return proxyproto.AppendV1(header, AddrPort(remote), AddrPort(local)), nil
+	}
+	return proxyproto.AppendV2(header, AddrPort(remote), AddrPort(local), name), nil
+}
+
+// ControlSize is more than it takes for as many descriptors as one message can pass (253 on Linux).
+// The kernel closes those that there is no room for, and that may take any time.
+const ControlSize = 2048
+
+// Passed returns the descriptors (SCM_RIGHTS) in the control messages that recvmsg(2) has received.
+func Passed(control []byte) (fds []int) {
+	messages, err := unix.ParseSocketControlMessage(control)
+	if err != nil {
+		return nil
+	}
+	for i := range messages {
+		if more, err := unix.ParseUnixRights(&messages[i]); err == nil {
+			fds = append(fds, more...)
+		}
+	}
+	return fds
+}
+
+// Readable tells whether there is something to read or to accept, an end or an error at least.
+func Readable(fd int) bool {
+	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	_, err := unix.Poll(p, 0)
+	return err == nil && p[0].Revents&unix.POLLIN != 0
+}
