@@ -13,12 +13,14 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+
+	"sniproxy/cmd/internal/epoll"
 )
 
 // With this variable a daemon's loops hand relays over although they are not busy.
 func init() {
 	if os.Getenv(impersonate) != "" && os.Getenv("SNIPROXY_TEST_SHARE") != "" {
-		handOverFrom = 0
+		epoll.HandOverFrom = 0
 	}
 }
 

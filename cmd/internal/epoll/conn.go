@@ -1,6 +1,6 @@
-//go:build !portable
+//go:build linux
 
-package main
+package epoll
 
 import (
 	"fmt"
@@ -10,68 +10,86 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sniproxy/cmd/internal/inherit"
+	"sniproxy/cmd/internal/limits"
+	"sniproxy/cmd/internal/logline"
+	"sniproxy/cmd/internal/report"
+	"sniproxy/cmd/internal/shares"
+	"sniproxy/cmd/internal/socket"
 	"sniproxy/hostdir"
 	"sniproxy/sni"
 )
 
-// A conn is a connection: accept, hello, dial, relay, end. What it goes through is in this
-// file in that order, the relay in flow_linux.go.
+// A conn is a connection. It goes from one phase to the next, and [conn.enter] is the only way:
+//
+//	accept ─▶ greeting ──▶ lookingUp ◀─▶ redialing
+//	             │  │          │  │         │  │
+//	             │  └──────────┼──┴──▶ relaying ──▶ free
+//	             ▼             ▼            ▼
+//	         lingering ─────────────────────────────▶ free
+//
+// Every phase may also end in free at once.
 type conn struct {
-	number  int32
-	phase   phase
-	sockets [2]socket
-	flows   [2]flow
-	sent    traffic
-	began   int64 // when it was accepted
+	loop       *loop
+	number     int32 // in the table of the loop
+	generation int32 // of the number: how often it was used before
+	phase      phase
+	sockets    [2]endpoint
+	flows      [2]flow
+	accepted   int64 // when
 
-	tenant *tenant // whose host it is for, once that is known; it is used as long
+	early *early // in the phases before relaying, if it takes more than one piece
 
-	account *account // if it is to be told of at its end
+	tenant *shares.Tenant // whose host it is for, once that is known; used as long
+	access *report.AccessLine
+	header int32 // bytes of the PROXY header that are not sent yet
+	sent   report.Traffic
 
-	broken bool // the backend does not read any more
-	cut    bool // it stopped in the middle of a write
-
-	early *early // while the hello is not complete, or the backend not connected
-
+	broken bool  // the backend does not read any more
+	short  bool  // and stopped in the middle of a write
+	moved  bool  // something moved since the last look for half-closed relays
+	quiet  uint8 // looks in a row at which nothing had moved
 	active int64 // the round of the loop in which something last happened to the relay
-	moved  bool  // the relay has moved something
-	quiet  uint8 // how often it was found that it had not
+	sample int32 // of the loop's load when the relay began
 
 	queue      *queue // that it is in
 	prev, next *conn
 	deadline   int64
-	lingered   int   // bytes read and dropped
-	begun      int32 // when the relay began, in measurements of the loop
+	lingered   int // bytes read and dropped
 }
 
-// The sides of a connection. The flow with the number of a side comes from there.
+// A side of a connection. The flow with its number comes from there.
+type side uint8
+
 const (
-	client  = 0
-	backend = 1
+	client  side = 0
+	backend side = 1
 )
 
 type phase uint8
 
 const (
-	unused    phase = iota // it is no connection
+	free      phase = iota // it is no connection
 	greeting               // the server name is not known yet
-	lookingUp              // the host, which may take time
+	lookingUp              // another thread looks the host up
 	redialing              // the backend's backlog is full, or there is no descriptor for it
 	relaying
 	lingering // refused: waits for the client to end
-	closed
 )
 
-type socket struct {
+// isEarly tells whether a connection in this phase waits for its relay.
+func (p phase) isEarly() bool { return p == greeting || p == lookingUp || p == redialing }
+
+type endpoint struct {
 	fd         int32
-	registered uint32 // events that epoll tells of, 0 if not registered
-	hup        bool   // its peer has ended: there is an EOF, or an error, to read
-	gone       bool   // and takes nothing any more
+	registered uint32 // events that the poller tells of, 0 if it does not know the descriptor
+	ended      bool   // there is an EOF, or an error, to read
+	gone       bool   // and it takes nothing any more
 	urgent     bool   // there is, or was, urgent data: a short read may end before it
 }
 
-// early is what a connection needs only while it has no backend, and only if the hello did
-// not come in one piece or the backend is not ready.
+// early is what a connection needs only before its relay, and only if the ClientHello did not come in
+// one piece or the backend is not ready.
 type early struct {
 	parser sni.Parser
 	name   []byte
@@ -83,8 +101,43 @@ type early struct {
 	why  error // it waits
 }
 
+// enter is the only way from one phase to the next.
+func (c *conn) enter(p phase) {
+	l := c.loop
+	if c.phase.isEarly() && !p.isEarly() {
+		c.leave()
+		c.forget()
+		l.counters.Waiting.Add(-1)
+	}
+	was := c.phase
+	c.phase = p
+	switch p {
+	case greeting:
+		l.open.Add(1)
+		l.counters.Accepted.Add(1)
+		l.counters.Waiting.Add(1)
+		l.hellos.push(c, c.accepted+int64(limits.Hello))
+	case relaying:
+		l.relays.Add(1)
+		c.tenant.Relays.Add(1)
+	case lingering:
+		c.closeBackend()
+		l.lingers.push(c, limits.Now()+int64(limits.Linger))
+	case free:
+		if was == lingering {
+			c.leave()
+		}
+		closeFd(c.sockets[client].fd)
+		c.closeBackend()
+		c.belongTo(nil)
+		l.open.Add(-1)
+		l.counters.Ended.Add(1)
+		l.conns.release(c)
+	}
+}
+
 // acceptSome accepts connections after a full batch of events. As long as more is ready than fits into
-// one, the listening sockets take turns with all that: they are among the events of one batch in many.
+// one batch, the listening sockets take turns with all that: they are in one batch of many.
 func (l *loop) acceptSome() {
 	for _, from := range l.engine.listeners[:l.listening] {
 		for n := 0; n < acceptMost && l.accept(from); n++ {
@@ -92,48 +145,77 @@ func (l *loop) acceptSome() {
 	}
 }
 
-// accept accepts one connection, and reports whether there was one. If there are more, the next wait says so.
-func (l *loop) accept(from *listener) bool {
-	// Whoever shares the socket may have made it blocking, as systemd does whenever it
-	// starts something with it. So the flag is set anew each time, and should it be gone
-	// again before the next instruction, SO_RCVTIMEO bounds the wait.
-	setNonblock(int32(from.fd))
-	fd, _, errno := syscall.RawSyscall6(unix.SYS_ACCEPT4, uintptr(from.fd), 0, 0, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0, 0)
+// accept accepts one connection, and reports whether there was one. If there are more, the next wait
+// says so.
+func (l *loop) accept(from *inherit.Listener) bool {
+	// Whoever shares the socket may have made it blocking, as systemd does whenever it starts
+	// something with it. So the flag is set anew each time, and should it be gone again before the
+	// next instruction, SO_RCVTIMEO bounds the wait.
+	setNonblock(int32(from.FD))
+	fd, _, errno := syscall.RawSyscall6(unix.SYS_ACCEPT4, uintptr(from.FD), 0, 0, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0, 0)
 	switch errno {
 	case 0:
-		l.readHello(l.add(int32(fd)))
+		l.add(int32(fd)).readHello()
 		return true
 	case unix.EAGAIN, unix.EINTR, unix.ECONNABORTED:
 		// Somebody else was quicker, or the client is gone.
 	case unix.EMFILE, unix.ENFILE:
-		if l.runner.dialer.Release() {
-			break // that was kept for nobody yet; the next wait says again that there is a client
+		if l.runner.Load().dialer.Release() {
+			break // that descriptor was kept for nobody yet; the next wait says again that there is a client
 		}
-		// It is said before anybody is looked for.
-		if from.pending() && !l.makeRoom(nil) {
+		// accept(2) says so before it checks whether a client is waiting.
+		if socket.Readable(from.FD) && !l.dropOldest(nil, 0) {
 			l.pause(errno)
 		}
 	default:
-		if from.stillListens() {
+		if from.StillListens() {
 			l.pause(errno)
 			break
 		}
-		l.rest = now() + int64(time.Hour)
-		l.engine.fail(from.shutDown())
+		l.resume = limits.Now() + int64(limits.AcceptPause)
+		l.engine.fail(from.ShutDown())
 	}
 	return false
 }
 
-// pause stops accepting for acceptPause, after a failure that has a cause outside of the
+// pause stops accepting for limits.AcceptPause, after a failure that has a cause outside of the
 // connection. The clients wait in the backlog.
 func (l *loop) pause(errno unix.Errno) {
-	complainAccept(errno)
-	l.rest = now() + int64(acceptPause)
+	report.AcceptFailed(errno)
+	l.resume = limits.Now() + int64(limits.AcceptPause)
 }
 
-// readHello reads what has come of the hello.
-func (l *loop) readHello(c *conn) {
-	s := &c.sockets[client]
+// listen adds the listening sockets to the poller, or takes them away. Of all loops that wait for one,
+// of this program and others, the kernel wakes up one for a client (EPOLLEXCLUSIVE).
+func (l *loop) listen(yes bool) {
+	control := func(i int, op int, events uint32) bool {
+		errno := l.poller.control(op, int32(l.engine.listeners[i].FD), events, token{number: int32(listenerEvent - i)})
+		if errno != 0 { // the kernel is out of memory, or of what it grants a user
+			l.pause(errno)
+		}
+		return errno == 0
+	}
+	for yes && l.listening < len(l.engine.listeners) && control(l.listening, unix.EPOLL_CTL_ADD, unix.EPOLLIN|unix.EPOLLEXCLUSIVE) {
+		l.listening++
+	}
+	for !yes && l.listening > 0 && control(l.listening-1, unix.EPOLL_CTL_DEL, 0) {
+		l.listening--
+	}
+}
+
+// add makes a connection of the socket of a client.
+func (l *loop) add(fd int32) *conn {
+	c := l.conns.add()
+	c.loop = l
+	c.sockets[client].fd = fd
+	c.accepted = l.now()
+	c.enter(greeting)
+	return c
+}
+
+// readHello reads what has come of the ClientHello.
+func (c *conn) readHello() {
+	l, s := c.loop, &c.sockets[client]
 	for {
 		limit := sni.MaxHello
 		if c.early != nil {
@@ -144,13 +226,13 @@ func (l *loop) readHello(c *conn) {
 		n, errno := read(s.fd, room)
 		switch {
 		case errno == unix.EAGAIN:
-			l.awaitHello(c)
+			c.register(client, unix.EPOLLIN)
 			return
 		case errno != 0:
-			l.close(c) // the client is gone
+			c.close() // the client is gone
 			return
 		case n == 0:
-			l.refuse(c, nil, errEOF)
+			c.refuse(nil, report.ErrEOF)
 			return
 		}
 		parser := &l.parser
@@ -162,7 +244,7 @@ func (l *loop) readHello(c *conn) {
 		name, err := parser.Parse(room[:n])
 		switch {
 		case err != nil && !parser.Nameless():
-			l.refuse(c, nil, err)
+			c.refuse(nil, err)
 			return
 		case name != nil || err != nil:
 			hello := l.buffer[:headroom+n]
@@ -170,32 +252,24 @@ func (l *loop) readHello(c *conn) {
 				c.early.hello = append(c.early.hello, room[:n]...)
 				hello = c.early.hello
 			}
-			l.dial(c, name, hello)
+			c.dial(name, hello)
 			return
 		}
 		if c.early == nil {
 			c.early = &early{conn: c, parser: *parser, hello: slices.Clone(l.buffer[:headroom])}
 		}
 		c.early.hello = append(c.early.hello, room[:n]...)
-		if n < len(room) && !s.hup && !s.urgent {
-			l.awaitHello(c)
+		if n < len(room) && !s.ended && !s.urgent {
+			c.register(client, unix.EPOLLIN)
 			return
 		}
 	}
 }
 
-func (l *loop) awaitHello(c *conn) {
-	if c.queue == nil {
-		c.deadline = c.began + int64(helloTimeout)
-		l.hellos.push(c)
-	}
-	l.register(c, client, unix.EPOLLIN)
-}
-
-// register has epoll tell of events on a side of c, as soon as there are any and then
-// whenever there are new ones (EPOLLET). If it fails, that is the end of c.
-func (l *loop) register(c *conn, side int, events uint32) bool {
-	s := &c.sockets[side]
+// register has the poller tell of events on a side, as soon as there are any and then whenever there
+// are new ones (EPOLLET). If it fails, that is the end of c.
+func (c *conn) register(on side, events uint32) bool {
+	s := &c.sockets[on]
 	if s.registered&events == events {
 		return true
 	}
@@ -204,60 +278,50 @@ func (l *loop) register(c *conn, side int, events uint32) bool {
 		op = unix.EPOLL_CTL_ADD
 	}
 	s.registered |= events
-	event := unix.EpollEvent{Events: s.registered | unix.EPOLLRDHUP | unix.EPOLLPRI | unix.EPOLLET, Fd: c.number, Pad: int32(side)}
-	if errno := epollCtl(l.epoll, op, s.fd, &event); errno != 0 {
+	all := s.registered | unix.EPOLLRDHUP | unix.EPOLLPRI | unix.EPOLLET
+	if errno := c.loop.poller.control(op, s.fd, all, token{c.number, c.generation<<1 | int32(on)}); errno != 0 {
 		// The kernel is out of memory, or of what it grants a user.
-		complainOften(func() string { return fmt.Sprintf("cannot watch a connection: %v", errno) })
-		l.tell(c, cutForMemory)
-		l.abort(c)
+		logline.Rationed(func() string { return fmt.Sprintf("cannot watch a connection: %v", errno) })
+		c.printAccess(report.CutForMemory)
+		c.abort()
 		return false
 	}
 	return true
 }
 
-// event deals with an event on a side of c.
-func (l *loop) event(c *conn, side int, events uint32) {
-	s := &c.sockets[side]
+// event deals with an event on a side.
+func (c *conn) event(on side, events uint32) {
+	s := &c.sockets[on]
 	if events&(unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
-		s.hup = true
+		s.ended = true
 		s.gone = s.gone || events&unix.EPOLLHUP != 0
 	}
 	s.urgent = s.urgent || events&unix.EPOLLPRI != 0
 	switch c.phase {
 	case greeting:
-		l.readHello(c)
-	case unused, lookingUp, redialing, closed:
-		// A client that has ended is found out when there is a backend.
+		c.readHello()
+	case lookingUp, redialing:
+		// If the client has ended, that is found out when there is a backend.
 	case lingering:
-		l.drop(c)
+		c.drop()
 	case relaying:
-		l.relay(c, side, events)
+		c.relay(on, events)
 	}
 }
 
-// keep keeps what is needed of a connection that cannot be begun now.
-func (l *loop) keep(c *conn, phase phase, name, hello []byte) {
-	c.phase = phase
+// wait keeps what is needed of a connection whose relay cannot begin now.
+func (c *conn) wait(p phase, name, hello []byte) *early {
+	c.enter(p)
 	if c.early == nil {
 		c.early = &early{conn: c, hello: slices.Clone(hello)}
 	}
 	if c.early.name == nil {
 		c.early.name = slices.Clone(name)
 	}
-	if c.queue == nil {
-		c.deadline = c.began + int64(helloTimeout)
-		l.hellos.push(c)
-	}
+	return c.early
 }
 
-// waited counts c, if it has waited, as one that does no longer.
-func (l *loop) waited(c *conn) {
-	if c.phase < relaying {
-		l.counters.waiting.Add(-1)
-	}
-}
-
-// forget is for what keep has kept.
+// forget undoes wait.
 func (c *conn) forget() {
 	if e := c.early; e != nil {
 		if e.lookup != nil {
@@ -268,88 +332,77 @@ func (c *conn) forget() {
 }
 
 // belongTo says whose host c is for. It takes over the use of t.
-func (c *conn) belongTo(t *tenant) {
+func (c *conn) belongTo(t *shares.Tenant) {
 	if c.tenant != nil {
-		c.tenant.release()
+		c.tenant.Release()
 	}
 	c.tenant = t
 }
 
-// begin begins the relay: a header, if asked for, and all bytes read so far go to the
-// backend in one write.
-func (l *loop) begin(c *conn, b hostdir.Backend, name, hello []byte) {
-	c.leave()
-	c.forget()
-	l.waited(c)
-	c.phase = relaying
-	c.active = l.rounds
+// begin begins the relay: a header, if asked for, and all bytes read so far go to the backend in one
+// write.
+func (c *conn) begin(b hostdir.Backend, name, hello []byte) {
+	l := c.loop
+	c.enter(relaying)
+	c.active, c.sample = l.rounds, l.load.samples
 	c.sockets[backend].fd = int32(b.FD)
-	l.relays.Add(1)
-	c.tenant.relays.Add(1)
-	c.account = l.engine.logAll.account(l.now(), int(c.sockets[client].fd), name, b.Log)
-	c.flows[client].size, c.flows[backend].size = readMin, readMin
-	c.begun = l.measured
+	c.access = l.engine.logAll.AccessLine(l.now(), int(c.sockets[client].fd), name, b.Log)
+	for i := range c.flows {
+		c.flows[i] = flow{conn: c, from: side(i), size: readMin}
+	}
 	first := hello[headroom:]
 	if b.Proxy > 0 {
-		header, err := proxyHeader(int(c.sockets[client].fd), b.Proxy, name)
+		header, err := socket.Header(int(c.sockets[client].fd), b.Proxy, name)
 		if err != nil {
-			l.tell(c, resetByClient)
-			l.abort(c)
+			c.printAccess(report.ResetByClient)
+			c.abort()
 			return
 		}
-		c.sent[client] = -int64(len(header))
+		c.header = int32(len(header))
 		first = hello[headroom-len(header):]
 		copy(first, header)
 	}
 	known := c.sockets[client].registered != 0
-	sent := l.register(c, backend, unix.EPOLLIN) && l.send(c, client, first)
-	if c.phase != relaying || !l.register(c, client, unix.EPOLLIN) {
+	up := &c.flows[client]
+	sent := c.register(backend, unix.EPOLLIN) && up.send(first)
+	if c.phase != relaying || !c.register(client, unix.EPOLLIN) {
 		return
 	}
 	if known && sent {
 		// What came while the backend was looked for was told of already.
-		l.pump(c, client)
+		up.pump()
 	}
 }
 
-// refuse tells the client with an alert why it is not served, and sees to it that the
-// alert arrives.
-func (l *loop) refuse(c *conn, name []byte, err error) {
-	alert := refusal(name, err)
-	complainRefused(int(c.sockets[client].fd), name, alert)
-	l.counters.refused[alert.Description].Add(1)
+// refuse tells the client with an alert why it is not served, and sees to it that the alert arrives.
+func (c *conn) refuse(name []byte, err error) {
+	alert := report.Alert(name, err)
+	report.Refused(int(c.sockets[client].fd), name, alert)
+	c.loop.counters.Refused[alert.Description].Add(1)
 	record := alert.Description.Record()
 	if _, errno := write(c.sockets[client].fd, record[:]); errno != 0 {
-		l.close(c)
+		c.close()
 		return
 	}
-	l.linger(c)
+	c.linger()
 }
 
-// linger ends the sending side of the client, and reads and drops, within bounds, what it
-// has still to say: closing with input unread would send a reset, which can overtake what
-// was sent before.
-func (l *loop) linger(c *conn) {
-	c.leave()
-	c.forget()
-	l.waited(c)
-	c.phase = lingering
-	l.closeBackend(c)
+// linger ends the sending side of the client, and reads and drops, within bounds, what it has still to
+// say: closing with input unread would send a reset, which can overtake what was sent before.
+func (c *conn) linger() {
+	c.enter(lingering)
 	s := &c.sockets[client]
 	unix.Shutdown(int(s.fd), unix.SHUT_WR)
-	c.deadline = now() + int64(lingerTimeout)
-	l.lingers.push(c)
 	known := s.registered != 0
-	l.register(c, client, unix.EPOLLIN)
-	if known && c.phase == lingering {
-		l.drop(c)
+	if c.register(client, unix.EPOLLIN) && known {
+		c.drop()
 	}
 }
 
 // drop reads and drops what a refused client sends, until it ends.
-func (l *loop) drop(c *conn) {
-	for c.lingered < lingerSize {
-		n, errno := read(c.sockets[client].fd, l.buffer[:])
+func (c *conn) drop() {
+	for c.lingered < limits.LingerSize {
+		n, errno := read(c.sockets[client].fd, c.loop.buffer[:])
 		if errno == unix.EAGAIN {
 			return
 		}
@@ -358,62 +411,69 @@ func (l *loop) drop(c *conn) {
 		}
 		c.lingered += n
 	}
-	l.close(c)
+	c.close()
 }
 
-// abort closes both connections at once, that of the client with a reset, so that it does
-// not mistake what it has for all there is.
-func (l *loop) abort(c *conn) {
-	unix.SetsockoptLinger(int(c.sockets[client].fd), unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1, Linger: 0})
-	l.close(c)
-}
-
-// close is the end of c, whatever way it went.
-func (l *loop) close(c *conn) {
-	l.tell(c, closedByBoth)
-	c.leave()
-	c.forget()
-	l.waited(c)
-	c.phase = closed
-	closeFd(c.sockets[client].fd)
-	l.closeBackend(c)
-	c.belongTo(nil)
-	l.ended = append(l.ended, c)
-	l.open.Add(-1)
-	l.counters.ended.Add(1)
-}
-
-// tell has the line printed about how c ended, if there is to be one.
-func (l *loop) tell(c *conn, how string) {
-	if c.account != nil {
-		c.account.tell(l.engine.logAll, c.sent, time.Duration(now()-c.began), how)
-		c.account = nil
+// expireHellos refuses those who have had limits.Hello.
+func (l *loop) expireHellos() {
+	now := limits.Now()
+	for c := l.hellos.first; c != nil && c.deadline <= now; c = l.hellos.first {
+		switch {
+		case c.phase == greeting:
+			c.refuse(nil, report.ErrTimeout)
+		case c.early.why != nil: // what was in the way at the last try
+			c.refuse(c.early.name, c.early.why)
+		default:
+			c.refuse(c.early.name, report.ErrLookupTimeout)
+		}
 	}
 }
 
-// closeBackend closes the connection to the backend, if there is one, and what was on its
-// way to or from it.
-func (l *loop) closeBackend(c *conn) {
-	s := &c.sockets[backend]
+// expireLingers closes those who have had limits.Linger.
+func (l *loop) expireLingers() {
+	now := limits.Now()
+	for c := l.lingers.first; c != nil && c.deadline <= now; c = l.lingers.first {
+		c.close()
+	}
+}
+
+// abort closes both connections at once, that of the client with a reset, so that it does not mistake
+// what it has for all there is.
+func (c *conn) abort() {
+	unix.SetsockoptLinger(int(c.sockets[client].fd), unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1, Linger: 0})
+	c.close()
+}
+
+// close is the end of c, whatever way it went. C may be another connection from the next accept on.
+func (c *conn) close() {
+	c.printAccess(report.ClosedByBoth)
+	c.enter(free)
+}
+
+// printAccess prints how c ended, if there is to be such a line. Only the first call counts.
+func (c *conn) printAccess(how string) {
+	if c.access != nil {
+		c.access.Print(c.sent, time.Duration(limits.Now()-c.accepted), how)
+		c.access = nil
+	}
+}
+
+// closeBackend closes the connection to the backend, if there is one.
+func (c *conn) closeBackend() {
+	l, s := c.loop, &c.sockets[backend]
 	if s.fd == 0 {
 		return
 	}
 	if l.refuses || c.flows[backend].ended { // all was read
 		closeFd(s.fd)
 	} else {
-		if s.registered != 0 { // it may stay open for a while
-			epollCtl(l.epoll, unix.EPOLL_CTL_DEL, s.fd, &unix.EpollEvent{})
+		if s.registered != 0 {
+			l.poller.remove(s.fd) // it may stay open for a while
 		}
-		c.tenant.closeAway(l.engine.threads, int(s.fd))
+		c.tenant.CloseAway(l.engine.shares.Threads, int(s.fd))
 	}
 	l.relays.Add(-1)
-	c.tenant.relays.Add(-1)
-	*s = socket{}
-	for i := range c.flows {
-		if c.flows[i].held > 0 {
-			l.letGo(c, i)
-			l.dropPipe(&c.flows[i].pipe)
-		}
-	}
+	c.tenant.Relays.Add(-1)
+	*s = endpoint{}
 	c.flows = [2]flow{}
 }

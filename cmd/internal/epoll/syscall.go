@@ -1,6 +1,6 @@
-//go:build !portable
+//go:build linux
 
-package main
+package epoll
 
 import (
 	"fmt"
@@ -8,6 +8,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"sniproxy/cmd/internal/socket"
 )
 
 // The system calls that a connection is made of. They never block, on the non-blocking
@@ -50,7 +52,7 @@ func receive(fd int32, b, control []byte) (n int, passed []int, errno unix.Errno
 		case errno == unix.EINTR:
 			continue
 		case errno == 0 && msg.Controllen > 0:
-			passed = descriptorsIn(control[:msg.Controllen])
+			passed = socket.Passed(control[:msg.Controllen])
 		}
 		return int(r), passed, errno
 	}

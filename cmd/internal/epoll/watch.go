@@ -1,23 +1,25 @@
-//go:build !portable
+//go:build linux
 
-package main
+package epoll
 
 import (
 	"slices"
 	"sync/atomic"
 	"time"
+
+	"sniproxy/cmd/internal/report"
+	"sniproxy/cmd/internal/shares"
 )
 
 // A watch finds runners that are stuck. It is awake only while there are look-ups.
 type watch struct {
-	engine  *engine
-	awake   atomic.Bool
-	start   chan struct{}
-	runners []atomic.Pointer[runner] // of each loop
+	loops []*loop
+	awake atomic.Bool
+	start chan struct{}
 }
 
-func newWatch(e *engine) *watch {
-	w := &watch{engine: e, start: make(chan struct{}, 1), runners: make([]atomic.Pointer[runner], len(e.loops))}
+func newWatch(loops []*loop) *watch {
+	w := &watch{loops: loops, start: make(chan struct{}, 1)}
 	go w.run()
 	return w
 }
@@ -30,7 +32,7 @@ func (w *watch) wakeUp() {
 }
 
 func (w *watch) run() {
-	seen := make([]sighting, len(w.runners))
+	seen := make([]sighting, len(w.loops))
 	for range w.start {
 		tick := time.NewTicker(watchPeriod)
 		for idle := 0; idle < watchIdle; {
@@ -53,10 +55,10 @@ type sighting struct {
 	times  int
 }
 
-// look has runners replaced that are stuck. It reports whether there was any look-up since the last time.
+// look replaces runners that are stuck. It reports whether there was any look-up since the last time.
 func (w *watch) look(seen []sighting) (some bool) {
-	for i := range w.runners {
-		r := w.runners[i].Load()
+	for i, l := range w.loops {
+		r := l.runner.Load()
 		if r == nil {
 			continue
 		}
@@ -66,88 +68,66 @@ func (w *watch) look(seen []sighting) (some bool) {
 			seen[i] = sighting{lookup: now}
 		}
 		if seen[i].times++; now%2 == 1 && seen[i].times >= watchStuck {
-			w.engine.loops[i].replace(r, now)
+			l.replace(r, now)
 		}
 	}
 	return some
 }
 
-// A relief is a runner that stands by to go on with a loop. There is one before the loop looks up what is a
-// tenant's, so that a thread need not be had just when one is stuck.
-type relief chan *runner // gets the one that is stuck
+// A standby is a runner that is ready to go on with a loop. The loop has one before it looks up what is
+// a tenant's: a thread may be hard to get just when one is stuck.
+type standby chan *runner // gets the one that is stuck
 
-// wantRelief has a relief made for the loop, if it may have one and none is being made.
-func (l *loop) wantRelief(may bool) {
-	if may && !l.wanted.Swap(true) {
-		l.engine.threads.more <- l.standBy
+// hire has a standby made for the loop, if it may have one and none is being made.
+func (l *loop) hire(may bool) {
+	if may && !l.hiring.Swap(true) {
+		l.engine.shares.Threads.Extra(l.standBy)
 	}
 }
 
+// standBy is what the goroutine of a standby does.
 func (l *loop) standBy() {
-	next, err := newRunner(l.engine)
+	r, err := newRunner(l.engine.hosts)
 	if err != nil {
-		complainThread(err)
-		time.Sleep(threadPause)
-		l.wanted.Store(false)
+		report.NoThread(err)
+		time.Sleep(shares.ThreadPause)
+		l.hiring.Store(false)
 		return
 	}
-	stuck := make(relief)
-	l.relief.Store(&stuck)
-	l.wanted.Store(false)
-	l.rescue(<-stuck, next)
+	stuck := make(standby)
+	l.standby.Store(&stuck)
+	l.hiring.Store(false)
+	l.rescue(<-stuck, r)
 }
 
-// replace has the relief go on with the loop in place of r, which is stuck.
+// replace has the standby go on with the loop in place of r, which is stuck.
 func (l *loop) replace(r *runner, lookup uint64) {
-	next := l.relief.Swap(nil)
+	next := l.standby.Swap(nil)
 	if next == nil {
-		l.wantRelief(true)
+		l.hire(true)
 		return
 	}
 	if !r.lookups.CompareAndSwap(lookup, lookup+1) { // it has ended
-		l.relief.Store(next)
+		l.standby.Store(next)
 		return
 	}
 	*next <- r
 }
 
-// rescue goes on with the loop in place of r.
-func (l *loop) rescue(r, next *runner) {
-	k := &lookup{loop: l, conn: r.conn, name: slices.Clone(r.name)}
-	if r.tenant != nil {
-		k.tenant, k.entry = r.tenant, string(r.entry)
-		l.engine.leaveBehind(&k.task)
-	} else { // it was stuck before it knew whose the host is
-		k.tenant, k.entry = l.engine.tenants.get(0, r.name), string(r.name)
-		l.engine.leaveBehind(&k.task)
-		k.tenant.release()
+// rescue goes on with the loop in place of stuck.
+func (l *loop) rescue(stuck, r *runner) {
+	s, c := l.engine.shares, stuck.conn
+	k := &lookup{loop: l, conn: c, name: slices.Clone(stuck.name)}
+	if stuck.tenant != nil {
+		k.task = shares.Task{Tenant: stuck.tenant, Entry: string(stuck.entry)}
+		s.Threads.LeaveBehind(&k.task)
+	} else { // it does not know yet whose the host is
+		t := s.Tenants.Unknown(stuck.name)
+		k.task = shares.Task{Tenant: t, Entry: string(stuck.name)}
+		s.Threads.LeaveBehind(&k.task)
+		t.Release()
 	}
-	l.keep(r.conn, lookingUp, r.name, r.hello)
-	r.conn.early.lookup = k
-	r.lost <- k
-	l.runWith(next)
-}
-
-// leaveBehind counts a thread that is stuck with a task.
-func (e *engine) leaveBehind(k *task) {
-	k.tenant.hung.Add(1)
-	e.behind.Add(1)
-	s := e.threads
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.enter(k)
-	s.begin(k)
-}
-
-// comeBack counts a thread that was left behind, and has ended its task.
-func (e *engine) comeBack(k *task) {
-	k.tenant.untrusted.Store(now() + int64(distrustTime))
-	k.tenant.hung.Add(-1)
-	e.behind.Add(-1)
-	e.threads.end(k)
-}
-
-func (l *loop) setRunner(r *runner) {
-	l.runner = r
-	l.engine.watch.runners[l.index].Store(r)
+	c.wait(lookingUp, stuck.name, stuck.hello).lookup = k
+	stuck.left <- k
+	l.run(r)
 }

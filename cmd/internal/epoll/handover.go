@@ -1,0 +1,85 @@
+//go:build linux
+
+package epoll
+
+import (
+	"slices"
+
+	"sniproxy/cmd/internal/limits"
+)
+
+// measure finds out now and then how busy the loop is. A busy loop has the next one, in a ring, accept
+// connections too, and hands relays over to it.
+func (l *loop) measure() {
+	if l.rounds%32 != 0 || l.next == l {
+		return
+	}
+	busy, ok := l.load.sample(limits.Now())
+	if !ok {
+		return
+	}
+	if l.next != l.engine.loops[0] {
+		switch {
+		case busy > busyMost && !l.next.invited.Swap(true), busy < busyLeast && l.next.invited.Swap(false):
+			l.next.poller.wakeUp()
+		}
+	}
+	if busy > HandOverFrom {
+		l.handOver()
+	}
+}
+
+// handOver hands relays over to the next loop, if that has fewer connections. It takes only those that
+// were there at the last two samples: short connections stay where they are. Call it between two
+// batches of events: then none is left for the relays.
+func (l *loop) handOver() {
+	most := min(int(l.open.Load()-l.next.open.Load())/2, handedMost)
+	for i := 0; i < len(l.conns.all) && most > 0; i++ {
+		if c := l.conns.all[i]; c.phase == relaying && l.load.samples-c.sample > 1 {
+			l.hand(c)
+			most--
+		}
+	}
+}
+
+// hand hands c over to the next loop, or leaves it where it is if that has ended.
+func (l *loop) hand(c *conn) {
+	for i := range c.sockets {
+		if errno := l.poller.remove(c.sockets[i].fd); errno != 0 {
+			c.abort() // its events would be taken for those of another
+			return
+		}
+	}
+	if c.flows[client].turn || c.flows[backend].turn {
+		c.flows[client].turn, c.flows[backend].turn = false, false
+		l.turns = slices.DeleteFunc(l.turns, func(f *flow) bool { return f.conn == c })
+	}
+	l.conns.take(c)
+	l.relays.Add(-1)
+	l.next.relays.Add(1)
+	c.loop = l.next
+	if !l.next.give(func(b *inbox) {
+		b.relays = append(b.relays, c)
+		l.next.open.Add(1)
+		l.open.Add(-1)
+	}) {
+		l.relays.Add(1)
+		l.next.relays.Add(-1)
+		c.loop = l
+		l.adopt(c)
+	}
+}
+
+// adopt makes c a connection of this loop. Once it is registered epoll tells whatever there is to do.
+func (l *loop) adopt(c *conn) {
+	l.conns.put(c)
+	c.sample, c.active = l.load.samples, l.rounds
+	l.checkHalfClosed()
+	for i := range c.sockets {
+		events := c.sockets[i].registered
+		c.sockets[i].registered = 0
+		if !c.register(side(i), events) {
+			return
+		}
+	}
+}

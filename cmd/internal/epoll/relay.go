@@ -1,0 +1,388 @@
+//go:build linux
+
+package epoll
+
+import (
+	"fmt"
+
+	"golang.org/x/sys/unix"
+
+	"sniproxy/cmd/internal/limits"
+	"sniproxy/cmd/internal/report"
+)
+
+// A flow is one direction of a relay. It never reads while it holds unsent bytes: it holds at most one
+// read, and sees EOF only after everything before it was sent.
+type flow struct {
+	conn *conn
+	from side
+
+	ended bool // the EOF was passed on
+	bulk  bool // the last read was full, so splice(2) is tried
+	plain bool // splice(2) does not work with these sockets
+	turn  bool // it is among those that take a turn
+	part  bool // a part of what was read last was sent
+	wide  bool // the backend's socket has room for more than others
+	full  bool // and none now, so nothing is spliced
+
+	size int32  // how much to read at once
+	buf  []byte // what was read and could not be sent yet
+}
+
+func (f *flow) src() *endpoint { return &f.conn.sockets[f.from] }
+func (f *flow) dst() *endpoint { return &f.conn.sockets[1-f.from] }
+func (f *flow) to() side       { return 1 - f.from }
+func (f *flow) other() *flow   { return &f.conn.flows[1-f.from] }
+
+// stalled tells whether the flow waits for the other side to take more.
+func (f *flow) stalled() bool { return f.buf != nil || f.full }
+
+// takeTurns goes on with flows whose turn was over before there was nothing left to move.
+func (l *loop) takeTurns() {
+	turns := l.turns
+	l.turns = l.spare[:0]
+	for _, f := range turns {
+		if f.turn {
+			f.turn = false
+			if !f.ended && !f.stalled() {
+				f.pump()
+			}
+		}
+	}
+	clear(turns)
+	l.spare = turns
+}
+
+// relay deals with an event on a side of a relay.
+func (c *conn) relay(on side, events uint32) {
+	if on == client && events&unix.EPOLLERR != 0 {
+		c.printAccess(report.ResetByClient)
+		c.abort() // whatever else there is to read or send
+		return
+	}
+	from := &c.flows[on]
+	if to := from.other(); to.stalled() && !to.ended && events&(unix.EPOLLOUT|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
+		to.resume()
+	}
+	if c.phase != relaying || events&^unix.EPOLLOUT == 0 {
+		return
+	}
+	if !from.ended && !from.stalled() {
+		from.pump()
+	}
+}
+
+// pump moves bytes until there is nothing to read, or the other side takes no more, or the turn is over.
+func (f *flow) pump() {
+	l := f.conn.loop
+	f.conn.active = l.rounds
+	for moved := 0; moved < turnSize; {
+		var n int
+		var more bool
+		if f.bulk {
+			n, more = f.splice()
+		} else {
+			n, more = f.copy()
+		}
+		if !more {
+			return
+		}
+		moved += n
+	}
+	if !f.turn {
+		f.turn = true
+		l.turns = append(l.turns, f)
+	}
+}
+
+// copy moves what one read gives. It reports how much that was, and whether there may be more.
+//
+// While reads are full there is much on its way. From TCP to a Unix socket it is then spliced, which
+// takes a third of the time. The other way splicing takes twice as long as copying in large pieces, so
+// those grow. If a client does not take all they shrink again: what it does not take has to be kept.
+func (f *flow) copy() (n int, more bool) {
+	c, src := f.conn, f.src()
+	b := c.loop.buffer[headroom:][:f.size]
+	var errno unix.Errno
+	if f.from == client || c.loop.refuses {
+		n, errno = read(src.fd, b)
+	} else if n, errno = c.receive(b); c.phase != relaying {
+		return 0, false
+	}
+	if !f.got(n, errno) {
+		return 0, false
+	}
+	full := n == len(b)
+	if full && f.from == client {
+		f.beginBulk()
+	} else if full {
+		f.size = min(2*f.size, readMax)
+	}
+	if !f.send(b[:n]) {
+		f.size = max(f.size/2, readMin)
+		return n, false
+	}
+	// After a short read there is no more, but with an end in sight there is still that, or the error,
+	// to read. And a read ends before and after urgent data.
+	return n, full || src.ended || src.urgent
+}
+
+// beginBulk has the client's flow spliced from now on, if it can be, and gives the backend's socket
+// room for more.
+func (f *flow) beginBulk() {
+	f.bulk = !f.plain && !f.src().urgent
+	if f.bulk && !f.wide {
+		f.wide = true
+		unix.SetsockoptInt(int(f.dst().fd), unix.SOL_SOCKET, unix.SO_SNDBUF, int(f.conn.loop.engine.sendBuffer)/2)
+	}
+}
+
+// splice is like copy, but moves what one splice(2) gives, through the pipe of the loop. That is no
+// more than the backend's socket has room for, so little is left in the pipe, if anything.
+func (f *flow) splice() (n int, more bool) {
+	c, l, src := f.conn, f.conn.loop, f.src()
+	size := l.engine.sendBuffer - unsent(f.dst().fd)
+	if size < spliceMin {
+		f.full = true
+		c.register(f.to(), unix.EPOLLOUT)
+		return 0, false
+	}
+	// Where there is urgent data splice(2) says that there is nothing, or that this is the end.
+	if src.urgent || l.pipe.in == 0 {
+		f.bulk = false
+		return 0, true
+	}
+	n, errno := splice(src.fd, l.pipe.in, int(size))
+	switch {
+	case errno == unix.EINVAL:
+		f.plain, f.bulk = true, false
+		return 0, true
+	case errno == 0 && n == 0:
+		f.bulk = false // a read will tell whether it is the end
+		return 0, true
+	case !f.got(n, errno):
+		return 0, false
+	}
+	f.bulk = n >= readMin/2
+	for left := n; left > 0; {
+		m, errno := splice(l.pipe.out, f.dst().fd, left)
+		if errno == 0 {
+			f.sent(m)
+			left -= m
+			f.part = left > 0
+			continue
+		}
+		rest := l.pipe.drain(left)
+		if errno != unix.EAGAIN || rest == nil {
+			f.unsendable(errno)
+			return n, false
+		}
+		f.buf = rest
+		c.register(f.to(), unix.EPOLLOUT)
+		return n, false
+	}
+	return n, true
+}
+
+// receive reads from the backend where the system cannot refuse what backends pass. A read would close
+// that in this thread, which may take any time. So it is received, and the connection ends.
+func (c *conn) receive(b []byte) (int, unix.Errno) {
+	l := c.loop
+	n, passed, errno := receive(c.sockets[backend].fd, b, l.control)
+	if len(passed) > 0 {
+		report.Passed(len(passed), c.tenant)
+		c.tenant.CloseAway(l.engine.shares.Threads, passed...)
+		c.printAccess(report.PassedByBackend)
+		c.abort()
+	}
+	return n, errno
+}
+
+// resetBy names the peer that reset, by the side on which a call failed.
+var resetBy = [2]string{client: report.ResetByClient, backend: report.ResetByBackend}
+
+// got deals with the outcome of a read. It reports whether there is something to send on.
+func (f *flow) got(n int, errno unix.Errno) bool {
+	switch {
+	case errno == unix.EAGAIN:
+	case errno != 0:
+		f.conn.printAccess(resetBy[f.from])
+		f.conn.abort()
+	case n == 0:
+		f.finish()
+	default:
+		return true
+	}
+	return false
+}
+
+// send sends b on, and keeps what the other side does not take now. It reports whether all was taken.
+func (f *flow) send(b []byte) bool {
+	n, errno := write(f.dst().fd, b)
+	if errno != 0 {
+		if errno != unix.EAGAIN {
+			f.unsendable(errno)
+			return false
+		}
+		n = 0
+	}
+	f.sent(n)
+	if n == len(b) {
+		f.part = false
+		return true
+	}
+	f.buf = append([]byte(nil), b[n:]...)
+	f.part = f.part || n > 0
+	f.conn.register(f.to(), unix.EPOLLOUT)
+	return false
+}
+
+// sent counts n bytes that were sent on. The PROXY header is not the client's.
+func (f *flow) sent(n int) {
+	c := f.conn
+	c.moved = c.moved || n > 0
+	if c.header > 0 && f.from == client {
+		header := min(n, int(c.header))
+		c.header -= int32(header)
+		n -= header
+	}
+	c.sent[f.from] += int64(n)
+	c.loop.counters.Bytes[f.from].Add(int64(n))
+}
+
+// resume goes on with a flow that is stalled, now that there may be room.
+func (f *flow) resume() {
+	b := f.buf
+	f.buf, f.full = nil, false
+	if b == nil || f.send(b) {
+		f.pump()
+	}
+}
+
+// unsendable deals with a failure to send. A backend that does not read any more may still have
+// something to say: that is forwarded until its end. If it was reset, Linux says so once: to who reads,
+// or in place of the rest of a write that was done in part.
+func (f *flow) unsendable(errno unix.Errno) {
+	c := f.conn
+	if f.from != client || errno != unix.EPIPE {
+		c.printAccess(resetBy[f.to()])
+		c.abort()
+		return
+	}
+	f.ended = true
+	c.broken, c.short = true, f.part
+	down := f.other()
+	if down.ended {
+		c.end()
+		return
+	}
+	unix.Shutdown(int(f.dst().fd), unix.SHUT_WR)
+	c.loop.checkHalfClosed()
+	f.dst().ended = true // so it is read until there is nothing more
+	if !down.stalled() {
+		down.pump()
+	}
+}
+
+// finish passes the end of a flow on, or ends the connection if there is nothing more to come.
+func (f *flow) finish() {
+	c := f.conn
+	f.ended = true
+	switch {
+	case f.other().ended:
+		c.end()
+	case f.from == backend && f.src().gone && c.settled():
+		// The backend has closed its socket, so nothing can flow to it any more. The client has all
+		// that came from it, and sent nothing that would make closing a reset. So its connection is
+		// closed as well.
+		c.close()
+	default:
+		unix.Shutdown(int(f.dst().fd), unix.SHUT_WR)
+		c.loop.checkHalfClosed()
+	}
+}
+
+// settled tells whether the client has acknowledged all that was sent to it, and has sent nothing that
+// was not forwarded.
+func (c *conn) settled() bool {
+	fd := c.sockets[client].fd
+	if c.flows[client].stalled() || unsent(fd) != 0 {
+		return false
+	}
+	_, errno := recv(fd, c.loop.buffer[:1], unix.MSG_PEEK)
+	return errno == unix.EAGAIN
+}
+
+// end is the end of a relay both of whose flows have ended.
+func (c *conn) end() {
+	switch {
+	case c.short:
+		c.printAccess(report.ResetByBackend)
+		c.abort()
+	case c.broken:
+		c.printAccess(report.ClosedByBackend)
+		c.linger()
+	default:
+		c.close()
+	}
+}
+
+// checkHalfClosed sees to it that endHalfClosed is called.
+func (l *loop) checkHalfClosed() {
+	if l.halfClosed == 0 {
+		l.halfClosed = limits.Now() + int64(limits.HalfClosed/quietChecks)
+	}
+}
+
+// endHalfClosed ends relays of which one half has ended, and the other has not moved a byte at
+// quietChecks checks in a row: with a reset if the backend has not ended, so that the client does not
+// mistake what it has for all there is.
+func (l *loop) endHalfClosed() {
+	l.halfClosed = 0
+	for _, c := range l.conns.all {
+		if c.phase != relaying || c.flows[client].ended == c.flows[backend].ended {
+			continue
+		}
+		switch {
+		case c.moved:
+			c.moved, c.quiet = false, 0
+		case c.quiet < quietChecks-1:
+			c.quiet++
+		default:
+			c.printAccess(report.SilentHalfClosed)
+			if c.flows[backend].ended {
+				c.close()
+			} else {
+				c.abort()
+			}
+			continue
+		}
+		l.checkHalfClosed()
+	}
+}
+
+// A pipe is what splice(2) moves bytes through, without copying them. It is empty between two moves.
+type pipe struct{ out, in int32 }
+
+func newPipe() (pipe, error) {
+	var fds [2]int
+	if err := unix.Pipe2(fds[:], unix.O_NONBLOCK|unix.O_CLOEXEC); err != nil {
+		return pipe{}, fmt.Errorf("pipe2: %w", err)
+	}
+	// An ordinary user may be refused this; then it is as large as it is.
+	unix.FcntlInt(uintptr(fds[0]), unix.F_SETPIPE_SZ, pipeSize)
+	return pipe{int32(fds[0]), int32(fds[1])}, nil
+}
+
+// drain returns the n bytes that are in the pipe. It returns nil if it cannot read them, which does not
+// happen; then there is another pipe, or none.
+func (p *pipe) drain(n int) []byte {
+	b := make([]byte, n)
+	if m, errno := read(p.out, b); errno != 0 || m != n {
+		closeFd(p.in)
+		closeFd(p.out)
+		*p, _ = newPipe()
+		return nil
+	}
+	return b
+}

@@ -1,0 +1,69 @@
+//go:build linux
+
+package epoll
+
+import (
+	"time"
+
+	"sniproxy/cmd/internal/limits"
+	"sniproxy/cmd/internal/report"
+	"sniproxy/cmd/internal/shares"
+)
+
+// DropOldest is for [shares.Room.ForRelay], which makes room for the connection of the runner.
+func (l *loop) DropOldest(age time.Duration) bool { return l.dropOldest(l.runner.Load().conn, age) }
+
+// dropOldest drops a client that was refused already, or else the one, other than except, that has
+// waited longest for its relay, if it has waited longer than age. It reports whether there was one.
+func (l *loop) dropOldest(except *conn, age time.Duration) bool {
+	if refused := l.lingers.first; refused != nil {
+		refused.close()
+		return true
+	}
+	oldest := l.hellos.first
+	if oldest != nil && oldest == except {
+		oldest = oldest.next
+	}
+	if oldest == nil || age > 0 && limits.Now()-oldest.accepted <= int64(age) {
+		return false
+	}
+	report.Dropped(int(oldest.sockets[client].fd))
+	l.counters.Dropped.Add(1)
+	oldest.close()
+	return true
+}
+
+// ResetSilent is for [shares.Room.ForRelay]. If none of rich's relays is in this loop, the others are
+// asked, and that takes a moment.
+func (l *loop) ResetSilent(rich, needy *shares.Tenant) bool {
+	if l.resetOne(rich, needy) {
+		return true
+	}
+	for _, other := range l.engine.loops {
+		if other != l && rich.MayLose(needy) {
+			other.give(func(b *inbox) { b.reset = reset{rich, needy} })
+		}
+	}
+	return false
+}
+
+// resetOne resets the relay of rich that has been silent longest, of those in this loop.
+func (l *loop) resetOne(rich, needy *shares.Tenant) bool {
+	if !rich.MayLose(needy) {
+		return false
+	}
+	var silent *conn
+	for _, c := range l.conns.all {
+		if c.phase == relaying && c.tenant == rich && (silent == nil || c.active < silent.active) {
+			silent = c
+		}
+	}
+	if silent == nil {
+		return false
+	}
+	report.Reset(int(silent.sockets[client].fd), rich)
+	l.counters.Dropped.Add(1)
+	silent.printAccess(report.ResetForRoom)
+	silent.abort()
+	return true
+}
