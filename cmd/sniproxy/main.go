@@ -59,24 +59,24 @@
 //
 // # Rooms
 //
-// A package knows those that stand below it here, and none above.
+// A package imports only packages that stand below it here.
 //
-//	sniproxy            start, signals, stop
-//	  epoll             the engine for Linux: event loops
-//	  goroutines        the engine for other systems, and for the build tag portable
-//	    shares          who tenants are, and what each gets: threads that may wait, descriptors
-//	      report        refusals, access lines, counters
-//	        hostdir     a name's directory, its backend and its markers
-//	        sni         the name in a ClientHello
-//	        logline     lines that never block
-//	        socket      addresses, PROXY headers and passed descriptors of a socket
-//	          proxyproto
-//	  inherit           the sockets that the program is given
-//	  descriptors       how many are in use, and their limit
-//	  limits            what a connection may take
+//	cmd/sniproxy                start, signals, stop
+//	cmd/internal/epoll          the engine for Linux: event loops
+//	cmd/internal/goroutines     the engine for other systems, and for the build tag portable
+//	cmd/internal/shares         who tenants are, and what each gets: threads that may wait, descriptors
+//	cmd/internal/report         refusals, access lines, counters
+//	cmd/internal/inherit        the sockets that the program is given
+//	cmd/internal/logline        lines that never block
+//	cmd/internal/socket         a socket's addresses, its PROXY header, and descriptors that it passes
+//	cmd/internal/descriptors    how many are in use, and their limit
+//	cmd/internal/limits         what a connection may take
+//	hostdir                     from a name to its directory, its backend and its markers
+//	sni                         the name in a ClientHello
+//	proxyproto                  PROXY protocol headers
 //
-// A connection flows through an engine: accept, hello, look-up, relay, end. Both engines do the
-// same; for Linux begin with the connection's life in epoll.
+// A connection flows through an engine: accept, ClientHello, look-up, relay, end. Both engines do the
+// same.
 package main
 
 import (
