@@ -38,7 +38,7 @@ type conn struct {
 	flows      [2]flow
 	accepted   int64 // when
 
-	early *early // in the phases before relaying, if it takes more than one piece
+	pending *pending // in the phases before relaying, if it takes more than one piece
 
 	tenant *shares.Tenant // whose host it is for, once that is known; used as long
 	access *report.AccessLine
@@ -77,8 +77,8 @@ const (
 	lingering // refused: waits for the client to end
 )
 
-// isEarly tells whether a connection in this phase waits for its relay.
-func (p phase) isEarly() bool { return p == greeting || p == lookingUp || p == redialing }
+// isPending tells whether a connection in this phase waits for its relay.
+func (p phase) isPending() bool { return p == greeting || p == lookingUp || p == redialing }
 
 type endpoint struct {
 	fd         int32
@@ -88,9 +88,9 @@ type endpoint struct {
 	urgent     bool   // there is, or was, urgent data: a short read may end before it
 }
 
-// early is what a connection needs only before its relay, and only if the ClientHello did not come in
+// pending is what a connection needs only before its relay, and only if the ClientHello did not come in
 // one piece or the backend is not ready.
-type early struct {
+type pending struct {
 	parser sni.Parser
 	name   []byte
 	hello  []byte // all bytes read so far, behind headroom
@@ -104,7 +104,7 @@ type early struct {
 // enter is the only way from one phase to the next.
 func (c *conn) enter(p phase) {
 	l := c.loop
-	if c.phase.isEarly() && !p.isEarly() {
+	if c.phase.isPending() && !p.isPending() {
 		c.leave()
 		c.forget()
 		l.counters.Waiting.Add(-1)
@@ -218,8 +218,8 @@ func (c *conn) readHello() {
 	l, s := c.loop, &c.sockets[client]
 	for {
 		limit := sni.MaxHello
-		if c.early != nil {
-			limit -= len(c.early.hello) - headroom
+		if c.pending != nil {
+			limit -= len(c.pending.hello) - headroom
 		}
 		room := l.buffer[headroom:]
 		room = room[:min(limit, len(room))]
@@ -236,10 +236,10 @@ func (c *conn) readHello() {
 			return
 		}
 		parser := &l.parser
-		if c.early == nil {
+		if c.pending == nil {
 			*parser = sni.Parser{}
 		} else {
-			parser = &c.early.parser
+			parser = &c.pending.parser
 		}
 		name, err := parser.Parse(room[:n])
 		switch {
@@ -248,17 +248,17 @@ func (c *conn) readHello() {
 			return
 		case name != nil || err != nil:
 			hello := l.buffer[:headroom+n]
-			if c.early != nil {
-				c.early.hello = append(c.early.hello, room[:n]...)
-				hello = c.early.hello
+			if c.pending != nil {
+				c.pending.hello = append(c.pending.hello, room[:n]...)
+				hello = c.pending.hello
 			}
 			c.dial(name, hello)
 			return
 		}
-		if c.early == nil {
-			c.early = &early{conn: c, parser: *parser, hello: slices.Clone(l.buffer[:headroom])}
+		if c.pending == nil {
+			c.pending = &pending{conn: c, parser: *parser, hello: slices.Clone(l.buffer[:headroom])}
 		}
-		c.early.hello = append(c.early.hello, room[:n]...)
+		c.pending.hello = append(c.pending.hello, room[:n]...)
 		if n < len(room) && !s.ended && !s.urgent {
 			c.register(client, unix.EPOLLIN)
 			return
@@ -310,24 +310,24 @@ func (c *conn) event(on side, events uint32) {
 }
 
 // wait keeps what is needed of a connection whose relay cannot begin now.
-func (c *conn) wait(p phase, name, hello []byte) *early {
+func (c *conn) wait(p phase, name, hello []byte) *pending {
 	c.enter(p)
-	if c.early == nil {
-		c.early = &early{conn: c, hello: slices.Clone(hello)}
+	if c.pending == nil {
+		c.pending = &pending{conn: c, hello: slices.Clone(hello)}
 	}
-	if c.early.name == nil {
-		c.early.name = slices.Clone(name)
+	if c.pending.name == nil {
+		c.pending.name = slices.Clone(name)
 	}
-	return c.early
+	return c.pending
 }
 
 // forget undoes wait.
 func (c *conn) forget() {
-	if e := c.early; e != nil {
+	if e := c.pending; e != nil {
 		if e.lookup != nil {
 			e.lookup.conn = nil
 		}
-		e.conn, e.line, c.early = nil, nil, nil
+		e.conn, e.line, c.pending = nil, nil, nil
 	}
 }
 
@@ -421,10 +421,10 @@ func (l *loop) expireHellos() {
 		switch {
 		case c.phase == greeting:
 			c.refuse(nil, report.ErrTimeout)
-		case c.early.why != nil: // what was in the way at the last try
-			c.refuse(c.early.name, c.early.why)
+		case c.pending.why != nil: // what was in the way at the last try
+			c.refuse(c.pending.name, c.pending.why)
 		default:
-			c.refuse(c.early.name, report.ErrLookupTimeout)
+			c.refuse(c.pending.name, report.ErrLookupTimeout)
 		}
 	}
 }

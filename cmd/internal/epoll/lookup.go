@@ -209,7 +209,7 @@ func (l *loop) found(k *lookup) {
 		k.discard()
 		return
 	}
-	e := c.early
+	e := c.pending
 	e.lookup = nil
 	if k.tenant != nil {
 		c.belongTo(k.tenant)

@@ -20,9 +20,9 @@ import (
 // A connection is in the table of its loop from accept to its end. Besides, it may be in these places:
 //
 //   - hellos or lingers: until it leaves the phases that these are for; see [conn.enter].
-//   - redials, as early: a client that has gone on is not in the line that early says.
+//   - redials, as pending: a client that has gone on is not in the line that pending says.
 //   - turns, as a flow: only one that says so takes a turn.
-//   - a lookup of another thread, until early is forgotten: see [conn.forget].
+//   - a lookup of another thread, until pending is forgotten: see [conn.forget].
 //   - runner.conn: used only while that runner is in a look-up for it.
 //   - the inbox of the next loop, and then in no table.
 type loop struct {

@@ -19,11 +19,11 @@ type redials struct {
 
 type line struct {
 	key     shares.Key
-	clients []*early // some of them may have gone on
+	clients []*pending // some of them may have gone on
 }
 
 // first returns the first client in a line, nil if there is none.
-func (q *line) first() *early {
+func (q *line) first() *pending {
 	for len(q.clients) > 0 {
 		if e := q.clients[0]; e.line == q {
 			return e

@@ -32,7 +32,7 @@ func (w *watch) wakeUp() {
 }
 
 func (w *watch) run() {
-	seen := make([]sighting, len(w.loops))
+	seen := make([]check, len(w.loops))
 	for range w.start {
 		tick := time.NewTicker(watchPeriod)
 		for idle := 0; idle < watchIdle; {
@@ -49,14 +49,14 @@ func (w *watch) run() {
 	}
 }
 
-// A sighting is the look-up that a runner was seen at, and how often in a row.
-type sighting struct {
+// A check is the look-up that a runner was found at, and how often in a row.
+type check struct {
 	lookup uint64
 	times  int
 }
 
 // look replaces runners that are stuck. It reports whether there was any look-up since the last time.
-func (w *watch) look(seen []sighting) (some bool) {
+func (w *watch) look(seen []check) (some bool) {
 	for i, l := range w.loops {
 		r := l.runner.Load()
 		if r == nil {
@@ -65,7 +65,7 @@ func (w *watch) look(seen []sighting) (some bool) {
 		now := r.lookups.Load()
 		some = some || now != seen[i].lookup || now%2 == 1
 		if now != seen[i].lookup {
-			seen[i] = sighting{lookup: now}
+			seen[i] = check{lookup: now}
 		}
 		if seen[i].times++; now%2 == 1 && seen[i].times >= watchStuck {
 			l.replace(r, now)
