@@ -232,7 +232,7 @@ http {
 	s.expect(true)
 }
 
-// Goal: the same for HAProxy.
+// Goal: the same for HAProxy, also if an earlier run was killed.
 func TestBackendHAProxy(t *testing.T) {
 	t.Parallel()
 	haproxy := program(t, "haproxy")
@@ -241,16 +241,25 @@ func TestBackendHAProxy(t *testing.T) {
 	if err := os.WriteFile(defaults, []byte("defaults\n\ttimeout connect 30s\n\ttimeout client 30s\n\ttimeout server 30s\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	s.run(exec.Command(haproxy, "-db", "-f", defaults, "-f", s.configure("backends/haproxy.cfg")))
+	config := s.configure("backends/haproxy.cfg")
+	run := func() *exec.Cmd {
+		cmd := exec.Command(haproxy, "-db", "-f", defaults, "-f", config)
+		s.run(cmd)
+		return cmd
+	}
+	first := run()
 	s.expectFailure()
 	s.mark("send-proxy-v1")
 	s.expect(true)
+	first.Process.Kill()
+	first.Wait()
+	run()
 	s.mark("send-proxy-v2")
 	s.expect(true)
 }
 
-// Goal: Caddy with the example serves a host; since 2.7 also with the lines about the PROXY header,
-// from which it learns the client's address.
+// Goal: Caddy with the example serves a host, also if an earlier run was killed; since 2.7 also with
+// the lines about the PROXY header, from which it learns the client's address.
 func TestBackendCaddy(t *testing.T) {
 	t.Parallel()
 	caddy := program(t, "caddy")
@@ -259,7 +268,7 @@ func TestBackendCaddy(t *testing.T) {
 		t.Fatalf("caddy is not of version 2: %s", command(t, caddy, "version"))
 	}
 	old := len(version[1]) == 1 && version[1] < "7"
-	run := func(s *backendSite, oldnew ...string) {
+	run := func(s *backendSite, oldnew ...string) *exec.Cmd {
 		t.Helper()
 		dir := directory(t)
 		// Its administrator's port is one for all.
@@ -273,23 +282,28 @@ func TestBackendCaddy(t *testing.T) {
 			cmd.Path = program(t, "sh")
 		}
 		s.run(cmd)
+		return cmd
 	}
 	s := newBackendSite(t)
-	if old {
-		run(s, "|0666", "")
+	for range 2 {
+		var cmd *exec.Cmd
+		if old {
+			cmd = run(s, "|0666", "")
+		} else {
+			cmd = run(s)
+		}
 		page, _, err := s.page()
 		if err != nil || !strings.HasPrefix(page, "This is one.example for ") {
 			t.Errorf("the page is %q, error %v", page, err)
 		}
+		cmd.Process.Kill()
+		cmd.Wait()
+	}
+	if old {
 		return
 	}
-	run(s)
-	page, _, err := s.page()
-	if err != nil || !strings.HasPrefix(page, "This is one.example for ") {
-		t.Errorf("the page is %q, error %v", page, err)
-	}
 	s = newBackendSite(t)
-	run(s, "\t\t#", "\t\t")
+	run(s, "\t\t#l", "\t\tl", "\t\t#\t", "\t\t\t", "\t\t#}", "\t\t}")
 	s.mark("send-proxy-v2")
 	s.expect(true)
 }

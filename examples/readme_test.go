@@ -158,16 +158,16 @@ func TestSurvives(t *testing.T) {
 
 // readmeLimits are the constants behind the rows of the README's table of limits.
 var readmeLimits = map[string]string{
-	"from accept until the name is known and the backend is connected": "helloTimeout",
-	"bytes within which the server name must have come":                "sni.MaxHello",
+	"time from accept until the backend is connected":                "helloTimeout",
+	"first part of a connection, in which the server name must come": "sni.MaxHello",
 	"bytes of a name": "sni.MaxName",
-	"silence of one side after the other has ended":              "halfClosedTimeout",
-	"silence of a client before TCP keepalive probes it":         "keepaliveIdle",
-	"for open connections at the stop":                           "drainTimeout",
-	"look-ups under way at once that may wait for a file system": "tasksMost",
-	"those of one tenant":                                        "tasksOfTenant",
-	"those of one entry":                                         "tasksOfEntry",
-	"part of the descriptors that is kept for new clients":       "reserveParts",
+	"silence of one side, after the other has ended, before both are ended": "halfClosedTimeout",
+	"silence of a client before TCP keepalive probes it":                    "keepaliveIdle",
+	"time for open connections at the stop":                                 "drainTimeout",
+	"look-ups under way at once that may wait for a file system":            "tasksMost",
+	"those of one tenant": "tasksOfTenant",
+	"those of one entry":  "tasksOfEntry",
+	"part of the descriptors that is kept for new clients": "reserveParts",
 	"but at least": "reserveLeast",
 	"descriptors that a tenant's backends have passed and that are left to close": "closingMost",
 }
