@@ -46,25 +46,33 @@ func TestMain(m *testing.M) {
 	}())
 }
 
-// buildDaemon builds the daemon as the examples want it, static.
-var buildDaemon = sync.OnceValues(func() (string, error) {
-	path := filepath.Join(workspace, "sniproxy")
-	cmd := exec.Command("go", "build", "-buildvcs=false", "-o", path, "sniproxy/cmd/sniproxy")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("%w\n%s", err, out)
-	}
-	return path, nil
-})
+var (
+	builtMu sync.Mutex
+	built   = map[string]string{}
+)
 
-// daemon returns the path of a static daemon that every user may execute.
+// build returns the path of a program of the project that every user may execute: static, as the
+// examples want it.
+func build(t *testing.T, name string) string {
+	t.Helper()
+	builtMu.Lock()
+	defer builtMu.Unlock()
+	if built[name] == "" {
+		path := filepath.Join(workspace, name)
+		cmd := exec.Command("go", "build", "-buildvcs=false", "-o", path, "sniproxy/cmd/"+name)
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		built[name] = path
+	}
+	return built[name]
+}
+
+// daemon returns the path of the daemon.
 func daemon(t *testing.T) string {
 	t.Helper()
-	path, err := buildDaemon()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return path
+	return build(t, "sniproxy")
 }
 
 // program returns the path of a program, and skips the test where there is none.

@@ -1,7 +1,9 @@
 package examples_test
 
 import (
+	"encoding/base64"
 	"errors"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -10,6 +12,8 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"golang.org/x/crypto/blake2s"
 
 	"sniproxy/sni"
 )
@@ -36,23 +40,23 @@ func fileText(t *testing.T, path string) string {
 	return string(b)
 }
 
-// manualSection returns the source of a section of sniproxy(8), and manualSubsection that of a
-// subsection, down to the next.
-func manualSection(t *testing.T, title string) string {
+// manualSection returns the source of a section of a manual page beside sniproxy, and
+// manualSubsection that of a subsection, down to the next.
+func manualSection(t *testing.T, page, title string) string {
 	t.Helper()
-	_, section, ok := strings.Cut(fileText(t, "../cmd/sniproxy/sniproxy.8"), "\n.Sh "+title+"\n")
+	_, section, ok := strings.Cut(fileText(t, "../cmd/sniproxy/"+page), "\n.Sh "+title+"\n")
 	if !ok {
-		t.Fatalf("sniproxy(8) has no section %s", title)
+		t.Fatalf("%s has no section %s", page, title)
 	}
 	section, _, _ = strings.Cut(section, "\n.Sh ")
 	return section
 }
 
-func manualSubsection(t *testing.T, section, title string) string {
+func manualSubsection(t *testing.T, page, section, title string) string {
 	t.Helper()
-	_, subsection, ok := strings.Cut(manualSection(t, section), "\n.Ss "+title+"\n")
+	_, subsection, ok := strings.Cut(manualSection(t, page, section), "\n.Ss "+title+"\n")
 	if !ok {
-		t.Fatalf("in sniproxy(8), %s has no subsection %s", section, title)
+		t.Fatalf("in %s, %s has no subsection %s", page, section, title)
 	}
 	subsection, _, _ = strings.Cut(subsection, "\n.Ss ")
 	return subsection
@@ -91,12 +95,15 @@ func TestManualLint(t *testing.T) {
 	}
 }
 
-// Goal: each program has a manual page beside it, of the right section, and each page has what
-// readers look for, and refers to the others where they are.
+// Goal: each program has a manual page beside it, and so has the hosts directory, of the right
+// section. Each page has what readers look for, and refers to the others where they are.
 func TestManualPages(t *testing.T) {
-	section := func(program string) string {
-		if program == "sniproxy" {
+	section := func(name string) string {
+		switch name {
+		case "sniproxy":
 			return "8" // System Manager's Manual
+		case "sniproxy-hosts":
+			return "5" // File Formats Manual
 		}
 		return "1"
 	}
@@ -104,24 +111,31 @@ func TestManualPages(t *testing.T) {
 	if err != nil || len(mains) == 0 {
 		t.Fatalf("no programs: %v", err)
 	}
-	pages := manuals(t)
+	want := []string{"../cmd/sniproxy/sniproxy-hosts.5"}
 	for _, file := range mains {
 		dir := filepath.Dir(file)
 		name := filepath.Base(dir)
-		if page := filepath.Join(dir, name+"."+section(name)); !slices.Contains(pages, page) {
-			t.Errorf("there is no %s", page)
-		}
+		want = append(want, filepath.Join(dir, name+"."+section(name)))
+	}
+	pages := manuals(t)
+	slices.Sort(pages)
+	slices.Sort(want)
+	if !slices.Equal(pages, want) {
+		t.Errorf("manual pages %v, want %v", pages, want)
 	}
 	reference := regexp.MustCompile(`(?m)^\.Xr (sniproxy\S*) (\S+)`)
 	for _, page := range pages {
-		name := filepath.Base(filepath.Dir(page))
+		name := strings.TrimSuffix(filepath.Base(page), filepath.Ext(page))
 		text := "\n" + fileText(t, page)
-		for _, line := range []string{
+		lines := []string{
 			".Dt " + strings.ToUpper(name) + " " + section(name),
 			".Nm " + name,
-			".Sh NAME", ".Sh SYNOPSIS", ".Sh DESCRIPTION", ".Sh ENVIRONMENT", ".Sh FILES", ".Sh SIGNALS", ".Sh EXIT STATUS",
-			".Sh EXAMPLES", ".Sh SEE ALSO", ".Sh SECURITY CONSIDERATIONS",
-		} {
+			".Sh NAME", ".Sh DESCRIPTION", ".Sh FILES", ".Sh EXAMPLES", ".Sh SEE ALSO", ".Sh SECURITY CONSIDERATIONS",
+		}
+		if section(name) != "5" {
+			lines = append(lines, ".Sh SYNOPSIS", ".Sh ENVIRONMENT", ".Sh SIGNALS", ".Sh EXIT STATUS")
+		}
+		for _, line := range lines {
 			if !strings.Contains(text, "\n"+line+"\n") {
 				t.Errorf("%s has no line %q", page, line)
 			}
@@ -134,18 +148,9 @@ func TestManualPages(t *testing.T) {
 	}
 }
 
-// Goal: sniproxy(8) has the exit statuses that the README has.
-func TestManualExitStatus(t *testing.T) {
-	row := firsts(t, `(?m)^\| exit status \| (.*) \|$`, readmeSection(t, "Interface"))[0]
-	want := firsts(t, `(?:^|; )(\d+) `, row)
-	if got := firsts(t, `(?m)^\.It (\d+)$`, manualSection(t, "EXIT STATUS")); !slices.Equal(got, want) {
-		t.Errorf("exit statuses %v in sniproxy(8), %v in the README", got, want)
-	}
-}
-
 // Goal: sniproxy(8) has the alerts that there are, by the names that they have.
 func TestManualAlerts(t *testing.T) {
-	got := firsts(t, `(?m)^\.It (\d+ Ta [a-z_]+) Ta `, manualSubsection(t, "DESCRIPTION", "Alerts"))
+	got := firsts(t, `(?m)^\.It (\d+ Ta [a-z_]+) Ta `, manualSubsection(t, "sniproxy.8", "DESCRIPTION", "Alerts"))
 	var want []string
 	for i := range 256 {
 		if name := sni.Description(i).String(); !strings.HasPrefix(name, "description ") {
@@ -157,31 +162,37 @@ func TestManualAlerts(t *testing.T) {
 	}
 }
 
-// Goal: sniproxy(8) has every file that the README has for a host's directory.
+// Goal: sniproxy-hosts(5) has the files that the README has for a host's directory, and no others.
 func TestManualFiles(t *testing.T) {
-	got := firsts(t, `(?m)^\.It Ar name Ns Pa /(\S+)$`, manualSection(t, "FILES"))
-	for _, file := range firsts(t, `(?m)^    NAME/(\S+)  `, readmeSection(t, "Hosts directory")) {
-		if !slices.Contains(got, file) {
-			t.Errorf("sniproxy(8) does not have NAME/%s", file)
-		}
+	got := firsts(t, `(?m)^\.It Ar name Ns Pa /(\S+)$`, manualSection(t, "sniproxy-hosts.5", "DESCRIPTION"))
+	want := firsts(t, `(?m)^    NAME/(\S+)  `, readmeSection(t, "Add a host"))
+	if !slices.Equal(got, want) {
+		t.Errorf("sniproxy-hosts(5) has the files %v, the README %v", got, want)
+	}
+}
+
+// Goal: the hash in sniproxy-hosts(5) is the right one.
+func TestManualHash(t *testing.T) {
+	sum := blake2s.Sum256([]byte("one.example"))
+	hash := base64.RawURLEncoding.EncodeToString(sum[:])
+	if !strings.Contains(manualSection(t, "sniproxy-hosts.5", "EXAMPLES"), "$ sniproxy-hostname one.example\n"+hash+"\n") {
+		t.Errorf("sniproxy-hosts(5) does not have the hash of one.example, %s", hash)
 	}
 }
 
 // Goal: the reasons for which sniproxy(8) says that a client is refused are words of the program.
 func TestManualReasons(t *testing.T) {
 	var source strings.Builder
-	for _, dir := range []string{"cmd/sniproxy", "hostdir", "sni"} {
-		files, err := filepath.Glob("../" + dir + "/*.go")
-		if err != nil {
-			t.Fatal(err)
+	err := filepath.WalkDir("..", func(file string, entry fs.DirEntry, err error) error {
+		if err == nil && strings.HasSuffix(file, ".go") && !strings.HasSuffix(file, "_test.go") {
+			source.WriteString(fileText(t, file))
 		}
-		for _, file := range files {
-			if !strings.HasSuffix(file, "_test.go") {
-				source.WriteString(fileText(t, file))
-			}
-		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
-	for _, reason := range firsts(t, `(?m)^\.It Sy (.+)$`, manualSubsection(t, "DIAGNOSTICS", "Why a client is refused")) {
+	for _, reason := range firsts(t, `(?m)^\.It Sy (.+)$`, manualSubsection(t, "sniproxy.8", "DIAGNOSTICS", "Why a client is refused")) {
 		if !strings.Contains(source.String(), `"`+reason) {
 			t.Errorf("the program does not say %q", reason)
 		}

@@ -31,7 +31,7 @@ type s6Service struct {
 func startS6(t *testing.T) *s6Service {
 	t.Helper()
 	needRoot(t)
-	for _, name := range []string{"s6-supervise", "s6-svc", "s6-svwait", "s6-svstat", "perl", "unshare"} {
+	for _, name := range []string{"s6-supervise", "s6-svc", "s6-svwait", "s6-svstat", "unshare"} {
 		program(t, name)
 	}
 	root, hosts := chroot(t)
@@ -40,8 +40,8 @@ func startS6(t *testing.T) *s6Service {
 	example(t, "s6/run", s.dir,
 		"\nroot=/srv/sniproxy\n", "\nroot="+root+"\n",
 		"\nuser=sniproxy\n", "\nuser=nobody\n",
-		"\naddress=::\n", "\naddress=127.0.0.1\n",
-		"\nport=443\n", "\nport="+port+"\n")
+		"\naddress=:443\n", "\naddress=127.0.0.1:"+port+"\n",
+		"\nexec /usr/bin/sniproxy-listen ", "\nexec "+build(t, "sniproxy-listen")+" ")
 	example(t, "s6/notification-fd", s.dir)
 	s.supervise = exec.Command("s6-supervise", s.dir)
 	start(t, s.supervise)
