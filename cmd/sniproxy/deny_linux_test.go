@@ -13,7 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"sniproxy/cmd/internal/shares"
+	"sniproxy/cmd/internal/limits"
 )
 
 // Goal: where the system forbids a thread a working directory of its own, hosts, markers, wildcards
@@ -96,7 +96,7 @@ func TestDenyUnshareSwitched(t *testing.T) {
 		most = max(most, d.threads())
 	}
 	stop()
-	if limit := threads + shares.TasksOfEntry + 8; !isPortable(t) && most > limit {
+	if limit := threads + limits.TasksOfEntry + 8; !isPortable(t) && most > limit {
 		t.Errorf("the daemon had %d threads, and %d before, want at most %d", most, threads, limit)
 	}
 }

@@ -94,7 +94,6 @@ import (
 	"sniproxy/cmd/internal/inherit"
 	"sniproxy/cmd/internal/limits"
 	"sniproxy/cmd/internal/logline"
-	"sniproxy/cmd/internal/shares"
 	"sniproxy/cmd/internal/socket"
 	"sniproxy/hostdir"
 )
@@ -121,7 +120,7 @@ func run() int {
 	signal.Notify(asked, syscall.SIGUSR1)
 	// Before anything else: then nothing that is printed gets into the stream of a client.
 	listeners, clients, err := inherit.Take()
-	own, reserve := ownDescriptors(len(listeners)), int64(shares.ReserveLeast)
+	own, reserve := ownDescriptors(len(listeners)), int64(limits.ReserveLeast)
 	switch {
 	case errors.Is(err, unix.EMFILE):
 		own = ownDescriptors(1) + 1 // for the socket that it could not have

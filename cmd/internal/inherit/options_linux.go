@@ -4,16 +4,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-)
 
-// Keepalive, which sniproxy-rs does not set, finds clients that vanished without a word: after
-// keepaliveIdle of silence they are probed every keepaliveInterval and given up after keepaliveCount
-// probes. The first is long enough not to wake up sleeping phones all the time and shorter than what
-// middleboxes commonly remember a connection for.
-const (
-	keepaliveIdle     = 4 * time.Minute
-	keepaliveInterval = 30 * time.Second
-	keepaliveCount    = 4
+	"sniproxy/cmd/internal/limits"
 )
 
 // setListenerOptions sets the options of a listening socket. On Linux accepted sockets inherit them.
@@ -21,9 +13,9 @@ func setListenerOptions(fd int) error {
 	for _, o := range []struct{ level, name, value int }{
 		{unix.IPPROTO_TCP, unix.TCP_NODELAY, 1},
 		{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
-		{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, int(keepaliveIdle / time.Second)},
-		{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, int(keepaliveInterval / time.Second)},
-		{unix.IPPROTO_TCP, unix.TCP_KEEPCNT, keepaliveCount},
+		{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, int(limits.KeepaliveIdle / time.Second)},
+		{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, int(limits.KeepaliveInterval / time.Second)},
+		{unix.IPPROTO_TCP, unix.TCP_KEEPCNT, limits.KeepaliveCount},
 	} {
 		if err := unix.SetsockoptInt(fd, o.level, o.name, o.value); err != nil {
 			return err

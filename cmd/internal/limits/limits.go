@@ -1,17 +1,17 @@
-// Package limits says what a connection may take, and what a host of a tenant may take at once. Both
+// Package limits says what a connection may take, and what each tenant may take of what all need. Both
 // engines keep to it.
 package limits
 
 import "time"
 
+// What a connection may take.
 const (
-	// Hello is from accept to the beginning of the relay: within it the hello must be complete
-	// and the backend connected. It is one deadline, never extended.
+	// Hello is from accept to the beginning of the relay: within it the ClientHello must be
+	// complete and the backend connected. It is one deadline, never extended.
 	Hello = 10 * time.Second
 
-	// A refused client has Linger to read its alert and close, and may have sent LingerSize
-	// bytes more by then: closing a socket with unread input sends a reset, which can overtake
-	// the alert.
+	// A refused client has Linger to read its alert and close, and may have sent LingerSize bytes
+	// more by then: closing a socket with unread input sends a reset, which can overtake the alert.
 	Linger     = 2 * time.Second
 	LingerSize = 1 << 20
 
@@ -26,11 +26,49 @@ const (
 
 	// AcceptPause is how long accept rests after a failure that does not pass by itself.
 	AcceptPause = 100 * time.Millisecond
+
+	halfClosed = time.Hour
 )
 
 // HalfClosed is how long a relay may be silent in one direction when the other has ended. Tests
 // shorten it.
-var HalfClosed = time.Hour
+var HalfClosed = halfClosed
+
+// Keepalive, which sniproxy-rs does not set, finds clients that vanished without a word: after
+// KeepaliveIdle of silence they are probed every KeepaliveInterval and given up after KeepaliveCount
+// probes. The first is long enough not to wake up sleeping phones all the time and shorter than what
+// middleboxes commonly remember a connection for.
+const (
+	KeepaliveIdle     = 4 * time.Minute
+	KeepaliveInterval = 30 * time.Second
+	KeepaliveCount    = 4
+)
+
+// What each tenant may take.
+const (
+	// So many tasks that may wait for a file system run at once: in all, for one tenant, and for one
+	// entry of the hosts directory. One that waits for its turn is given up if none of those before
+	// it ends for TaskPatience.
+	Tasks         = 64
+	TasksOfTenant = 16
+	TasksOfEntry  = 4
+	TaskPatience  = 500 * time.Millisecond
+
+	// A tenant for whom more than Closing descriptors wait to be closed gets no connection more.
+	Closing = 256
+
+	// Relays never take one of ReserveParts of the descriptors, and never the last ReserveLeast: so
+	// ClientHellos can be read, whoever has all others.
+	ReserveParts = 8
+	ReserveLeast = 16
+
+	// A client that has waited longer than RoomWait for its relay may be dropped to make room.
+	RoomWait = time.Second
+
+	// Distrust is how long no event loop looks up what is a tenant's, after a look-up for him that
+	// hung has ended.
+	Distrust = time.Minute
+)
 
 var start = time.Now()
 

@@ -6,11 +6,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sniproxy/cmd/internal/limits"
 	"sniproxy/hostdir"
 )
-
-// closingMost is how many descriptors of a tenant may wait to be closed before he gets no connection more.
-const closingMost = 256
 
 // A closing is what is left to close for a tenant where close(2) may take any time, or never return:
 // descriptors that his backends have passed, such as of a file on a file system of his own, and sockets
@@ -58,4 +56,4 @@ func (t *Tenant) closeSome(threads *Threads) bool {
 }
 
 // Clogged tells whether so much is left to close for him that he gets no connection more.
-func (t *Tenant) Clogged() bool { return t.closing.left.Load() > closingMost }
+func (t *Tenant) Clogged() bool { return t.closing.left.Load() > limits.Closing }

@@ -5,16 +5,7 @@ import (
 	"time"
 
 	"sniproxy/cmd/internal/descriptors"
-)
-
-const (
-	// Relays never take one of reserveParts of the descriptors, and never the last ReserveLeast:
-	// so hellos can be read, whoever has all others.
-	reserveParts = 8
-	ReserveLeast = 16
-
-	// A client that has waited longer than roomWait for its relay may be dropped to make room.
-	roomWait = time.Second
+	"sniproxy/cmd/internal/limits"
 )
 
 // Room knows which descriptors there are. A part of them is for clients that wait, and relays never
@@ -72,7 +63,7 @@ func (r *Room) fits(limit int64) bool {
 // otherwise nobody.
 func (r *Room) ForRelay(by RoomMaker, needy *Tenant, short bool) bool {
 	for short || r.Crowded() {
-		age := roomWait
+		age := limits.RoomWait
 		if r.conns.Waiting() > reserveOf(r.limit.Load()) {
 			age = 0
 		}
@@ -90,4 +81,4 @@ func (r *Room) Full(spare int64) bool {
 }
 
 // reserveOf returns how many descriptors of a limit relays never take.
-func reserveOf(limit int64) int64 { return max(limit/reserveParts, ReserveLeast) }
+func reserveOf(limit int64) int64 { return max(limit/limits.ReserveParts, limits.ReserveLeast) }

@@ -4,14 +4,10 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"sniproxy/cmd/internal/limits"
 	"sniproxy/hostdir"
 )
-
-// distrustTime is how long a tenant is not trusted after the last of his look-ups that hung has ended.
-const distrustTime = time.Minute
 
 // A Tenant is the owner of entries in the hosts directory. Each entry of root's, and of the owner's of
 // the hosts directory, is a tenant of its own.

@@ -13,13 +13,6 @@ import (
 )
 
 const (
-	// So many tasks run at once: in all, for one tenant, and for one entry of the hosts
-	// directory. One that waits for its turn is given up if none of the others ends for taskPatience.
-	tasksMost     = 64
-	tasksOfTenant = 16
-	TasksOfEntry  = 4
-	taskPatience  = 500 * time.Millisecond
-
 	// threadsIdle threads stay when they have no task. When the system has no room for
 	// threadsRoom threads more, it is asked again after ThreadPause: some are for Go's runtime.
 	threadsIdle = 2
@@ -69,7 +62,7 @@ type Threads struct {
 }
 
 func newThreads(hosts *hostdir.Hosts) *Threads {
-	s := &Threads{hosts: hosts, next: make(chan *Task, tasksMost), more: make(chan func(), tasksMost+runtime.GOMAXPROCS(0))}
+	s := &Threads{hosts: hosts, next: make(chan *Task, limits.Tasks), more: make(chan func(), limits.Tasks+runtime.GOMAXPROCS(0))}
 	// At the start the system has room for them, so there is always one.
 	for range threadsIdle {
 		s.idle++
@@ -97,7 +90,7 @@ func (s *Threads) Start(k *Task) {
 	q.waiting = append(q.waiting, k)
 	if k.GiveUp != nil {
 		k.seen = s.ended(q)
-		k.late = time.AfterFunc(taskPatience, func() { s.late(k) })
+		k.late = time.AfterFunc(limits.TaskPatience, func() { s.late(k) })
 	}
 }
 
@@ -125,15 +118,15 @@ func (s *Threads) leave(k *Task) {
 }
 
 func (s *Threads) allowed(q *entryTasks) bool {
-	return s.all.running < tasksMost && q.tenant.tasks.running < tasksOfTenant && q.tally.running < TasksOfEntry
+	return s.all.running < limits.Tasks && q.tenant.tasks.running < limits.TasksOfTenant && q.tally.running < limits.TasksOfEntry
 }
 
 // ended counts the tasks that have ended, of those that the tasks in q wait for.
 func (s *Threads) ended(q *entryTasks) int {
 	switch {
-	case q.tally.running >= TasksOfEntry:
+	case q.tally.running >= limits.TasksOfEntry:
 		return q.tally.ended
-	case q.tenant.tasks.running >= tasksOfTenant:
+	case q.tenant.tasks.running >= limits.TasksOfTenant:
 		return q.tenant.tasks.ended
 	}
 	return s.all.ended
@@ -219,7 +212,7 @@ func (s *Threads) late(k *Task) {
 	}
 	if ended := s.ended(k.queue); ended != k.seen {
 		k.seen = ended
-		k.late.Reset(taskPatience)
+		k.late.Reset(limits.TaskPatience)
 		return
 	}
 	s.remove(k, i)
@@ -273,7 +266,7 @@ func (s *Threads) LeaveBehind(k *Task) {
 // ComeBack counts the task of a thread that was left behind as done. Its tenant is not trusted for a
 // while.
 func (s *Threads) ComeBack(k *Task) {
-	k.Tenant.untrusted.Store(limits.Now() + int64(distrustTime))
+	k.Tenant.untrusted.Store(limits.Now() + int64(limits.Distrust))
 	k.Tenant.hung.Add(-1)
 	s.behind.Add(-1)
 	s.end(k)
