@@ -57,7 +57,7 @@
 // descriptors and tries at a full backlog are shared out among tenants, whatever names clients ask
 // for, so none of them can use up what others need.
 //
-// # Rooms
+// # Packages
 //
 // A package imports only packages that stand below it here.
 //
@@ -112,15 +112,15 @@ func init() { runtime.LockOSThread() }
 func main() { os.Exit(run()) }
 
 func run() int {
-	// Before anything is written: descriptors 1 and 2 may be a dead pipe, or the listening socket,
+	// At once: descriptors 1 and 2 may be a dead pipe, or the listening socket,
 	// for which write(2) is EPIPE.
 	signal.Ignore(syscall.SIGPIPE)
 	// Early: who asks before there is anything to count gets an answer later.
 	asked := make(chan os.Signal, 1)
 	signal.Notify(asked, syscall.SIGUSR1)
-	// Before anything else: then nothing that is printed gets into the stream of a client.
+	// Before anything is printed: it must not get into the stream of a client.
 	listeners, clients, err := inherit.Take()
-	own, reserve := ownDescriptors(len(listeners)), int64(limits.ReserveLeast)
+	own, reserve := ownDescriptors(len(listeners))-int64(len(clients)), int64(limits.ReserveLeast)
 	switch {
 	case errors.Is(err, unix.EMFILE):
 		own = ownDescriptors(1) + 1 // for the socket that it could not have

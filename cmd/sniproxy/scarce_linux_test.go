@@ -2,12 +2,15 @@ package main
 
 import (
 	"fmt"
+	"io"
 	"os/exec"
 	"regexp"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"sniproxy/cmd/internal/limits"
 )
@@ -80,4 +83,47 @@ func tryScarce(t *testing.T, n int) string {
 		t.Errorf("it does not stop: %s", d.err)
 	}
 	return ""
+}
+
+// Goal: with however few descriptors, a daemon for a single connection either exits with 1 and a line
+// that says how many it takes, or it serves the client.
+func TestScarceSingle(t *testing.T) {
+	t.Parallel()
+	hosts := hostsDir(t)
+	serveHost(t, hosts, "a.example", greet)
+	var served [mostFiles + 1]bool
+	inParallel(mostFiles+1-leastFiles, 12, func(i int) {
+		n := leastFiles + i
+		d, client := startSingle(t, hosts, limitFiles(n))
+		client.SetDeadline(time.Now().Add(limits.Hello / 2))
+		client.Write(hello("a.example"))
+		got, _ := io.ReadAll(client)
+		client.Close()
+		switch status, text := d.wait(), d.err.String(); {
+		case string(got) == "this is a.example" && status == 0:
+			served[n] = true
+		case len(got) > 0 || status != 1 || !strings.Contains(text, "ulimit -n"):
+			t.Errorf("with %d descriptors the client got %q, and the daemon ended with %d and said %.200q", n, got, status, text)
+		}
+	})
+	if !served[mostFiles] {
+		t.Errorf("with %d descriptors the client is not served", mostFiles)
+	}
+}
+
+// Goal: a listening socket that is shut down while no descriptor is free ends the daemon, with a line
+// that says so, rather than keeping it busy.
+func TestScarceShutDown(t *testing.T) {
+	t.Parallel()
+	const files = 48
+	l := listen(t, "tcp4", "127.0.0.1:0")
+	d := startOn(t, l, hostsDir(t), limitFiles(files), oneLoop)
+	silent := d.crowd(2*files, nil)
+	await(t, "the daemon to run out of descriptors", func() bool { return d.allFds() >= files-2 })
+	share(t, l).do(func(fd int) error { return unix.Shutdown(fd, unix.SHUT_RDWR) })
+	d.err.await(t, "was shut down by another process")
+	for _, c := range silent {
+		c.Close()
+	}
+	d.expectExit(1)
 }

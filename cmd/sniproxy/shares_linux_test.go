@@ -44,10 +44,10 @@ const (
 	manyRelays = 130
 )
 
-func newHouse(t *testing.T, tenants map[string]int) *house {
+func newHouse(t *testing.T, tenants map[string]int, setups ...setup) *house {
 	t.Helper()
 	needRoot(t)
-	h := &house{start(t, limitFiles(houseFiles)), map[string]*atomic.Int64{}}
+	h := &house{start(t, append(setups, limitFiles(houseFiles))...), map[string]*atomic.Int64{}}
 	for name, uid := range tenants {
 		n := new(atomic.Int64)
 		h.relays[name] = n
@@ -142,6 +142,38 @@ func TestSharesRelays(t *testing.T) {
 				c.Close()
 			}
 			h.awaitFds(base)
+		})
+	}
+}
+
+// Goal: a client of another tenant costs the tenant who has all relays one of them, also where closing
+// it takes a while, since the system does not refuse what backends pass.
+func TestSharesOneForOne(t *testing.T) {
+	const clients = 20
+	for name, setups := range map[string][]setup{"closed at once": nil, "closed in another thread": {deny("passrights")}} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			h := newHouse(t, map[string]int{"a.example": greedy, "b.example": modest}, setups...)
+			// One by one, until there is no room: then nobody else takes what is made.
+			ping := append(hello("a.example"), "ping"...)
+			for {
+				relays := h.count("a.example")
+				c := h.crowd(1, ping)[0]
+				if !awaitFor(2*time.Second, func() bool { return h.count("a.example") > relays }) {
+					c.Close()
+					break
+				}
+			}
+			await(t, "the client to be told that there is no room", func() bool { return h.counters().waiting == 0 })
+			before := h.counters().dropped
+			for i := range clients {
+				if _, err := h.enter("b.example"); err != nil {
+					t.Fatalf("client %d of the other tenant: %v", i, err)
+				}
+			}
+			if lost := h.counters().dropped - before; lost > clients+1 {
+				t.Errorf("a tenant has lost %d relays for %d of another tenant", lost, clients)
+			}
 		})
 	}
 }

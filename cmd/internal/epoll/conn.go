@@ -20,15 +20,16 @@ import (
 	"sniproxy/sni"
 )
 
-// A conn is a connection. It goes from one phase to the next, and [conn.enter] is the only way:
+// A conn is a connection. It goes from phase to phase, and [conn.enter] is the only way:
 //
-//	accept ─▶ greeting ──▶ lookingUp ◀─▶ redialing
-//	             │  │          │  │         │  │
-//	             │  └──────────┼──┴──▶ relaying ──▶ free
-//	             ▼             ▼            ▼
-//	         lingering ─────────────────────────────▶ free
+//	greeting     on to lookingUp, redialing, relaying, lingering
+//	lookingUp    on to redialing, relaying, lingering
+//	redialing    on to lookingUp, relaying, lingering
+//	relaying     on to lingering
+//	lingering
 //
-// Every phase may also end in free at once.
+// Each may also end, in free. [conn.dial] goes from the first three to the next, [conn.begin] to
+// relaying, and [conn.linger] to lingering.
 type conn struct {
 	loop       *loop
 	number     int32 // in the table of the loop
@@ -38,19 +39,19 @@ type conn struct {
 	flows      [2]flow
 	accepted   int64 // when
 
-	pending *pending // in the phases before relaying, if it takes more than one piece
+	pending *pending // in phases before relaying: nil if the hello came in one piece and nothing is waited for
 
-	tenant *shares.Tenant // whose host it is for, once that is known; used as long
+	tenant *shares.Tenant // whose host it is for, once that is known; held until the end
 	access *report.AccessLine
 	header int32 // bytes of the PROXY header that are not sent yet
 	sent   report.Traffic
 
-	broken bool  // the backend does not read any more
-	short  bool  // and stopped in the middle of a write
-	moved  bool  // something moved since the last look for half-closed relays
-	quiet  uint8 // looks in a row at which nothing had moved
-	active int64 // the round of the loop in which something last happened to the relay
-	sample int32 // of the loop's load when the relay began
+	deaf     bool  // the backend does not read any more
+	cutWrite bool  // and it stopped in the middle of a write
+	moved    bool  // something moved since the last look for half-closed relays
+	quiet    uint8 // looks in a row at which nothing had moved
+	active   int64 // the round of the loop in which something last happened to the relay
+	sample   int32 // of the loop's load when the relay began
 
 	queue      *queue // that it is in
 	prev, next *conn
@@ -72,41 +73,41 @@ const (
 	free      phase = iota // it is no connection
 	greeting               // the server name is not known yet
 	lookingUp              // another thread looks the host up
-	redialing              // the backend's backlog is full, or there is no descriptor for it
+	redialing              // it waits for a backlog, a descriptor, or the end of an exchange
 	relaying
-	lingering // refused: waits for the client to end
+	lingering // the client was told the end: what it still sends is dropped
 )
 
 // isPending tells whether a connection in this phase waits for its relay.
 func (p phase) isPending() bool { return p == greeting || p == lookingUp || p == redialing }
 
 type endpoint struct {
-	fd         int32
+	fd         int32  // 0 if there is none: descriptors 0, 1 and 2 are never a connection's
 	registered uint32 // events that the poller tells of, 0 if it does not know the descriptor
-	ended      bool   // there is an EOF, or an error, to read
+	eof        bool   // there is an EOF, or an error, to read
 	gone       bool   // and it takes nothing any more
 	urgent     bool   // there is, or was, urgent data: a short read may end before it
 }
 
-// pending is what a connection needs only before its relay, and only if the ClientHello did not come in
-// one piece or the backend is not ready.
+// Pending is what a connection needs before its relay, if the ClientHello did not come in one piece or
+// the backend is not ready.
 type pending struct {
 	parser sni.Parser
 	name   []byte
 	hello  []byte // all bytes read so far, behind headroom
 	lookup *lookup
 
-	conn *conn // nil if that has gone on
+	conn *conn // nil when the relay has begun, or never will
 	line *line // that it waits in
-	why  error // it waits
+	err  error // why it waits
 }
 
-// enter is the only way from one phase to the next.
+// enter changes the phase, and with it what hangs on it: queues, counters, descriptors, the tenant.
 func (c *conn) enter(p phase) {
 	l := c.loop
 	if c.phase.isPending() && !p.isPending() {
-		c.leave()
-		c.forget()
+		c.leaveQueue()
+		c.dropPending()
 		l.counters.Waiting.Add(-1)
 	}
 	was := c.phase
@@ -125,7 +126,7 @@ func (c *conn) enter(p phase) {
 		l.lingers.push(c, limits.Now()+int64(limits.Linger))
 	case free:
 		if was == lingering {
-			c.leave()
+			c.leaveQueue()
 		}
 		closeFd(c.sockets[client].fd)
 		c.closeBackend()
@@ -164,43 +165,57 @@ func (l *loop) accept(from *inherit.Listener) bool {
 			break // that descriptor was kept for nobody yet; the next wait says again that there is a client
 		}
 		// accept(2) says so before it checks whether a client is waiting.
-		if socket.Readable(from.FD) && !l.dropOldest(nil, 0) {
+		if !from.StillListens() {
+			l.giveUp(from)
+		} else if from.Pending() && !l.dropOldest(nil, 0) {
 			l.pause(errno)
 		}
 	default:
 		if from.StillListens() {
 			l.pause(errno)
-			break
+		} else {
+			l.giveUp(from)
 		}
-		l.resume = limits.Now() + int64(limits.AcceptPause)
-		l.engine.fail(from.ShutDown())
 	}
 	return false
+}
+
+// giveUp is for a listening socket that was shut down.
+func (l *loop) giveUp(from *inherit.Listener) {
+	l.rest = limits.Now() + int64(limits.AcceptPause)
+	l.engine.fail(from.ShutDown())
 }
 
 // pause stops accepting for limits.AcceptPause, after a failure that has a cause outside of the
 // connection. The clients wait in the backlog.
 func (l *loop) pause(errno unix.Errno) {
 	report.AcceptFailed(errno)
-	l.resume = limits.Now() + int64(limits.AcceptPause)
+	l.rest = limits.Now() + int64(limits.AcceptPause)
 }
 
 // listen adds the listening sockets to the poller, or takes them away. Of all loops that wait for one,
 // of this program and others, the kernel wakes up one for a client (EPOLLEXCLUSIVE).
 func (l *loop) listen(yes bool) {
-	control := func(i int, op int, events uint32) bool {
-		errno := l.poller.control(op, int32(l.engine.listeners[i].FD), events, token{number: int32(listenerEvent - i)})
-		if errno != 0 { // the kernel is out of memory, or of what it grants a user
-			l.pause(errno)
+	for yes && l.listening < len(l.engine.listeners) {
+		if !l.listenTo(l.listening, unix.EPOLL_CTL_ADD, unix.EPOLLIN|unix.EPOLLEXCLUSIVE) {
+			return
 		}
-		return errno == 0
-	}
-	for yes && l.listening < len(l.engine.listeners) && control(l.listening, unix.EPOLL_CTL_ADD, unix.EPOLLIN|unix.EPOLLEXCLUSIVE) {
 		l.listening++
 	}
-	for !yes && l.listening > 0 && control(l.listening-1, unix.EPOLL_CTL_DEL, 0) {
+	for !yes && l.listening > 0 {
+		if !l.listenTo(l.listening-1, unix.EPOLL_CTL_DEL, 0) {
+			return
+		}
 		l.listening--
 	}
+}
+
+func (l *loop) listenTo(i, op int, events uint32) bool {
+	errno := l.poller.control(op, int32(l.engine.listeners[i].FD), events, token{number: int32(listenerEvent - i)})
+	if errno != 0 { // the kernel is out of memory, or of what it grants a user
+		l.pause(errno)
+	}
+	return errno == 0
 }
 
 // add makes a connection of the socket of a client.
@@ -217,13 +232,16 @@ func (l *loop) add(fd int32) *conn {
 func (c *conn) readHello() {
 	l, s := c.loop, &c.sockets[client]
 	for {
-		limit := sni.MaxHello
-		if c.pending != nil {
-			limit -= len(c.pending.hello) - headroom
+		p := c.pending
+		parser, limit := &l.parser, sni.MaxHello
+		if p != nil {
+			parser, limit = &p.parser, sni.MaxHello-len(p.hello)+headroom
+		} else {
+			*parser = sni.Parser{}
 		}
-		room := l.buffer[headroom:]
-		room = room[:min(limit, len(room))]
-		n, errno := read(s.fd, room)
+		space := l.buffer[headroom:]
+		space = space[:min(limit, len(space))]
+		n, errno := read(s.fd, space)
 		switch {
 		case errno == unix.EAGAIN:
 			c.register(client, unix.EPOLLIN)
@@ -235,31 +253,24 @@ func (c *conn) readHello() {
 			c.refuse(nil, report.ErrEOF)
 			return
 		}
-		parser := &l.parser
-		if c.pending == nil {
-			*parser = sni.Parser{}
-		} else {
-			parser = &c.pending.parser
+		name, err := parser.Parse(space[:n])
+		hello := l.buffer[:headroom+n]
+		if p != nil {
+			p.hello = append(p.hello, space[:n]...)
+			hello = p.hello
 		}
-		name, err := parser.Parse(room[:n])
 		switch {
 		case err != nil && !parser.Nameless():
 			c.refuse(nil, err)
 			return
 		case name != nil || err != nil:
-			hello := l.buffer[:headroom+n]
-			if c.pending != nil {
-				c.pending.hello = append(c.pending.hello, room[:n]...)
-				hello = c.pending.hello
-			}
 			c.dial(name, hello)
 			return
 		}
-		if c.pending == nil {
-			c.pending = &pending{conn: c, parser: *parser, hello: slices.Clone(l.buffer[:headroom])}
+		if p == nil {
+			c.keep(hello).parser = *parser
 		}
-		c.pending.hello = append(c.pending.hello, room[:n]...)
-		if n < len(room) && !s.ended && !s.urgent {
+		if n < len(space) && !s.eof && !s.urgent {
 			c.register(client, unix.EPOLLIN)
 			return
 		}
@@ -279,7 +290,7 @@ func (c *conn) register(on side, events uint32) bool {
 	}
 	s.registered |= events
 	all := s.registered | unix.EPOLLRDHUP | unix.EPOLLPRI | unix.EPOLLET
-	if errno := c.loop.poller.control(op, s.fd, all, token{c.number, c.generation<<1 | int32(on)}); errno != 0 {
+	if errno := c.loop.poller.control(op, s.fd, all, tokenOf(c, on)); errno != 0 {
 		// The kernel is out of memory, or of what it grants a user.
 		logline.Rationed(func() string { return fmt.Sprintf("cannot watch a connection: %v", errno) })
 		c.printAccess(report.CutForMemory)
@@ -293,7 +304,7 @@ func (c *conn) register(on side, events uint32) bool {
 func (c *conn) event(on side, events uint32) {
 	s := &c.sockets[on]
 	if events&(unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
-		s.ended = true
+		s.eof = true
 		s.gone = s.gone || events&unix.EPOLLHUP != 0
 	}
 	s.urgent = s.urgent || events&unix.EPOLLPRI != 0
@@ -309,25 +320,31 @@ func (c *conn) event(on side, events uint32) {
 	}
 }
 
-// wait keeps what is needed of a connection whose relay cannot begin now.
-func (c *conn) wait(p phase, name, hello []byte) *pending {
-	c.enter(p)
+// keep keeps what a connection needs until its relay can begin. Hello is all that was read so far.
+func (c *conn) keep(hello []byte) *pending {
 	if c.pending == nil {
 		c.pending = &pending{conn: c, hello: slices.Clone(hello)}
-	}
-	if c.pending.name == nil {
-		c.pending.name = slices.Clone(name)
 	}
 	return c.pending
 }
 
-// forget undoes wait.
-func (c *conn) forget() {
-	if e := c.pending; e != nil {
-		if e.lookup != nil {
-			e.lookup.conn = nil
+// wait has a connection wait in a phase, for the backend of a name.
+func (c *conn) wait(in phase, name, hello []byte) *pending {
+	c.enter(in)
+	p := c.keep(hello)
+	if p.name == nil {
+		p.name = slices.Clone(name)
+	}
+	return p
+}
+
+// dropPending is for a connection that waits no longer.
+func (c *conn) dropPending() {
+	if p := c.pending; p != nil {
+		if p.lookup != nil {
+			p.lookup.conn = nil
 		}
-		e.conn, e.line, c.pending = nil, nil, nil
+		p.conn, p.line, c.pending = nil, nil, nil
 	}
 }
 
@@ -421,8 +438,8 @@ func (l *loop) expireHellos() {
 		switch {
 		case c.phase == greeting:
 			c.refuse(nil, report.ErrTimeout)
-		case c.pending.why != nil: // what was in the way at the last try
-			c.refuse(c.pending.name, c.pending.why)
+		case c.pending.err != nil: // what was in the way at the last try
+			c.refuse(c.pending.name, c.pending.err)
 		default:
 			c.refuse(c.pending.name, report.ErrLookupTimeout)
 		}
@@ -464,7 +481,7 @@ func (c *conn) closeBackend() {
 	if s.fd == 0 {
 		return
 	}
-	if l.refuses || c.flows[backend].ended { // all was read
+	if l.noRights || c.flows[backend].done { // all was read
 		closeFd(s.fd)
 	} else {
 		if s.registered != 0 {

@@ -9,8 +9,22 @@
 //	lookup.go    from the name to the backend
 //	relay.go     bytes both ways
 //
-// Beside these, each alone: poller.go waits, inbox.go has what others give a loop, load.go measures
-// how busy it is and handover.go gives relays to the next loop. watch.go frees a loop from a look-up
-// that hangs, redial.go has those who wait for a backlog, room.go ends connections to make room for others, and
-// limits.go says how much of everything. README.md has what this costs, and what it survives.
+// Beside these, each alone: poller.go waits, table.go has the connections by number, inbox.go has what
+// others give a loop, load.go measures how busy it is and handover.go gives work to the next loop.
+// watch.go frees a loop from a look-up that hangs, redial.go has those who wait for room, and room.go
+// ends connections to make room. limits.go says how much of everything, syscall.go has the raw calls.
+// README.md has what this costs, and what it survives.
+//
+// Some words: a runner is the goroutine, with a thread of its own, that runs a loop; a standby is ready
+// to take its place. A flow is one direction of a relay, and takes a turn when there is more to move
+// than may be moved at once. A tenant is the owner of a host, see package shares.
+//
+// How a connection ends, and what its client sees:
+//
+//	refuse    an alert and the end: there is no relay for it
+//	finish    the end of one direction, passed on
+//	end       the end, when both directions have ended
+//	abort     a reset: something failed, and what the client has is not all there is
+//	linger    the end, and what it still sends is read for a while, so that no reset overtakes it
+//	close     whatever the kernel makes of close(2): the last step of all of them
 package epoll

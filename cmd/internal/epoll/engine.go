@@ -16,8 +16,8 @@ import (
 	"sniproxy/hostdir"
 )
 
-// An Engine is a number of loops, one for each processor that the program may use. They share nothing
-// but the listening sockets: a connection is in one loop, without a lock.
+// An Engine is a number of loops, one for each processor that the program may use. A connection is in
+// one loop, and no lock is taken for it.
 //
 // Only the first loop always accepts. A busy loop invites the next; a second idle loop would cost a
 // sixth more CPU in wake-ups. A busy loop also hands long-lived relays over to the next.
@@ -29,16 +29,16 @@ type Engine struct {
 	watch     *watch
 	logAll    *report.LogAll
 
-	sendBuffer int32 // how much a backend's socket takes of a bulk upload that is not read
+	bulkBuffer int32 // how much a backend's socket takes of a bulk upload that is not read
 
 	failed  chan error
 	drained chan struct{}
 
-	accepting, running sync.WaitGroup // loops that may accept, and loops that run
+	accepting, running sync.WaitGroup // loops that are not stopped, and loops that run
 }
 
-// Start starts an engine that accepts from the listeners, and serves the clients that are there
-// already. The program has own descriptors besides those of connections.
+// Start starts an engine that accepts from the listeners, or serves the one client that is there
+// already. Own is how many descriptors the program has besides those of connections.
 func Start(hosts *hostdir.Hosts, listeners []*inherit.Listener, clients []int, own int64) (*Engine, error) {
 	var err error
 	e := &Engine{
@@ -48,11 +48,11 @@ func Start(hosts *hostdir.Hosts, listeners []*inherit.Listener, clients []int, o
 		failed:    make(chan error, 1),
 		drained:   make(chan struct{}),
 	}
-	e.shares = shares.New(hosts, own, e)
-	if e.sendBuffer, err = sendBuffer(); err != nil {
+	e.shares = shares.New(hosts, own, len(listeners) == 0, e)
+	if e.bulkBuffer, err = sendBuffer(); err != nil {
 		return nil, err
 	}
-	e.sendBuffer += bulkMore
+	e.bulkBuffer += bulkMore
 	n := loopsFor(len(listeners))
 	// Loops do not give their processors back; the rest of the program has one of its own.
 	runtime.GOMAXPROCS(n + 1)
@@ -159,8 +159,8 @@ func (e *Engine) RelayDescriptors() (n int64) {
 	return n
 }
 
-// Waiting returns how many connections are no relays.
-func (e *Engine) Waiting() (n int64) {
+// NotRelays returns how many connections are no relays.
+func (e *Engine) NotRelays() (n int64) {
 	for _, l := range e.loops {
 		n += l.open.Load() - l.relays.Load()
 	}

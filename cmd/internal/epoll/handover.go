@@ -6,32 +6,39 @@ import (
 	"slices"
 
 	"sniproxy/cmd/internal/limits"
+	"sniproxy/cmd/internal/report"
 )
 
-// measure finds out now and then how busy the loop is. A busy loop has the next one, in a ring, accept
+// shareWork finds out now and then how busy the loop is. A busy loop has the next one, in a ring, accept
 // connections too, and hands relays over to it.
-func (l *loop) measure() {
-	if l.rounds%32 != 0 || l.next == l {
+func (l *loop) shareWork() {
+	if l.rounds%measureRounds != 0 || l.next == l {
 		return
 	}
 	busy, ok := l.load.sample(limits.Now())
 	if !ok {
 		return
 	}
-	if l.next != l.engine.loops[0] {
-		switch {
-		case busy > busyMost && !l.next.invited.Swap(true), busy < busyLeast && l.next.invited.Swap(false):
-			l.next.poller.wakeUp()
-		}
+	if busy > busyMost && l.invited.Load() {
+		l.invite(true)
+	} else if busy < busyLeast {
+		l.invite(false)
 	}
 	if busy > HandOverFrom {
 		l.handOver()
 	}
 }
 
+// invite has the next loop accept connections, or not. The first one always does.
+func (l *loop) invite(yes bool) {
+	if l.next != l.engine.loops[0] && l.next.invited.Swap(yes) != yes {
+		l.next.poller.wakeUp()
+	}
+}
+
 // handOver hands relays over to the next loop, if that has fewer connections. It takes only those that
 // were there at the last two samples: short connections stay where they are. Call it between two
-// batches of events: then none is left for the relays.
+// batches of events: one that is left for a relay would be lost.
 func (l *loop) handOver() {
 	most := min(int(l.open.Load()-l.next.open.Load())/2, handedMost)
 	for i := 0; i < len(l.conns.all) && most > 0; i++ {
@@ -46,6 +53,7 @@ func (l *loop) handOver() {
 func (l *loop) hand(c *conn) {
 	for i := range c.sockets {
 		if errno := l.poller.remove(c.sockets[i].fd); errno != 0 {
+			c.printAccess(report.CutForMemory)
 			c.abort() // its events would be taken for those of another
 			return
 		}

@@ -14,45 +14,49 @@ type inbox struct {
 	closed  bool      // the loop has ended
 	relays  []*conn   // that another loop has handed over
 	lookups []*lookup // that have ended
-	reset   reset     // a relay, to make room
+	loss    loss
 }
 
-// A reset is one tenant's giving up a relay for another.
-type reset struct{ rich, needy *shares.Tenant }
+// A loss is that rich gives up a relay for needy, to make room. So many loops are still to be asked for one.
+type loss struct {
+	rich, needy *shares.Tenant
+	loops       int
+}
 
-// give has put give the loop something, and wakes it up. It fails if the loop has ended.
+// give has put give the loop something. It fails if the loop has ended.
 func (l *loop) give(put func(*inbox)) bool {
 	b := &l.inbox
 	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.closed {
-		return false
+	closed := b.closed
+	if !closed {
+		put(b)
 	}
-	put(b)
-	l.poller.wakeUp()
-	return true
+	b.mu.Unlock()
+	if !closed {
+		l.poller.wakeUp()
+	}
+	return !closed
 }
 
-// emptyInbox deals with what the loop was given.
+// emptyInbox takes what the loop was given. Look-ups wait in the loop until found has dealt with each:
+// it may end this goroutine.
 func (l *loop) emptyInbox() {
 	b := &l.inbox
 	b.mu.Lock()
-	relays, lookups, reset := b.relays, b.lookups, b.reset
-	b.relays, b.lookups, b.reset.rich, b.reset.needy = nil, nil, nil, nil
+	relays, loss := b.relays, b.loss
+	l.lookups = append(l.lookups, b.lookups...)
+	b.relays, b.lookups, b.loss.rich = nil, nil, nil
 	b.mu.Unlock()
 	for _, c := range relays {
 		l.adopt(c)
 	}
-	for _, k := range lookups {
-		l.found(k)
-	}
-	if reset.rich != nil {
-		l.resetOne(reset.rich, reset.needy)
+	if loss.rich != nil {
+		l.lose(loss)
 	}
 }
 
-// over reports whether the last connection has ended. Then the loop gets no others.
-func (l *loop) over() bool {
+// closeIfEmpty reports whether the last connection has ended. Then the loop gets nothing any more.
+func (l *loop) closeIfEmpty() bool {
 	l.inbox.mu.Lock()
 	defer l.inbox.mu.Unlock()
 	l.inbox.closed = l.open.Load() == 0

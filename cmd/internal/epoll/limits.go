@@ -35,9 +35,11 @@ const (
 	// redialMost is how many clients that wait try again before others have their turn.
 	redialMost = 32
 
-	// How busy a loop is is measured every measurePeriod. One that works for more than busyMost of the
+	// A loop measures how busy it is every measurePeriod, and looks at the clock for that every
+	// measureRounds rounds. One that works for more than busyMost of the
 	// time has the next one accept connections too, until it works for less than busyLeast.
 	measurePeriod = 10 * time.Millisecond
+	measureRounds = 32
 	busyMost      = 0.8
 	busyLeast     = 0.4
 

@@ -55,32 +55,39 @@ type lookup struct {
 	err     error
 }
 
-// dial connects to the backend, and begins the relay. Hello is all that was read so far, behind
-// headroom.
+// dial tries once to begin the relay. It finds the entry for the name, and so the tenant, makes room,
+// and connects to the backend. Another thread does what may wait, what has no room is tried again
+// later, and what fails is refused. Hello is all that was read so far, behind headroom.
+//
+// The goroutine may end in a look-up, and another one go on with the loop: then dial does not return.
 func (c *conn) dial(name, hello []byte) {
 	l := c.loop
 	r, s := l.runner.Load(), l.engine.shares
 	r.name = append(r.name[:0], name...)
 	r.conn, r.hello, r.tenant = c, hello, nil
 
+	var t *shares.Tenant
 	entry, err := l.find(r)
-	for report.NoRoom(err) && s.Room.ForRelay(l, nil, true) {
+	for {
+		if err != nil && !report.NoRoom(err) && !report.MayWait(err) {
+			c.refuse(name, err)
+			return
+		}
+		t = s.Tenants.Of(entry)
+		c.belongTo(t)
+		if !report.NoRoom(err) || !s.Room.ForRelay(l, t, true) {
+			break
+		}
 		entry, err = l.find(r)
 	}
-	if err != nil && !report.MayWait(err) {
-		c.dialled(name, hello, hostdir.Backend{}, err)
-		return
-	}
-	t := s.Tenants.Of(entry)
-	c.belongTo(t)
 	switch {
 	case t.Clogged():
 		c.refuse(name, report.ErrClogged)
 		return
-	case !s.Room.ForRelay(l, t, false):
+	case report.NoRoom(err), !s.Room.ForRelay(l, t, false):
 		c.redialLater(t.Key(), report.ErrNoRoom, name, hello)
 		return
-	case err != nil || !l.mayConnect(t, entry):
+	case report.MayWait(err), !l.mayConnect(t, entry):
 		c.lookUp(t, entry.Name, name, hello)
 		return
 	}
@@ -94,7 +101,7 @@ func (c *conn) dial(name, hello []byte) {
 		c.lookUp(t, entry.Name, name, hello)
 		return
 	}
-	c.dialled(name, hello, b, err)
+	c.dialled(t.EntryKey(entry.Name), name, hello, b, err)
 }
 
 // find finds the entry for the name of the runner. Like connect it does not return if the loop goes on
@@ -124,19 +131,18 @@ func (l *loop) beginLookup(r *runner) uint64 {
 	return this
 }
 
-// finish is for a runner that was left behind in a look-up, and does not return. If that was to find
-// the entry, entry and err are what it has found, and the runner goes on from there. If it was to
-// connect, b and err are what came of that.
+// finish is for a runner that was left behind in a look-up, and does not return. What came of the look-up
+// are entry and err, or b and err.
 func (r *runner) finish(entry hostdir.Entry, b hostdir.Backend, err error) {
 	k := <-r.left
 	s := k.loop.engine.shares
 	switch {
-	case r.tenant == nil && err == nil:
+	case r.tenant == nil && err == nil: // it has found the entry
 		k.tenant = s.Tenants.Of(entry)
 		k.backend, k.err = r.dialer.Connect(true)
 	case r.tenant == nil && report.MayWait(err):
 		k.reach(r.dialer)
-	default:
+	default: // it has connected, or failed
 		k.backend, k.err = b, err
 	}
 	s.Threads.ComeBack(&k.task)
@@ -156,9 +162,9 @@ func (l *loop) mayConnect(t *shares.Tenant, entry hostdir.Entry) bool {
 	return true
 }
 
-// lookUp has a thread that has the time look the host up.
+// lookUp gives the look-up to a thread that may wait.
 func (c *conn) lookUp(t *shares.Tenant, entry, name, hello []byte) {
-	e := c.wait(lookingUp, name, hello)
+	p := c.wait(lookingUp, name, hello)
 	k := &lookup{loop: c.loop, conn: c, name: slices.Clone(name)}
 	k.task = shares.Task{
 		Tenant: t,
@@ -172,7 +178,7 @@ func (c *conn) lookUp(t *shares.Tenant, entry, name, hello []byte) {
 			k.deliver()
 		},
 	}
-	e.lookup = k
+	p.lookup = k
 	c.loop.engine.shares.Threads.Start(&k.task)
 }
 
@@ -209,34 +215,28 @@ func (l *loop) found(k *lookup) {
 		k.discard()
 		return
 	}
-	e := c.pending
-	e.lookup = nil
+	p := c.pending
+	p.lookup = nil
 	if k.tenant != nil {
 		c.belongTo(k.tenant)
 	}
-	r := l.runner.Load()
-	r.entry, r.tenant = []byte(k.task.Entry), k.task.Tenant
-	q := e.line
-	c.dialled(e.name, e.hello, k.backend, k.err)
+	q := p.line
+	c.dialled(k.task.Tenant.EntryKey([]byte(k.task.Entry)), p.name, p.hello, k.backend, k.err)
 	// It may have made room for the next one in its line.
 	if q == nil {
 		return
 	}
-	if e := q.first(); e != nil && e.conn != c && e.conn.phase == redialing {
-		e.conn.dial(e.name, e.hello)
+	if next := q.first(); next != nil && next != p && next.conn.phase == redialing {
+		next.conn.dial(next.name, next.hello)
 	}
 }
 
-// dialled goes on with what came of an attempt to connect to the backend.
-func (c *conn) dialled(name, hello []byte, b hostdir.Backend, err error) {
+// dialled goes on with what came of an attempt to connect to the backend of an entry.
+func (c *conn) dialled(key shares.Key, name, hello []byte, b hostdir.Backend, err error) {
 	switch {
 	case err == nil:
 		c.begin(b, name, hello)
 	case report.NoRoom(err), report.BacklogFull(err), report.Exchanged(err):
-		var key shares.Key // one for all whose entry could not be found
-		if r := c.loop.runner.Load(); r.tenant != nil {
-			key = r.tenant.EntryKey(r.entry)
-		}
 		c.redialLater(key, err, name, hello)
 	default:
 		c.refuse(name, err)

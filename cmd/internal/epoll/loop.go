@@ -17,14 +17,16 @@ import (
 // A loop waits for events on its connections, and on the listening sockets, and deals with one after
 // the other. Nothing that it does waits for anything else.
 //
-// A connection is in the table of its loop from accept to its end. Besides, it may be in these places:
+// A connection is in the table of its loop from accept to its end, and in the queue of its phase. It is
+// also named in other places, which may outlive it there:
 //
-//   - hellos or lingers: until it leaves the phases that these are for; see [conn.enter].
-//   - redials, as pending: a client that has gone on is not in the line that pending says.
-//   - turns, as a flow: only one that says so takes a turn.
-//   - a lookup of another thread, until pending is forgotten: see [conn.forget].
-//   - runner.conn: used only while that runner is in a look-up for it.
-//   - the inbox of the next loop, and then in no table.
+//   - events: their generation must be that of the number in the table.
+//   - lines of redials: an entry counts only while its pending.line is that line.
+//   - turns: an entry counts only while its flow.turn is set.
+//   - a lookup of another thread: [conn.enter] removes it there.
+//   - runner.conn: counts only while that runner is in a look-up.
+//
+// While it is in the inbox of the next loop it is in no table.
 type loop struct {
 	engine   *Engine
 	poller   poller
@@ -44,14 +46,17 @@ type loop struct {
 
 	timers [5]timer
 
-	accepting bool        // or it may; until the stop
-	next      *loop       // the one that this one has help with its work
-	invited   atomic.Bool // to accept, by the one before
+	// A loop accepts connections if it is not stopped, is invited and does not rest.
+	stopped   bool
+	invited   atomic.Bool // by the loop before
+	rest      int64       // until when, after a failure; 0 if there was none
 	listening int         // how many of the listening sockets the poller has
-	resume    int64       // when to accept again after a failure, 0 if there was none
+
+	next    *loop     // the one that takes work from this one
+	lookups []*lookup // from the inbox, not dealt with yet
 
 	rounds int64
-	clock  int64 // the time of this round, 0 if nobody has asked for it yet
+	clock  int64 // when the round began, for what needs no better; 0 if nobody has asked for it yet
 
 	shared int32 // the connection that was inherited, which others may have too; 0 if there is none
 
@@ -64,9 +69,9 @@ type loop struct {
 
 	turns, spare []*flow // flows to go on with, although no event will tell so
 
-	pipe    pipe
-	refuses bool   // the system refuses what backends pass
-	control []byte // for what they pass otherwise
+	pipe     pipe
+	noRights bool   // the system refuses descriptors that backends pass (SCM_RIGHTS)
+	control  []byte // for these descriptors otherwise
 
 	parser sni.Parser
 	// What was read is dealt with before anything else is, so one buffer serves all. In front of it
@@ -85,11 +90,11 @@ func newLoop(e *Engine) (*loop, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &loop{engine: e, poller: p, refuses: e.hosts.RefusesDescriptors()}
+	l := &loop{engine: e, poller: p, noRights: e.hosts.RefusesDescriptors()}
 	if l.pipe, err = newPipe(); err != nil {
 		return nil, err
 	}
-	if !l.refuses {
+	if !l.noRights {
 		l.control = make([]byte, socket.ControlSize)
 	}
 	l.timers = [...]timer{
@@ -97,7 +102,7 @@ func newLoop(e *Engine) (*loop, error) {
 		{l.lingers.due, l.expireLingers},
 		{func() int64 { return l.redials.due }, l.redial},
 		{func() int64 { return l.halfClosed }, l.endHalfClosed},
-		{func() int64 { return l.resume }, func() { l.resume = 0 }},
+		{func() int64 { return l.rest }, func() { l.rest = 0 }},
 	}
 	return l, nil
 }
@@ -112,23 +117,31 @@ func (l *loop) start(started chan<- error) {
 	if err != nil {
 		return
 	}
-	l.accepting = true
 	l.run(r)
 }
 
-// run goes on with the loop, for as long as there is something to do. The calling goroutine is that of r.
+// run runs the loop in the goroutine of r, for as long as there is something to do.
+//
+// Another goroutine may have begun the round, and got stuck in a look-up: see [loop.rescue]. So what is
+// left of a round must be in the loop, and not in local variables, wherever a look-up may be made.
 func (l *loop) run(r *runner) {
 	l.runner.Store(r)
+	l.load.restart(limits.Now())
 	defer r.dialer.Close()
 	for {
 		for event := l.poller.next(); event != nil; event = l.poller.next() {
 			l.dispatch(event)
 		}
+		for len(l.lookups) > 0 {
+			k := l.lookups[0]
+			l.lookups = l.lookups[1:]
+			l.found(k)
+		}
 		if l.poller.full() {
 			l.acceptSome()
 		}
-		if l.accepting && l.stopping.Load() {
-			l.accepting = false
+		if !l.stopped && l.stopping.Load() {
+			l.stopped = true
 			l.listen(false)
 			l.engine.accepting.Done()
 		}
@@ -137,13 +150,17 @@ func (l *loop) run(r *runner) {
 		if l.cutting.Load() {
 			l.cut()
 		}
-		if !l.accepting && l.over() {
+		if l.stopped && l.closeIfEmpty() {
 			l.engine.running.Done()
 			return
 		}
-		if l.accepting {
-			l.listen(l.invited.Load() && l.resume == 0)
-			l.measure()
+		if !l.stopped {
+			invited := l.invited.Load()
+			if !invited && l.listening > 0 {
+				l.invite(false) // it may sleep from now on, and not notice that it is not busy
+			}
+			l.listen(invited && l.rest == 0)
+			l.shareWork()
 		}
 		l.await()
 		l.clock = 0
@@ -165,13 +182,14 @@ func (l *loop) await() {
 func (l *loop) dispatch(event *unix.EpollEvent) {
 	switch {
 	case event.Fd >= 0:
-		if c := l.conns.find(token{event.Fd, event.Pad}); c != nil {
-			c.event(side(event.Pad&1), event.Events)
+		t := token{event.Fd, event.Pad}
+		if c := l.conns.find(t); c != nil {
+			c.event(t.side(), event.Events)
 		}
 	case event.Fd == wakeEvent:
 		l.emptyInbox()
 	default:
-		// Also at the stop: of all copies on the socket this one alone was woken up for the client.
+		// Also at the stop: the kernel has woken up only this process for the client.
 		l.accept(l.engine.listeners[listenerEvent-event.Fd])
 	}
 }
@@ -211,7 +229,7 @@ func (l *loop) fireTimers() {
 	}
 }
 
-// now returns the time: one for all that happens in a round.
+// now returns when the round began, roughly. Time limits go by [limits.Now].
 func (l *loop) now() int64 {
 	if l.clock == 0 {
 		l.clock = limits.Now()
@@ -227,94 +245,4 @@ func (l *loop) cut() {
 			c.close()
 		}
 	}
-}
-
-// A table has the connections of a loop by their numbers.
-type table struct {
-	all  []*conn
-	free []*conn
-}
-
-// find returns the connection that an event is about, nil if that has ended: its number may be used
-// again, but not with the same generation.
-func (t *table) find(k token) *conn {
-	if c := t.all[k.number]; c.generation == k.detail>>1 {
-		return c
-	}
-	return nil
-}
-
-// add returns a new connection.
-func (t *table) add() *conn {
-	if n := len(t.free); n > 0 {
-		c := t.free[n-1]
-		t.free = t.free[:n-1]
-		return c
-	}
-	c := &conn{number: int32(len(t.all))}
-	t.all = append(t.all, c)
-	return c
-}
-
-// release makes a connection that has ended available for a new one.
-func (t *table) release(c *conn) {
-	*c = conn{number: c.number, generation: nextGeneration(c.generation)}
-	t.free = append(t.free, c)
-}
-
-// take removes a connection that goes elsewhere.
-func (t *table) take(c *conn) {
-	t.all[c.number] = &conn{number: c.number, generation: nextGeneration(c.generation)}
-	t.free = append(t.free, t.all[c.number])
-}
-
-// put takes in a connection that comes from elsewhere.
-func (t *table) put(c *conn) {
-	place := t.add()
-	c.number, c.generation = place.number, place.generation
-	t.all[c.number] = c
-}
-
-// nextGeneration leaves a bit for the side.
-func nextGeneration(g int32) int32 { return (g + 1) & (1<<30 - 1) }
-
-// A queue is a list of connections in the order of their deadlines. They come in this order, since all
-// have the same time.
-type queue struct{ first, last *conn }
-
-// due returns the first deadline, 0 if there is none.
-func (q *queue) due() int64 {
-	if q.first == nil {
-		return 0
-	}
-	return q.first.deadline
-}
-
-func (q *queue) push(c *conn, deadline int64) {
-	c.queue, c.prev, c.next, c.deadline = q, q.last, nil, deadline
-	if q.last == nil {
-		q.first = c
-	} else {
-		q.last.next = c
-	}
-	q.last = c
-}
-
-// leave takes c out of the queue that it is in, if any.
-func (c *conn) leave() {
-	q := c.queue
-	if q == nil {
-		return
-	}
-	if c.prev == nil {
-		q.first = c.next
-	} else {
-		c.prev.next = c.next
-	}
-	if c.next == nil {
-		q.last = c.prev
-	} else {
-		c.next.prev = c.prev
-	}
-	c.queue, c.prev, c.next = nil, nil, nil
 }

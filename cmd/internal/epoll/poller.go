@@ -3,6 +3,7 @@
 package epoll
 
 import (
+	"encoding/binary"
 	"fmt"
 
 	"golang.org/x/sys/unix"
@@ -18,7 +19,8 @@ type poller struct {
 	dealt  int // how many of them were dealt with
 }
 
-// A token tells which descriptor an event is about.
+// A token tells which descriptor an event is about: a side of a connection, a listening socket, or the
+// eventfd.
 type token struct {
 	number int32 // of a connection, or wakeEvent, or for listening sockets listenerEvent, listenerEvent-1 …
 	detail int32 // of a connection: its side, and its generation above that
@@ -28,6 +30,14 @@ const (
 	wakeEvent     = -1
 	listenerEvent = -2
 )
+
+func tokenOf(c *conn, s side) token { return token{c.number, c.generation<<1 | int32(s)} }
+
+func (t token) side() side        { return side(t.detail & 1) }
+func (t token) generation() int32 { return t.detail >> 1 }
+
+// nextGeneration leaves a bit for the side.
+func nextGeneration(g int32) int32 { return (g + 1) & (1<<30 - 1) }
 
 func newPoller() (p poller, err error) {
 	if p.fd, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
@@ -54,9 +64,11 @@ func (p *poller) remove(fd int32) unix.Errno {
 	return p.control(unix.EPOLL_CTL_DEL, fd, 0, token{})
 }
 
-// wakeUp ends the wait, from any thread. What it adds to the eventfd is small in either byte order:
-// nobody reads it, as that would take another call.
-func (p *poller) wakeUp() { write(p.wake, []byte{0, 0, 0, 1, 0, 0, 0, 0}) }
+var one = binary.NativeEndian.AppendUint64(nil, 1)
+
+// wakeUp ends the wait, from any thread. Nobody reads the eventfd: that would take another call, and
+// no loop is woken up so often that the sum of the ones runs over.
+func (p *poller) wakeUp() { write(p.wake, one) }
 
 // An epoll_wait that the scheduler knows of is expensive: sysmon takes our P away and keeps running.
 // So wait briefly without telling it, and tell it only for long waits.
@@ -73,7 +85,7 @@ func (p *poller) waitBriefly(msec int) bool {
 	return n > 0 || errno != 0 || brief == msec
 }
 
-// waitLong goes on with a wait.
+// waitLong waits once more for all of the time.
 func (p *poller) waitLong(msec int) {
 	p.got(epollWaitLong(p.fd, p.events[:], msec))
 }

@@ -8,8 +8,9 @@ import (
 )
 
 // Redials are the clients that wait for room, in lines: one for each entry whose backend's backlog is
-// full, and one for each tenant that gets no descriptor. Every limits.Redial the first client of each
-// line tries again, and then the next while that helps.
+// full or whose directory is being exchanged, and one for each tenant that gets no descriptor. (An entry
+// of the administrator's is a tenant by itself, so for it these two are one.) Every limits.Redial the
+// first client of each line tries again, and then the next while that helps.
 type redials struct {
 	lines []*line
 	of    map[shares.Key]*line
@@ -19,14 +20,14 @@ type redials struct {
 
 type line struct {
 	key     shares.Key
-	clients []*pending // some of them may have gone on
+	clients []*pending // some of them may have left
 }
 
 // first returns the first client in a line, nil if there is none.
 func (q *line) first() *pending {
 	for len(q.clients) > 0 {
-		if e := q.clients[0]; e.line == q {
-			return e
+		if p := q.clients[0]; p.line == q {
+			return p
 		}
 		q.clients[0] = nil
 		q.clients = q.clients[1:]
@@ -34,10 +35,10 @@ func (q *line) first() *pending {
 	return nil
 }
 
-// redialLater has c try again later, for the reason that it was turned away for.
-func (c *conn) redialLater(key shares.Key, why error, name, hello []byte) {
-	e := c.wait(redialing, name, hello)
-	e.why = why
+// redialLater has c try again later, since err is in the way now.
+func (c *conn) redialLater(key shares.Key, err error, name, hello []byte) {
+	p := c.wait(redialing, name, hello)
+	p.err = err
 	w := &c.loop.redials
 	q := w.of[key]
 	if q == nil {
@@ -48,9 +49,9 @@ func (c *conn) redialLater(key shares.Key, why error, name, hello []byte) {
 		w.of[key] = q
 		w.lines = append(w.lines, q)
 	}
-	if e.line != q {
-		e.line = q
-		q.clients = append(q.clients, e)
+	if p.line != q {
+		p.line = q
+		q.clients = append(q.clients, p)
 	}
 	if w.due == 0 {
 		w.due = limits.Now() + int64(limits.Redial)
@@ -62,21 +63,18 @@ func (l *loop) redial() {
 	w := &l.redials
 	for n := 0; w.next < len(w.lines); n++ {
 		q := w.lines[w.next]
-		e := q.first()
+		p := q.first()
 		switch {
-		case e == nil:
-			delete(w.of, q.key)
-			last := len(w.lines) - 1
-			w.lines[w.next], w.lines[last] = w.lines[last], nil
-			w.lines = w.lines[:last]
+		case p == nil:
+			w.remove(w.next)
 			continue
 		case n >= redialMost:
 			w.due = limits.Now()
 			return
-		case e.conn.phase == redialing:
-			e.conn.dial(e.name, e.hello)
+		case p.conn.phase == redialing: // otherwise another thread tries, and found goes on
+			p.conn.dial(p.name, p.hello)
 		}
-		if q.first() == e {
+		if q.first() == p {
 			w.next++
 		}
 	}
@@ -84,4 +82,12 @@ func (l *loop) redial() {
 	if len(w.lines) > 0 {
 		w.due = limits.Now() + int64(limits.Redial)
 	}
+}
+
+// remove removes a line that nobody waits in. The last one takes its place.
+func (w *redials) remove(i int) {
+	delete(w.of, w.lines[i].key)
+	last := len(w.lines) - 1
+	w.lines[i], w.lines[last] = w.lines[last], nil
+	w.lines = w.lines[:last]
 }

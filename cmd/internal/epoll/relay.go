@@ -17,13 +17,13 @@ type flow struct {
 	conn *conn
 	from side
 
-	ended bool // the EOF was passed on
-	bulk  bool // the last read was full, so splice(2) is tried
-	plain bool // splice(2) does not work with these sockets
-	turn  bool // it is among those that take a turn
-	part  bool // a part of what was read last was sent
-	wide  bool // the backend's socket has room for more than others
-	full  bool // and none now, so nothing is spliced
+	done         bool // the EOF was passed on
+	splicing     bool // the last read was full, so splice(2) is tried
+	cannotSplice bool // splice(2) does not work with these sockets
+	turn         bool // it is among those that take a turn
+	partSent     bool // a part of what was read last was sent
+	enlarged     bool // the backend's socket has room for more than others
+	dstFull      bool // and none now, so nothing is spliced
 
 	size int32  // how much to read at once
 	buf  []byte // what was read and could not be sent yet
@@ -31,11 +31,12 @@ type flow struct {
 
 func (f *flow) src() *endpoint { return &f.conn.sockets[f.from] }
 func (f *flow) dst() *endpoint { return &f.conn.sockets[1-f.from] }
-func (f *flow) to() side       { return 1 - f.from }
+func (f *flow) dstSide() side  { return 1 - f.from }
 func (f *flow) other() *flow   { return &f.conn.flows[1-f.from] }
 
-// stalled tells whether the flow waits for the other side to take more.
-func (f *flow) stalled() bool { return f.buf != nil || f.full }
+// stalled tells whether the flow waits for the other side to take more. Then EPOLLOUT of that is
+// registered, and [flow.resume] goes on.
+func (f *flow) stalled() bool { return f.buf != nil || f.dstFull }
 
 // takeTurns goes on with flows whose turn was over before there was nothing left to move.
 func (l *loop) takeTurns() {
@@ -44,7 +45,7 @@ func (l *loop) takeTurns() {
 	for _, f := range turns {
 		if f.turn {
 			f.turn = false
-			if !f.ended && !f.stalled() {
+			if !f.done && !f.stalled() {
 				f.pump()
 			}
 		}
@@ -60,15 +61,15 @@ func (c *conn) relay(on side, events uint32) {
 		c.abort() // whatever else there is to read or send
 		return
 	}
-	from := &c.flows[on]
-	if to := from.other(); to.stalled() && !to.ended && events&(unix.EPOLLOUT|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
-		to.resume()
+	in, out := &c.flows[on], &c.flows[1-on] // from this side, and to it
+	if out.stalled() && !out.done && events&(unix.EPOLLOUT|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
+		out.resume()
 	}
 	if c.phase != relaying || events&^unix.EPOLLOUT == 0 {
 		return
 	}
-	if !from.ended && !from.stalled() {
-		from.pump()
+	if !in.done && !in.stalled() {
+		in.pump()
 	}
 }
 
@@ -79,7 +80,7 @@ func (f *flow) pump() {
 	for moved := 0; moved < turnSize; {
 		var n int
 		var more bool
-		if f.bulk {
+		if f.splicing {
 			n, more = f.splice()
 		} else {
 			n, more = f.copy()
@@ -104,7 +105,7 @@ func (f *flow) copy() (n int, more bool) {
 	c, src := f.conn, f.src()
 	b := c.loop.buffer[headroom:][:f.size]
 	var errno unix.Errno
-	if f.from == client || c.loop.refuses {
+	if f.from == client || c.loop.noRights {
 		n, errno = read(src.fd, b)
 	} else if n, errno = c.receive(b); c.phase != relaying {
 		return 0, false
@@ -124,16 +125,17 @@ func (f *flow) copy() (n int, more bool) {
 	}
 	// After a short read there is no more, but with an end in sight there is still that, or the error,
 	// to read. And a read ends before and after urgent data.
-	return n, full || src.ended || src.urgent
+	return n, full || src.eof || src.urgent
 }
 
 // beginBulk has the client's flow spliced from now on, if it can be, and gives the backend's socket
 // room for more.
 func (f *flow) beginBulk() {
-	f.bulk = !f.plain && !f.src().urgent
-	if f.bulk && !f.wide {
-		f.wide = true
-		unix.SetsockoptInt(int(f.dst().fd), unix.SOL_SOCKET, unix.SO_SNDBUF, int(f.conn.loop.engine.sendBuffer)/2)
+	f.splicing = !f.cannotSplice && !f.src().urgent
+	if f.splicing && !f.enlarged {
+		f.enlarged = true
+		// Linux doubles what it is told.
+		unix.SetsockoptInt(int(f.dst().fd), unix.SOL_SOCKET, unix.SO_SNDBUF, int(f.conn.loop.engine.bulkBuffer)/2)
 	}
 }
 
@@ -141,35 +143,35 @@ func (f *flow) beginBulk() {
 // more than the backend's socket has room for, so little is left in the pipe, if anything.
 func (f *flow) splice() (n int, more bool) {
 	c, l, src := f.conn, f.conn.loop, f.src()
-	size := l.engine.sendBuffer - unsent(f.dst().fd)
+	size := l.engine.bulkBuffer - unsent(f.dst().fd)
 	if size < spliceMin {
-		f.full = true
-		c.register(f.to(), unix.EPOLLOUT)
+		f.dstFull = true
+		c.register(f.dstSide(), unix.EPOLLOUT)
 		return 0, false
 	}
 	// Where there is urgent data splice(2) says that there is nothing, or that this is the end.
 	if src.urgent || l.pipe.in == 0 {
-		f.bulk = false
+		f.splicing = false
 		return 0, true
 	}
 	n, errno := splice(src.fd, l.pipe.in, int(size))
 	switch {
 	case errno == unix.EINVAL:
-		f.plain, f.bulk = true, false
+		f.cannotSplice, f.splicing = true, false
 		return 0, true
 	case errno == 0 && n == 0:
-		f.bulk = false // a read will tell whether it is the end
+		f.splicing = false // a read will tell whether it is the end
 		return 0, true
 	case !f.got(n, errno):
 		return 0, false
 	}
-	f.bulk = n >= readMin/2
+	f.splicing = n >= readMin/2
 	for left := n; left > 0; {
 		m, errno := splice(l.pipe.out, f.dst().fd, left)
-		if errno == 0 {
+		if errno == 0 && m > 0 {
 			f.sent(m)
 			left -= m
-			f.part = left > 0
+			f.partSent = left > 0
 			continue
 		}
 		rest := l.pipe.drain(left)
@@ -178,7 +180,7 @@ func (f *flow) splice() (n int, more bool) {
 			return n, false
 		}
 		f.buf = rest
-		c.register(f.to(), unix.EPOLLOUT)
+		c.register(f.dstSide(), unix.EPOLLOUT)
 		return n, false
 	}
 	return n, true
@@ -228,12 +230,12 @@ func (f *flow) send(b []byte) bool {
 	}
 	f.sent(n)
 	if n == len(b) {
-		f.part = false
+		f.partSent = false
 		return true
 	}
 	f.buf = append([]byte(nil), b[n:]...)
-	f.part = f.part || n > 0
-	f.conn.register(f.to(), unix.EPOLLOUT)
+	f.partSent = f.partSent || n > 0
+	f.conn.register(f.dstSide(), unix.EPOLLOUT)
 	return false
 }
 
@@ -253,32 +255,32 @@ func (f *flow) sent(n int) {
 // resume goes on with a flow that is stalled, now that there may be room.
 func (f *flow) resume() {
 	b := f.buf
-	f.buf, f.full = nil, false
+	f.buf, f.dstFull = nil, false
 	if b == nil || f.send(b) {
 		f.pump()
 	}
 }
 
 // unsendable deals with a failure to send. A backend that does not read any more may still have
-// something to say: that is forwarded until its end. If it was reset, Linux says so once: to who reads,
-// or in place of the rest of a write that was done in part.
+// something to say: that is forwarded until its end. Linux reports a reset once, and after a write that
+// was done in part it may have reported it there: then [conn.end] resets the client.
 func (f *flow) unsendable(errno unix.Errno) {
 	c := f.conn
 	if f.from != client || errno != unix.EPIPE {
-		c.printAccess(resetBy[f.to()])
+		c.printAccess(resetBy[f.dstSide()])
 		c.abort()
 		return
 	}
-	f.ended = true
-	c.broken, c.short = true, f.part
+	f.done = true
+	c.deaf, c.cutWrite = true, f.partSent
 	down := f.other()
-	if down.ended {
+	if down.done {
 		c.end()
 		return
 	}
 	unix.Shutdown(int(f.dst().fd), unix.SHUT_WR)
 	c.loop.checkHalfClosed()
-	f.dst().ended = true // so it is read until there is nothing more
+	f.dst().eof = true // or will be: copy goes on after short reads
 	if !down.stalled() {
 		down.pump()
 	}
@@ -287,9 +289,9 @@ func (f *flow) unsendable(errno unix.Errno) {
 // finish passes the end of a flow on, or ends the connection if there is nothing more to come.
 func (f *flow) finish() {
 	c := f.conn
-	f.ended = true
+	f.done = true
 	switch {
-	case f.other().ended:
+	case f.other().done:
 		c.end()
 	case f.from == backend && f.src().gone && c.settled():
 		// The backend has closed its socket, so nothing can flow to it any more. The client has all
@@ -316,10 +318,10 @@ func (c *conn) settled() bool {
 // end is the end of a relay both of whose flows have ended.
 func (c *conn) end() {
 	switch {
-	case c.short:
+	case c.cutWrite:
 		c.printAccess(report.ResetByBackend)
 		c.abort()
-	case c.broken:
+	case c.deaf:
 		c.printAccess(report.ClosedByBackend)
 		c.linger()
 	default:
@@ -340,7 +342,7 @@ func (l *loop) checkHalfClosed() {
 func (l *loop) endHalfClosed() {
 	l.halfClosed = 0
 	for _, c := range l.conns.all {
-		if c.phase != relaying || c.flows[client].ended == c.flows[backend].ended {
+		if c.phase != relaying || c.flows[client].done == c.flows[backend].done {
 			continue
 		}
 		switch {
@@ -350,7 +352,7 @@ func (l *loop) endHalfClosed() {
 			c.quiet++
 		default:
 			c.printAccess(report.SilentHalfClosed)
-			if c.flows[backend].ended {
+			if c.flows[backend].done {
 				c.close()
 			} else {
 				c.abort()
@@ -362,6 +364,7 @@ func (l *loop) endHalfClosed() {
 }
 
 // A pipe is what splice(2) moves bytes through, without copying them. It is empty between two moves.
+// The zero pipe is none.
 type pipe struct{ out, in int32 }
 
 func newPipe() (pipe, error) {
@@ -369,9 +372,13 @@ func newPipe() (pipe, error) {
 	if err := unix.Pipe2(fds[:], unix.O_NONBLOCK|unix.O_CLOEXEC); err != nil {
 		return pipe{}, fmt.Errorf("pipe2: %w", err)
 	}
-	// An ordinary user may be refused this; then it is as large as it is.
+	// The kernel may refuse an ordinary user this; then the pipe is as large as it is.
 	unix.FcntlInt(uintptr(fds[0]), unix.F_SETPIPE_SZ, pipeSize)
-	return pipe{int32(fds[0]), int32(fds[1])}, nil
+	p := pipe{int32(fds[0]), int32(fds[1])}
+	if size, err := unix.FcntlInt(uintptr(fds[0]), unix.F_GETPIPE_SZ, 0); err != nil || size < spliceMin {
+		p.close() // it is of no use
+	}
+	return p, nil
 }
 
 // drain returns the n bytes that are in the pipe. It returns nil if it cannot read them, which does not
@@ -379,10 +386,15 @@ func newPipe() (pipe, error) {
 func (p *pipe) drain(n int) []byte {
 	b := make([]byte, n)
 	if m, errno := read(p.out, b); errno != 0 || m != n {
-		closeFd(p.in)
-		closeFd(p.out)
+		p.close()
 		*p, _ = newPipe()
 		return nil
 	}
 	return b
+}
+
+func (p *pipe) close() {
+	closeFd(p.in)
+	closeFd(p.out)
+	*p = pipe{}
 }

@@ -13,11 +13,11 @@ import (
 // DropOldest is for [shares.Room.ForRelay], which makes room for the connection of the runner.
 func (l *loop) DropOldest(age time.Duration) bool { return l.dropOldest(l.runner.Load().conn, age) }
 
-// dropOldest drops a client that was refused already, or else the one, other than except, that has
-// waited longest for its relay, if it has waited longer than age. It reports whether there was one.
+// dropOldest drops a client that lingers, or else the one, other than except, that has waited longest
+// for its relay, if it has waited longer than age. It reports whether there was one.
 func (l *loop) dropOldest(except *conn, age time.Duration) bool {
-	if refused := l.lingers.first; refused != nil {
-		refused.close()
+	if told := l.lingers.first; told != nil {
+		told.close()
 		return true
 	}
 	oldest := l.hellos.first
@@ -34,15 +34,18 @@ func (l *loop) dropOldest(except *conn, age time.Duration) bool {
 }
 
 // ResetSilent is for [shares.Room.ForRelay]. If none of rich's relays is in this loop, the others are
-// asked, and that takes a moment.
+// asked one after the other, and that takes a moment.
 func (l *loop) ResetSilent(rich, needy *shares.Tenant) bool {
-	if l.resetOne(rich, needy) {
+	return l.lose(loss{rich, needy, len(l.engine.loops)})
+}
+
+// lose resets a relay, or asks the next loop for one. It reports whether it has done so itself.
+func (l *loop) lose(s loss) bool {
+	if l.resetOne(s.rich, s.needy) {
 		return true
 	}
-	for _, other := range l.engine.loops {
-		if other != l && rich.MayLose(needy) {
-			other.give(func(b *inbox) { b.reset = reset{rich, needy} })
-		}
+	if s.loops--; s.loops > 0 && s.rich.MayLose(s.needy) {
+		l.next.give(func(b *inbox) { b.loss = s })
 	}
 	return false
 }

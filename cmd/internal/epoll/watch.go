@@ -51,6 +51,7 @@ func (w *watch) run() {
 
 // A check is the look-up that a runner was found at, and how often in a row.
 type check struct {
+	runner *runner
 	lookup uint64
 	times  int
 }
@@ -63,9 +64,10 @@ func (w *watch) look(seen []check) (some bool) {
 			continue
 		}
 		now := r.lookups.Load()
-		some = some || now != seen[i].lookup || now%2 == 1
-		if now != seen[i].lookup {
-			seen[i] = check{lookup: now}
+		same := r == seen[i].runner && now == seen[i].lookup
+		some = some || !same || now%2 == 1
+		if !same {
+			seen[i] = check{runner: r, lookup: now}
 		}
 		if seen[i].times++; now%2 == 1 && seen[i].times >= watchStuck {
 			l.replace(r, now)
@@ -76,7 +78,7 @@ func (w *watch) look(seen []check) (some bool) {
 
 // A standby is a runner that is ready to go on with a loop. The loop has one before it looks up what is
 // a tenant's: a thread may be hard to get just when one is stuck.
-type standby chan *runner // gets the one that is stuck
+type standby chan *runner // gets the one that is stuck, nil if it is not needed any more
 
 // hire has a standby made for the loop, if it may have one and none is being made.
 func (l *loop) hire(may bool) {
@@ -97,7 +99,10 @@ func (l *loop) standBy() {
 	stuck := make(standby)
 	l.standby.Store(&stuck)
 	l.hiring.Store(false)
-	l.rescue(<-stuck, r)
+	if other := <-stuck; other != nil {
+		l.rescue(other, r)
+	}
+	r.dialer.Close()
 }
 
 // replace has the standby go on with the loop in place of r, which is stuck.
@@ -108,13 +113,15 @@ func (l *loop) replace(r *runner, lookup uint64) {
 		return
 	}
 	if !r.lookups.CompareAndSwap(lookup, lookup+1) { // it has ended
-		l.standby.Store(next)
+		if !l.standby.CompareAndSwap(nil, next) { // and the loop has another standby by now
+			*next <- nil
+		}
 		return
 	}
 	*next <- r
 }
 
-// rescue goes on with the loop in place of stuck.
+// rescue goes on with the loop in place of stuck, in the middle of a round.
 func (l *loop) rescue(stuck, r *runner) {
 	s, c := l.engine.shares, stuck.conn
 	k := &lookup{loop: l, conn: c, name: slices.Clone(stuck.name)}

@@ -17,7 +17,6 @@ import (
 	"sniproxy/cmd/internal/limits"
 	"sniproxy/cmd/internal/report"
 	"sniproxy/cmd/internal/shares"
-	"sniproxy/cmd/internal/socket"
 	"sniproxy/hostdir"
 	"sniproxy/sni"
 )
@@ -54,7 +53,7 @@ func Start(hosts *hostdir.Hosts, listeners []*inherit.Listener, clients []int, o
 		relays:  map[*conn]struct{}{},
 		lines:   map[shares.Key]*line{},
 	}
-	e.shares = shares.New(hosts, own, e)
+	e.shares = shares.New(hosts, own, len(listeners) == 0, e)
 	for _, l := range listeners {
 		f, err := pollable(&l.FD)
 		if err != nil {
@@ -130,8 +129,8 @@ func (e *Engine) RelayDescriptors() int64 {
 	return 2 * int64(len(e.relays))
 }
 
-// Waiting returns how many connections are no relays.
-func (e *Engine) Waiting() int64 {
+// NotRelays returns how many connections are no relays.
+func (e *Engine) NotRelays() int64 {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return int64(e.queue.Len())
@@ -222,7 +221,7 @@ func acceptOne(l *inherit.Listener, f *os.File) (fd int, err error) {
 		for err == unix.EINTR {
 			fd, err = accept(l.FD)
 		}
-		if (err == unix.EMFILE || err == unix.ENFILE) && !socket.Readable(l.FD) {
+		if (err == unix.EMFILE || err == unix.ENFILE) && !l.Pending() {
 			err = unix.EAGAIN // accept(2) says that before it looks for a client
 		}
 		return err != unix.EAGAIN

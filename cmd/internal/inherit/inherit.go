@@ -14,9 +14,8 @@ import (
 )
 
 // A Listener is a listening socket that was inherited. Its open file description is shared: other
-// processes may accept from it and change its flags at any time. So nobody may rely on O_NONBLOCK,
-// although it is set here: set it anew before each accept. (sniproxy-rs checks only that there is a
-// TCP socket, and relies on the flag.)
+// processes may accept from it and change its flags at any time. So set O_NONBLOCK anew before each
+// accept. (sniproxy-rs checks only that there is a TCP socket, and relies on the flag.)
 type Listener struct {
 	FD   int
 	Addr netip.AddrPort
@@ -132,7 +131,7 @@ func check(fd int) (netip.AddrPort, error) {
 	}
 	if listens, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN); err != nil || listens == 0 {
 		// One that the client has reset already has no peer any more, but an end to read.
-		if _, err := unix.Getpeername(fd); err == nil || socket.Readable(fd) {
+		if _, err := unix.Getpeername(fd); err == nil || socket.Events(fd)&unix.POLLIN != 0 {
 			return none, errConnection
 		}
 		return none, errors.New("is a TCP socket that does not listen")
@@ -187,3 +186,7 @@ func (l *Listener) StillListens() bool {
 func (l *Listener) ShutDown() error {
 	return fmt.Errorf("the listening socket %v was shut down by another process that shares it", l.Addr)
 }
+
+// Pending tells whether accept(2) has something to say: that a client is waiting, or that the socket
+// was shut down.
+func (l *Listener) Pending() bool { return socket.Events(l.FD) != 0 }

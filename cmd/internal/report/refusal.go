@@ -58,8 +58,8 @@ func nameless(ignored bool) sni.Alert {
 	return alert
 }
 
-// Refused says whom the client with the socket fd is refused, and why. The name is empty if the
-// client did not send a canonical one: what it did send may be anything, and is never printed.
+// Refused logs that the client with the socket fd is refused, and why. The name is empty if the client
+// did not send a canonical one: what it did send may be anything, and is never printed.
 func Refused(fd int, name []byte, alert sni.Alert) {
 	logline.Rationed(func() string {
 		if len(name) == 0 {
@@ -69,35 +69,35 @@ func Refused(fd int, name []byte, alert sni.Alert) {
 	})
 }
 
-// Dropped says that a client that waits is dropped to make room.
+// Dropped logs that a client that waits is dropped to make room.
 func Dropped(fd int) {
 	logline.Rationed(func() string {
 		return fmt.Sprintf("dropped %s to make room: no descriptor is left, and it has waited longest; raise the limit (ulimit -n, LimitNOFILE=)", socket.Peer(fd))
 	})
 }
 
-// Reset says that a relay of a tenant is ended to make room for another tenant's.
+// Reset logs that a relay of a tenant is ended to make room for another tenant's.
 func Reset(fd int, tenant fmt.Stringer) {
 	logline.Rationed(func() string {
 		return fmt.Sprintf("reset %s to make room: no descriptor is left, and %v has the most connections; raise the limit (ulimit -n, LimitNOFILE=)", socket.Peer(fd), tenant)
 	})
 }
 
-// Passed says that a backend of a tenant has passed n descriptors.
+// Passed logs that a backend of a tenant has passed n descriptors.
 func Passed(n int, tenant fmt.Stringer) {
 	logline.Rationed(func() string {
 		return fmt.Sprintf("a backend of %v has passed %d descriptors, so its connection was ended; nothing but bytes is forwarded", tenant, n)
 	})
 }
 
-// NoThread says that a thread for look-ups cannot work.
+// NoThread logs that a thread for look-ups cannot work.
 func NoThread(err error) {
 	logline.Rationed(func() string { return fmt.Sprintf("cannot look up hosts in a thread of its own: %v", err) })
 }
 
 var acceptFailures = logline.NewLimiter(10*time.Second, 1)
 
-// AcceptFailed says that connections cannot be accepted for the moment.
+// AcceptFailed logs that connections cannot be accepted for the moment.
 func AcceptFailed(err error) {
 	if acceptFailures.Allow() {
 		logline.Err("cannot accept connections for the moment: %v", err)

@@ -10,9 +10,9 @@ import (
 	"sniproxy/hostdir"
 )
 
-// A closing is what is left to close for a tenant where close(2) may take any time, or never return:
-// descriptors that his backends have passed, such as of a file on a file system of his own, and sockets
-// that may hold some. One thread at a time closes them.
+// A closing has what is left to close for a tenant where close(2) may take any time, or never return.
+// His backends can pass descriptors, and a file on a file system of his own may never be closed; a
+// socket may hold such a descriptor. One thread at a time closes them.
 type closing struct {
 	mu      sync.Mutex
 	fds     []int
@@ -33,7 +33,7 @@ func (t *Tenant) CloseAway(threads *Threads, fds ...int) {
 	}
 	c.running = true
 	t.users.Add(1)
-	threads.Start(&Task{Tenant: t, Do: func(*hostdir.Dialer) {
+	threads.Start(&Task{Tenant: t, closing: true, Do: func(*hostdir.Dialer) {
 		for t.closeSome(threads) {
 		}
 		t.Release()

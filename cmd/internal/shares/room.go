@@ -8,21 +8,22 @@ import (
 	"sniproxy/cmd/internal/limits"
 )
 
-// Room knows which descriptors there are. A part of them is for clients that wait, and relays never
-// take it: so whoever has all others cannot keep hellos from being read. When relays have all the
-// rest, somebody makes room for a new one, or its client has to wait.
+// Room knows how many descriptors there are. Relays never take a part of them, the reserve: so whoever
+// has all others cannot keep ClientHellos from being read. When relays have all the rest, somebody
+// makes room for a new one, or its client has to wait.
 type Room struct {
 	conns   Connections
 	threads *Threads
 	tenants *Tenants
 	own     int64        // descriptors that are no connection's
+	single  bool         // one connection is served, and needs no reserve
 	limit   atomic.Int64 // of descriptors
 }
 
 // Connections count what an engine has.
 type Connections interface {
 	RelayDescriptors() int64 // descriptors that relays have
-	Waiting() int64          // connections that are no relays
+	NotRelays() int64        // connections that are no relays: those that wait, and those refused
 }
 
 // A RoomMaker can end connections: an engine, or an event loop for its own.
@@ -36,49 +37,56 @@ type RoomMaker interface {
 	ResetSilent(rich, needy *Tenant) bool
 }
 
-func newRoom(own int64, conns Connections, threads *Threads, tenants *Tenants) *Room {
-	r := &Room{conns: conns, threads: threads, tenants: tenants, own: own}
+func newRoom(own int64, single bool, conns Connections, threads *Threads, tenants *Tenants) *Room {
+	r := &Room{conns: conns, threads: threads, tenants: tenants, own: own, single: single}
 	r.limit.Store(descriptors.Limit())
 	return r
 }
 
-// Crowded tells whether there is no room for two descriptors more that a relay takes.
-func (r *Room) Crowded() bool {
-	if r.fits(r.limit.Load()) {
-		return false
+// fits tells whether one of the clients that wait can have a relay, which takes two descriptors.
+func (r *Room) fits() bool {
+	within := func(limit int64) bool {
+		reserve := r.reserve(limit)
+		others := max(0, r.conns.NotRelays()-1-reserve)
+		return r.own+r.threads.descriptors()+r.conns.RelayDescriptors()+others+2 <= limit-reserve
+	}
+	if within(r.limit.Load()) {
+		return true
 	}
 	r.limit.Store(descriptors.Limit()) // somebody may have raised it
-	return !r.fits(r.limit.Load())
+	return within(r.limit.Load())
 }
 
-func (r *Room) fits(limit int64) bool {
-	reserve := reserveOf(limit)
-	used := r.own + r.threads.descriptors() + r.conns.RelayDescriptors() + max(0, r.conns.Waiting()-reserve)
-	return used+2 <= limit-reserve
-}
-
-// ForRelay makes room for a relay to a host of needy, unless there is some. If short, the system
-// refused a descriptor. It reports whether there is room now. If more clients wait than the reserve
-// holds, the one that has waited longest makes room; otherwise the tenant with the most relays;
-// otherwise nobody.
+// ForRelay makes room for a relay to a host of needy, unless there is some. If short, the system has
+// just refused a descriptor, whatever the numbers say. It reports whether there is room now.
+//
+// If more clients wait than the reserve holds, those that have waited longest make room. Otherwise the
+// tenant with the most relays gives up one, at most one for each call: a backend that closes slowly
+// must not cost him more.
 func (r *Room) ForRelay(by RoomMaker, needy *Tenant, short bool) bool {
-	for short || r.Crowded() {
-		age := limits.RoomWait
-		if r.conns.Waiting() > reserveOf(r.limit.Load()) {
-			age = 0
-		}
-		if (age > 0 && !short || !by.DropOldest(age)) && (needy == nil || !by.ResetSilent(r.tenants.richest(), needy)) {
+	for reset := false; short || !r.fits(); short = false {
+		tooMany := r.conns.NotRelays() > r.reserve(r.limit.Load())
+		switch {
+		case tooMany && by.DropOldest(0):
+		case !tooMany && short && by.DropOldest(limits.RoomWait):
+		case !reset && by.ResetSilent(r.tenants.richest(), needy):
+			reset = true
+		default:
 			return false
 		}
-		short = false
 	}
 	return true
 }
 
 // Full tells whether fewer than spare descriptors are left, for anything.
 func (r *Room) Full(spare int64) bool {
-	return r.own+r.threads.descriptors()+r.conns.RelayDescriptors()+r.conns.Waiting()+spare > r.limit.Load()
+	return r.own+r.threads.descriptors()+r.conns.RelayDescriptors()+r.conns.NotRelays()+spare > r.limit.Load()
 }
 
-// reserveOf returns how many descriptors of a limit relays never take.
-func reserveOf(limit int64) int64 { return max(limit/limits.ReserveParts, limits.ReserveLeast) }
+// reserve returns how many descriptors of a limit relays never take.
+func (r *Room) reserve(limit int64) int64 {
+	if r.single {
+		return 0
+	}
+	return max(limit/limits.ReserveParts, limits.ReserveLeast)
+}

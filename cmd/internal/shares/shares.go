@@ -14,10 +14,11 @@ type Shares struct {
 	Room    *Room
 }
 
-// New returns the shares of an engine that has own descriptors besides those of its connections.
-func New(hosts *hostdir.Hosts, own int64, conns Connections) *Shares {
+// New returns the shares of an engine. Own is how many descriptors the program has besides those of
+// connections, and single tells whether it serves just one connection.
+func New(hosts *hostdir.Hosts, own int64, single bool, conns Connections) *Shares {
 	tenants, threads := newTenants(), newThreads(hosts)
-	return &Shares{tenants, threads, newRoom(own, conns, threads, tenants)}
+	return &Shares{tenants, threads, newRoom(own, single, conns, threads, tenants)}
 }
 
 // Reach looks a host up and connects to its backend, and waits for whatever there is to wait for. It

@@ -26,7 +26,9 @@ type Task struct {
 	Tenant *Tenant
 	Entry  string // of the hosts directory
 	Do     func(*hostdir.Dialer)
-	GiveUp func() // called in place of Do if those that the task waits for are stuck; nil if it can wait
+	GiveUp func() // called instead of Do if no task before it ends for limits.TaskPatience; nil if it can wait
+
+	closing bool // it closes descriptors, which are counted one by one
 
 	queue *entryTasks
 	late  *time.Timer // while it waits for its turn
@@ -52,20 +54,25 @@ type Threads struct {
 	mu      sync.Mutex
 	all     tally
 	waiting []*Tenant // those with tasks that wait
-	idle    int       // threads without a task
 	next    chan *Task
 	more    chan func() // those that are to get a thread of their own
 
-	underWay atomic.Int64 // all.running, for others to read
-	behind   atomic.Int64 // threads that were left behind
-	closing  atomic.Int64 // descriptors that wait to be closed
+	idle     int // threads without a task
+	unmet    int // tasks in next for which there is no thread yet
+	starting int // threads that were asked for and have not begun
+
+	lookups atomic.Int64 // tasks under way that are look-ups
+	behind  atomic.Int64 // threads that were left behind
+	closing atomic.Int64 // descriptors that wait to be closed
+
+	room func() bool // roomForThreads; tests have another
 }
 
 func newThreads(hosts *hostdir.Hosts) *Threads {
-	s := &Threads{hosts: hosts, next: make(chan *Task, limits.Tasks), more: make(chan func(), limits.Tasks+runtime.GOMAXPROCS(0))}
+	s := &Threads{hosts: hosts, room: roomForThreads, next: make(chan *Task, limits.Tasks), more: make(chan func(), limits.Tasks+runtime.GOMAXPROCS(0))}
 	// At the start the system has room for them, so there is always one.
+	s.starting = threadsIdle
 	for range threadsIdle {
-		s.idle++
 		startThread(s.work)
 	}
 	go s.supply()
@@ -137,7 +144,9 @@ func (s *Threads) begin(k *Task) {
 	for _, t := range []*tally{&k.queue.tally, &k.Tenant.tasks, &s.all} {
 		t.running++
 	}
-	s.underWay.Add(1)
+	if !k.closing {
+		s.lookups.Add(1)
+	}
 }
 
 func (s *Threads) run(k *Task) {
@@ -145,28 +154,38 @@ func (s *Threads) run(k *Task) {
 	s.next <- k // has room for all
 	if s.idle > 0 {
 		s.idle--
-	} else {
+		return
+	}
+	if s.unmet++; s.starting < s.unmet {
+		s.starting++
 		s.more <- s.work
 	}
 }
 
-// end counts a task as done, and runs one that waits for that.
-func (s *Threads) end(k *Task) {
+// end counts a task as done, and runs one that waits for that. It tells whether the calling thread is
+// needed for another.
+func (s *Threads) end(k *Task) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, t := range []*tally{&k.queue.tally, &k.Tenant.tasks, &s.all} {
 		t.running--
 		t.ended++
 	}
-	s.underWay.Add(-1)
+	if !k.closing {
+		s.lookups.Add(-1)
+	}
 	s.leave(k)
 	s.runNext()
+	return s.stay()
 }
 
 // runNext runs a task that waits and is allowed now. Tenants, and each tenant's entries, take turns.
-// It passes over no more entries than there are tasks under way.
+// It passes over no more tenants, and no more entries of one, than there are tasks under way.
 func (s *Threads) runNext() {
 	for i, t := range s.waiting {
+		if t.tasks.running >= limits.TasksOfTenant {
+			continue
+		}
 		for j, q := range t.waiting {
 			if !s.allowed(q) {
 				continue
@@ -230,28 +249,33 @@ func (s *Threads) work() {
 		return
 	}
 	defer dialer.Close()
-	for more := true; more; {
+	s.mu.Lock()
+	s.starting--
+	more := s.stay()
+	s.mu.Unlock()
+	for more {
 		k := <-s.next
 		k.Do(dialer)
 		dialer.Leave()
-		more = s.stay()
-		s.end(k)
+		more = s.end(k)
 	}
 }
 
-// stay counts a thread as idle. It fails if enough are.
+// stay tells whether the calling thread is needed: for a task that has none yet, or as an idle one.
 func (s *Threads) stay() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.idle == threadsIdle {
+	switch {
+	case s.unmet > 0:
+		s.unmet--
+	case s.idle < threadsIdle:
+		s.idle++
+	default:
 		return false
 	}
-	s.idle++
 	return true
 }
 
 // descriptors returns how many look-ups may have open, and how many wait to be closed.
-func (s *Threads) descriptors() int64 { return 2*s.underWay.Load() + s.closing.Load() }
+func (s *Threads) descriptors() int64 { return 2*s.lookups.Load() + s.closing.Load() }
 
 // LeaveBehind counts a thread of an event loop that is stuck in a look-up as one that runs the task.
 func (s *Threads) LeaveBehind(k *Task) {
@@ -282,7 +306,7 @@ func (s *Threads) Extra(f func()) { s.more <- f }
 // any moment as well, and ends the program when it is refused.
 func (s *Threads) supply() {
 	for f := range s.more {
-		for !roomForThreads() {
+		for !s.room() {
 			time.Sleep(ThreadPause)
 		}
 		startThread(f)

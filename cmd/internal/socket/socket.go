@@ -68,9 +68,12 @@ func Passed(control []byte) (fds []int) {
 	return fds
 }
 
-// Readable tells whether there is something to read or to accept, an end or an error at least.
-func Readable(fd int) bool {
+// Events returns what poll(2) tells of a socket: POLLIN if there is something to read or to accept, or
+// an end; POLLHUP of a listening socket that was shut down.
+func Events(fd int) int16 {
 	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-	_, err := unix.Poll(p, 0)
-	return err == nil && p[0].Revents&unix.POLLIN != 0
+	if _, err := unix.Poll(p, 0); err != nil {
+		return 0
+	}
+	return p[0].Revents
 }

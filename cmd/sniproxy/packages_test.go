@@ -9,14 +9,14 @@ import (
 	"testing"
 )
 
-// Goal: the rooms that the package comment lists are those that the program is made of, and each
-// imports only rooms below it.
-func TestRooms(t *testing.T) {
+// Goal: the packages that the package comment lists are those that the program is made of, and each
+// imports only those below it.
+func TestPackages(t *testing.T) {
 	text, err := os.ReadFile("main.go")
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, section, _ := strings.Cut(string(text), "// # Rooms\n")
+	_, section, _ := strings.Cut(string(text), "// # Packages\n")
 	section, _, _ = strings.Cut(section, "\npackage main\n")
 	var rooms []string
 	for _, m := range regexp.MustCompile(`(?m)^//\t(\S+)`).FindAllStringSubmatch(section, -1) {
@@ -37,7 +37,7 @@ func TestRooms(t *testing.T) {
 			found[f[0]] = true
 			room := slices.Index(rooms, f[0])
 			if room < 0 {
-				t.Errorf("%s is not among the rooms", f[0])
+				t.Errorf("%s is not in the list", f[0])
 				continue
 			}
 			for _, imported := range f[1:] {

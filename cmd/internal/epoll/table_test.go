@@ -63,14 +63,14 @@ func TestQueue(t *testing.T) {
 	for i := range conns {
 		q.push(&conns[i], int64(i+1))
 	}
-	conns[0].leave()
-	conns[2].leave()
-	conns[2].leave() // it is in no queue any more
+	conns[0].leaveQueue()
+	conns[2].leaveQueue()
+	conns[2].leaveQueue() // it is in no queue any more
 	if q.due() != 2 || q.first.next != &conns[3] || q.last != &conns[3] {
 		t.Errorf("due at %d, want 2, and then the last one", q.due())
 	}
-	conns[3].leave()
-	conns[1].leave()
+	conns[3].leaveQueue()
+	conns[1].leaveQueue()
 	if q.due() != 0 || q.last != nil {
 		t.Error("a queue that all have left is not empty")
 	}
