@@ -39,7 +39,7 @@ type report struct {
 
 // found is what is found for a name: with no time for it, and with time.
 type found struct {
-	FindNow, ConnectNow, Problem hostdir.Problem
+	FindNow, ConnectNow, Problem failure
 	Entry                        string
 	Owner                        uint32
 	Administrators, Foreign      bool

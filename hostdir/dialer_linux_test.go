@@ -61,17 +61,17 @@ func TestDialNow(t *testing.T) {
 	base := descriptors(t)
 	withDialer(t, h, func(d *hostdir.Dialer) {
 		for name, want := range map[string]struct {
-			now, later hostdir.Problem
+			now, later failure
 			proxy      uint8
 		}{
 			"plain":            {0, 0, 0},
 			"link":             {0, 0, 0},
 			"socket-link":      {0, 0, 0},
 			long:               {0, 0, 0},
-			"elsewhere":        {hostdir.MayWait, 0, 1},
-			"socket-elsewhere": {hostdir.MayWait, 0, 0},
+			"elsewhere":        {mayWait, 0, 1},
+			"socket-elsewhere": {mayWait, 0, 0},
 			"marker-elsewhere": {0, 0, 1},
-			"absent":           {hostdir.NoDirectory, hostdir.NoDirectory, 0},
+			"absent":           {noDirectory, noDirectory, 0},
 		} {
 			for range 2 {
 				// This comes first, as the first to follow a symlink has to note that.
@@ -121,14 +121,14 @@ func TestDialNowAgain(t *testing.T) {
 		<-done
 	}
 	none := hostdir.Backend{}
-	expect := func(what, name string, problemWanted hostdir.Problem, wanted hostdir.Backend) {
+	expect := func(what, name string, problemWanted failure, wanted hostdir.Backend) {
 		t.Helper()
 		for range 3 {
 			var b hostdir.Backend
 			var err error
 			do(func(d *hostdir.Dialer) {
 				b, err = dial(d, "a", false)
-				if problem(err) == hostdir.MayWait { // a symlink that is followed for the first time
+				if problem(err) == mayWait { // a symlink that is followed for the first time
 					b, err = dial(d, "a", true)
 				}
 				if err == nil {
@@ -152,7 +152,7 @@ func TestDialNowAgain(t *testing.T) {
 
 	expect("at first", "a", 0, none)
 	move("a", "gone")
-	expect("without a directory", "", hostdir.NoDirectory, none)
+	expect("without a directory", "", noDirectory, none)
 	move("b", "a")
 	expect("another directory", "b", 0, none)
 	move("a", "b")
@@ -167,7 +167,7 @@ func TestDialNowAgain(t *testing.T) {
 	must(t, os.Remove(a+"/send-proxy-v2"))
 	expect("without markers", "a", 0, none)
 	must(t, os.Rename(a+"/tls-socket", a+"/closed"))
-	expect("without a socket", "", hostdir.NoSocket, none)
+	expect("without a socket", "", noSocket, none)
 	must(t, os.Rename(a+"/closed", a+"/tls-socket"))
 	expect("with the socket", "a", 0, none)
 
@@ -193,7 +193,7 @@ func TestDialNowAgain(t *testing.T) {
 	if os.Geteuid() == 0 {
 		do(func(*hostdir.Dialer) { must(t, unix.Setfsuid(65534)) }) // of that thread alone
 		must(t, os.Chmod(a, 0o700))
-		expect("a directory that is closed now", "", hostdir.NotPermitted, none)
+		expect("a directory that is closed now", "", notPermitted, none)
 		do(func(*hostdir.Dialer) { must(t, unix.Setfsuid(0)) })
 		expect("as root", "a", 0, none)
 	}
@@ -215,7 +215,7 @@ func TestDialNowAgain(t *testing.T) {
 		e, findErr := d.Find([]byte("a"), false)
 		_, err = d.Connect(false)
 		must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &limit))
-		if findErr != nil || string(e.Name) != a || problem(err) != hostdir.NoRoom || d.Release() {
+		if findErr != nil || string(e.Name) != a || problem(err) != withoutRoom || d.Release() {
 			t.Errorf("without room: %q, %v, %v, or the directory stayed open", e.Name, findErr, err)
 		}
 		b, err := d.Connect(false)

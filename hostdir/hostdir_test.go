@@ -17,11 +17,32 @@ import (
 	"sniproxy/hostdir"
 )
 
-// problem returns the problem in an error of Dial, 0 if there is none.
-func problem(err error) hostdir.Problem {
+// A failure is what a look-up fails with, 0 if it does not: a Problem, or an Again as a negative number.
+type failure int
+
+const (
+	noDirectory   = failure(hostdir.NoDirectory)
+	noSocket      = failure(hostdir.NoSocket)
+	notPermitted  = failure(hostdir.NotPermitted)
+	nobodyListens = failure(hostdir.NobodyListens)
+	notStream     = failure(hostdir.NotStream)
+	pathTooLong   = failure(hostdir.PathTooLong)
+
+	mayWait     = -failure(hostdir.MayWait)
+	withoutRoom = -failure(hostdir.NoRoom)
+	backlogFull = -failure(hostdir.BacklogFull)
+	exchanged   = -failure(hostdir.Exchanged)
+)
+
+// problem returns what an error of a look-up says.
+func problem(err error) failure {
+	var again hostdir.Again
+	if errors.As(err, &again) {
+		return -failure(again)
+	}
 	var e *hostdir.Error
 	if errors.As(err, &e) {
-		return e.Problem
+		return failure(e.Problem)
 	}
 	return 0
 }
@@ -193,32 +214,32 @@ func TestDialProblems(t *testing.T) {
 		bind(t, "bound", unix.SOCK_STREAM)
 		abandon(t, "abandoned")
 		bind(t, "datagram", unix.SOCK_DGRAM)
-		tests := map[string]hostdir.Problem{
-			"absent":          hostdir.NoDirectory,
-			"file":            hostdir.NoDirectory,
-			"dangling":        hostdir.NoDirectory,
-			"loop":            hostdir.NoDirectory,
-			"empty":           hostdir.NoSocket,
-			"socket-dangling": hostdir.NoSocket,
-			"socket-loop":     hostdir.NoSocket,
-			"regular":         hostdir.NotStream,
-			"fifo":            hostdir.NotStream,
-			"directory":       hostdir.NotStream,
-			"datagram":        hostdir.NotStream,
-			"bound":           hostdir.NobodyListens,
-			"abandoned":       hostdir.NobodyListens,
+		tests := map[string]failure{
+			"absent":          noDirectory,
+			"file":            noDirectory,
+			"dangling":        noDirectory,
+			"loop":            noDirectory,
+			"empty":           noSocket,
+			"socket-dangling": noSocket,
+			"socket-loop":     noSocket,
+			"regular":         notStream,
+			"fifo":            notStream,
+			"directory":       notStream,
+			"datagram":        notStream,
+			"bound":           nobodyListens,
+			"abandoned":       nobodyListens,
 		}
 		if runtime.GOOS == "linux" {
 			bind(t, "seqpacket", unix.SOCK_SEQPACKET)
-			tests["seqpacket"] = hostdir.NotStream
+			tests["seqpacket"] = notStream
 		}
 		if !hostdir.Hashed && w.paths {
 			long := strings.Repeat("a", 254)
 			must(t, os.Mkdir(dirName(long), 0o755))
-			tests[long] = hostdir.PathTooLong
+			tests[long] = pathTooLong
 		}
 		base := descriptors(t)
-		seen := map[string]hostdir.Problem{}
+		seen := map[string]failure{}
 		for name, want := range tests {
 			b, err := dial(name)
 			if b != (hostdir.Backend{FD: -1}) {
@@ -262,7 +283,7 @@ func TestDialBacklogFull(t *testing.T) {
 		}
 		base := descriptors(t)
 		for range 3 {
-			if _, err := dial("busy"); problem(err) != hostdir.BacklogFull {
+			if _, err := dial("busy"); problem(err) != backlogFull {
 				t.Errorf("got %v", err)
 			}
 		}
@@ -292,11 +313,11 @@ func TestDialNoRoom(t *testing.T) {
 	r := elsewhere(t, "good a.wild link a.link absent", with(noRoom, "1"))
 	for name, entry := range map[string]string{"good": "good", "a.wild": "*.wild", "link": "link", "a.link": "*.link"} {
 		got := r.Names[name]
-		if got.Problem != hostdir.NoRoom || got.Entry != dirName(entry) || got.Owner != uint32(os.Geteuid()) || !got.Administrators {
+		if got.Problem != withoutRoom || got.Entry != dirName(entry) || got.Owner != uint32(os.Geteuid()) || !got.Administrators {
 			t.Errorf("%s: %+v", name, got)
 		}
 	}
-	if got := r.Names["absent"]; got.Problem != hostdir.NoDirectory {
+	if got := r.Names["absent"]; got.Problem != noDirectory {
 		t.Errorf("absent: %+v", got)
 	}
 }
@@ -321,7 +342,7 @@ func TestDialNotPermitted(t *testing.T) {
 			cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 		}
 	}
-	check := func(when string, want map[string]hostdir.Problem) {
+	check := func(when string, want map[string]failure) {
 		r := elsewhere(t, strings.Join(slices.Collect(maps.Keys(want)), " "), change)
 		for name, want := range want {
 			if got := r.Names[name]; got.Problem != want {
@@ -329,17 +350,17 @@ func TestDialNotPermitted(t *testing.T) {
 			}
 		}
 	}
-	check("", map[string]hostdir.Problem{
+	check("", map[string]failure{
 		"good":      0,
-		"directory": hostdir.NotPermitted,
-		"socket":    hostdir.NotPermitted,
-		"empty":     hostdir.NotPermitted,
-		"absent":    hostdir.NoDirectory,
+		"directory": notPermitted,
+		"socket":    notPermitted,
+		"empty":     notPermitted,
+		"absent":    noDirectory,
 	})
 	for _, path := range closed {
 		must(t, os.Chmod(path, 0o777))
 	}
-	check(", with permission", map[string]hostdir.Problem{"directory": 0, "socket": 0, "empty": hostdir.NoSocket})
+	check(", with permission", map[string]failure{"directory": 0, "socket": 0, "empty": noSocket})
 }
 
 func TestAppendName(t *testing.T) {

@@ -54,7 +54,7 @@ func TestDialerWithoutRoom(t *testing.T) {
 							}
 							return
 						}
-						if problem(err) != hostdir.NoRoom || short > 8 {
+						if problem(err) != withoutRoom || short > 8 {
 							t.Errorf("%s, with %d descriptors: %v", name, short, err)
 							return
 						}
@@ -117,18 +117,18 @@ func TestUnshareForbidden(t *testing.T) {
 	if !r.Paths {
 		t.Errorf("it works without paths: %+v", r)
 	}
-	tooLong := hostdir.NoSocket
+	tooLong := noSocket
 	if !hostdir.Hashed {
-		tooLong = hostdir.PathTooLong
+		tooLong = pathTooLong
 	}
 	for name, want := range map[string]struct {
-		now, connect, problem hostdir.Problem
+		now, connect, problem failure
 		proxy                 uint8
 	}{
-		"a":      {0, hostdir.MayWait, 0, 2},
-		"b.wild": {0, hostdir.MayWait, 0, 0},
-		"absent": {hostdir.NoDirectory, hostdir.NoDirectory, hostdir.NoDirectory, 0},
-		long:     {0, hostdir.MayWait, tooLong, 0},
+		"a":      {0, mayWait, 0, 2},
+		"b.wild": {0, mayWait, 0, 0},
+		"absent": {noDirectory, noDirectory, noDirectory, 0},
+		long:     {0, mayWait, tooLong, 0},
 	} {
 		got := r.Names[name]
 		if got.FindNow != want.now || got.ConnectNow != want.connect || got.Problem != want.problem || got.Proxy != want.proxy {
@@ -172,15 +172,15 @@ func TestNoOpenat2(t *testing.T) {
 	must(t, os.Rename(socket, socket+"-2"))
 	must(t, os.Symlink("tls-socket-2", socket))
 	r := elsewhere(t, "plain a.wild link a.link socket-link absent", with(forbidden, "openat2"))
-	for name, want := range map[string][3]hostdir.Problem{
+	for name, want := range map[string][3]failure{
 		"plain":       {0, 0, 0},
 		"a.wild":      {0, 0, 0},
-		"link":        {hostdir.MayWait, hostdir.MayWait, 0},
-		"a.link":      {hostdir.MayWait, hostdir.MayWait, 0},
-		"socket-link": {0, hostdir.MayWait, 0},
-		"absent":      {hostdir.NoDirectory, hostdir.NoDirectory, hostdir.NoDirectory},
+		"link":        {mayWait, mayWait, 0},
+		"a.link":      {mayWait, mayWait, 0},
+		"socket-link": {0, mayWait, 0},
+		"absent":      {noDirectory, noDirectory, noDirectory},
 	} {
-		if got := r.Names[name]; [3]hostdir.Problem{got.FindNow, got.ConnectNow, got.Problem} != want {
+		if got := r.Names[name]; [3]failure{got.FindNow, got.ConnectNow, got.Problem} != want {
 			t.Errorf("%s: %+v, want %v", name, got, want)
 		}
 	}
@@ -277,10 +277,10 @@ func TestMountOwner(t *testing.T) {
 	p := elsewhere(t, "memory a.memory fuse a.fuse", with(forbidden, "unshare"))
 	const nobody = 65534
 	for name, want := range map[string]found{
-		"memory":   {FindNow: hostdir.MayWait, ConnectNow: hostdir.MayWait, Entry: "memory", Administrators: true},
-		"a.memory": {FindNow: hostdir.MayWait, ConnectNow: hostdir.MayWait, Entry: "*.memory", Administrators: true},
-		"fuse":     {FindNow: hostdir.MayWait, ConnectNow: hostdir.MayWait, Entry: "fuse", Owner: nobody, Problem: hostdir.NoSocket},
-		"a.fuse":   {FindNow: hostdir.MayWait, ConnectNow: hostdir.MayWait, Entry: "*", Administrators: true},
+		"memory":   {FindNow: mayWait, ConnectNow: mayWait, Entry: "memory", Administrators: true},
+		"a.memory": {FindNow: mayWait, ConnectNow: mayWait, Entry: "*.memory", Administrators: true},
+		"fuse":     {FindNow: mayWait, ConnectNow: mayWait, Entry: "fuse", Owner: nobody, Problem: noSocket},
+		"a.fuse":   {FindNow: mayWait, ConnectNow: mayWait, Entry: "*", Administrators: true},
 	} {
 		want.Entry = dirName(want.Entry)
 		check := func(how string, got found) {

@@ -46,10 +46,10 @@ func TestFindOdd(t *testing.T) {
 			if e, over, err := h.Find([]byte("a.example")); string(e.Name) != dirName("*") || !slices.Equal(over, []string{dirName("*.example")}) || err != nil {
 				t.Errorf("%s: %q, passed over %q, %v", what, e.Name, over, err)
 			}
-			if _, err := dial("own.example"); problem(err) != hostdir.NoDirectory {
+			if _, err := dial("own.example"); problem(err) != noDirectory {
 				t.Errorf("%s: %v", what, err)
 			}
-			if e, _, err := h.Find([]byte("own.example")); string(e.Name) != dirName("own.example") || problem(err) != hostdir.NoDirectory {
+			if e, _, err := h.Find([]byte("own.example")); string(e.Name) != dirName("own.example") || problem(err) != noDirectory {
 				t.Errorf("%s: %q, %v", what, e.Name, err)
 			}
 			must(t, os.Remove(dirName("*.example")))
@@ -191,7 +191,7 @@ func TestFindOwner(t *testing.T) {
 						owner   uint32
 						admin   bool
 						foreign bool
-						problem hostdir.Problem
+						problem failure
 					}{
 						"root":           {"root", 0, true, false, 0},
 						"owner":          {"owner", owner, true, false, 0},
@@ -200,9 +200,9 @@ func TestFindOwner(t *testing.T) {
 						"root-to-tenant": {"root-to-tenant", 0, true, true, 0},
 						"tenant-to-root": {"tenant-to-root", tenant, false, false, 0},
 						"a.link":         {"*.link", 0, true, true, 0},
-						"dangling":       {"dangling", tenant, false, true, hostdir.NoDirectory},
-						"a.theirs":       {"", 0, false, false, hostdir.NoDirectory},
-						"absent":         {"", 0, false, false, hostdir.NoDirectory},
+						"dangling":       {"dangling", tenant, false, true, noDirectory},
+						"a.theirs":       {"", 0, false, false, noDirectory},
+						"absent":         {"", 0, false, false, noDirectory},
 					} {
 						check := func(wait bool) {
 							e, err := d.Find([]byte(name), wait)
@@ -240,7 +240,7 @@ func letClockTick(t *testing.T) {
 	must(t, os.Symlink(".", ".clock"))
 	withDialer(t, h, func(d *hostdir.Dialer) {
 		for {
-			if _, err := d.FindEntry([]byte(".clock"), true); problem(err) != hostdir.Exchanged {
+			if _, err := d.FindEntry([]byte(".clock"), true); problem(err) != exchanged {
 				break
 			}
 			runtime.Gosched()
@@ -276,7 +276,7 @@ func TestExchanged(t *testing.T) {
 					unix.Close(b.FD)
 				}
 				got := reached(t, all)
-				if w.paths && problem(err) != hostdir.Exchanged || !w.paths && (err != nil || got != "a" || b.Proxy != 1) {
+				if w.paths && problem(err) != exchanged || !w.paths && (err != nil || got != "a" || b.Proxy != 1) {
 					t.Errorf("exchanged: reached %q, %+v, %v", got, b, err)
 				}
 				if !w.paths {
@@ -285,7 +285,7 @@ func TestExchanged(t *testing.T) {
 				for range 1000 { // the moment may have passed
 					must(t, os.Symlink("away", dirName("link")))
 					_, err := d.Find([]byte("link"), true)
-					if problem(err) == hostdir.Exchanged {
+					if problem(err) == exchanged {
 						return
 					}
 					must(t, os.Remove(dirName("link")))
@@ -308,7 +308,7 @@ func TestPathsWithoutTime(t *testing.T) {
 			if string(e.Name) != dirName(entry) || e.Owner != uint32(os.Geteuid()) || !e.Administrators || e.Foreign || err != nil {
 				t.Errorf("%s: %q %+v, %v", name, e.Name, e, err)
 			}
-			if b, err := d.Connect(false); problem(err) != hostdir.MayWait || b.FD != -1 {
+			if b, err := d.Connect(false); problem(err) != mayWait || b.FD != -1 {
 				t.Errorf("%s: %+v, %v", name, b, err)
 			}
 		}

@@ -61,7 +61,7 @@ func again(d *hostdir.Dialer, wait bool, find func() (hostdir.Entry, error)) (b 
 		} else {
 			b.FD = -1
 		}
-		if problem(err) != hostdir.Exchanged || time.Now().After(deadline) {
+		if problem(err) != exchanged || time.Now().After(deadline) {
 			return b, err
 		}
 	}
@@ -80,7 +80,7 @@ func ways(t *testing.T) []way {
 	later := func(d *hostdir.Dialer, name string) (hostdir.Backend, error) { return dial(d, name, true) }
 	now := func(d *hostdir.Dialer, name string) (hostdir.Backend, error) {
 		b, err := dial(d, name, false)
-		if problem(err) == hostdir.MayWait { // as of a symlink that is followed for the first time
+		if problem(err) == mayWait { // as of a symlink that is followed for the first time
 			return dial(d, name, true)
 		}
 		return b, err
@@ -88,7 +88,7 @@ func ways(t *testing.T) []way {
 	// found at once, and connected to with time for it
 	both := func(d *hostdir.Dialer, name string) (hostdir.Backend, error) {
 		b, err := again(d, true, func() (hostdir.Entry, error) { return d.Find([]byte(name), false) })
-		if problem(err) == hostdir.MayWait {
+		if problem(err) == mayWait {
 			return dial(d, name, true)
 		}
 		return b, err

@@ -84,9 +84,9 @@ func TestDialWildcardDown(t *testing.T) {
 	// Goal: there is no fallback from an entry that counts but cannot serve, and no descriptor is lost.
 	eachWay(t, func(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {
 		all := sites(t, "*.good.example", "*")
-		bad := map[string]hostdir.Problem{
-			"file": hostdir.NoDirectory, "dangling": hostdir.NoDirectory, "loop": hostdir.NoDirectory,
-			"empty": hostdir.NoSocket, "abandoned": hostdir.NobodyListens,
+		bad := map[string]failure{
+			"file": noDirectory, "dangling": noDirectory, "loop": noDirectory,
+			"empty": noSocket, "abandoned": nobodyListens,
 		}
 		put := func(what, entry string) {
 			t.Helper()

@@ -19,12 +19,30 @@ import (
 // explain returns what the look-up has failed with, in the words of sniproxy, then why, and what to do. Entry is the one
 // that decided, "" if there is none; passedOver are those that did not count, and limit is how long it was waited for.
 func explain(hosts *hostdir.Hosts, entry string, passedOver []string, limit time.Duration, err error) string {
-	var e *hostdir.Error
-	if !errors.As(err, &e) {
+	why := ""
+	switch err {
+	case hostdir.BacklogFull:
+		why = "the backend has accepted nobody " + limitWords(limit)
+	case hostdir.Exchanged:
+		why = "the entry, or what it leads to, is replaced again and again, so that nobody can tell whose socket and markers belong together"
+	case hostdir.NoRoom:
+		why = "raise the limit (ulimit -n)"
+	default:
+		why = explainProblem(hosts, entry, passedOver, err)
+	}
+	if why == "" {
 		return err.Error()
 	}
+	return err.Error() + ": " + why
+}
+
+// explainProblem says why a host cannot be served, and what to do, "" if there is nothing more to say.
+func explainProblem(hosts *hostdir.Hosts, entry string, passedOver []string, err error) (why string) {
+	var e *hostdir.Error
+	if !errors.As(err, &e) {
+		return ""
+	}
 	socket := entry + "/tls-socket"
-	var why string
 	switch e.Problem {
 	case hostdir.NoDirectory:
 		switch {
@@ -63,25 +81,16 @@ func explain(hosts *hostdir.Hosts, entry string, passedOver []string, limit time
 		if n := len(unix.RawSockaddrUnix{}.Path) - 1; len(socket) > n {
 			why = fmt.Sprintf("it has %d bytes, and %d is the most", len(socket), n)
 		}
-	case hostdir.BacklogFull:
-		why = "the backend has accepted nobody " + limitWords(limit)
-	case hostdir.Exchanged:
-		why = "the entry, or what it leads to, is replaced again and again, so that nobody can tell whose socket and markers belong together"
-	case hostdir.NoRoom:
-		why = "raise the limit (ulimit -n)"
 	}
-	if why == "" {
-		return err.Error()
-	}
-	return err.Error() + ": " + why
+	return why
 }
 
 // unwaited says what the look-up has failed with that was not waited for.
 func unwaited(err error) string {
 	switch {
-	case isProblem(err, hostdir.BacklogFull):
+	case err == hostdir.BacklogFull:
 		return err.Error() + ": the backend has accepted nobody " + limitWords(0)
-	case isProblem(err, hostdir.MayWait):
+	case err == hostdir.MayWait:
 		return "the look-up may wait for a file system, and is not made, as many others have kept this waiting"
 	}
 	return err.Error()

@@ -333,18 +333,17 @@ func TestNoRoom(t *testing.T) {
 // time, that is what is said, and not that a file system does not answer.
 func TestExchanged(t *testing.T) {
 	t.Parallel()
-	exchanged := &hostdir.Error{Problem: hostdir.Exchanged}
 	times := 0
 	_, err := redial(func() (hostdir.Backend, error) {
 		if times++; times < 3 {
-			return hostdir.Backend{FD: -1}, exchanged
+			return hostdir.Backend{FD: -1}, hostdir.Exchanged
 		}
 		return hostdir.Backend{FD: -1}, &hostdir.Error{Problem: hostdir.NobodyListens}
 	}, lookupLimit)
-	if times != 3 || !isProblem(err, hostdir.NobodyListens) {
+	if times != 3 || problem(err) != hostdir.NobodyListens {
 		t.Errorf("after %d look-ups: %v", times, err)
 	}
-	_, err = redial(func() (hostdir.Backend, error) { return hostdir.Backend{FD: -1}, exchanged }, shortLimit)
+	_, err = redial(func() (hostdir.Backend, error) { return hostdir.Backend{FD: -1}, hostdir.Exchanged }, shortLimit)
 	if got := explain(nil, "one.example", nil, shortLimit, err); !strings.HasPrefix(got, "the directory was exchanged: the entry, ") {
 		t.Errorf("it says %q", got)
 	}
@@ -416,4 +415,14 @@ func touch(t *testing.T, paths ...string) {
 func abandon(t *testing.T, dir string) {
 	t.Helper()
 	unix.Close(bind(t, dir, unix.SOCK_STREAM))
+}
+
+// problem returns the problem in an error of a look-up, 0 if there is none.
+func problem(err error) hostdir.Problem {
+	var e *hostdir.Error
+	errors.As(err, &e)
+	if e == nil {
+		return 0
+	}
+	return e.Problem
 }

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -266,7 +265,7 @@ func dial(d *hostdir.Dialer, h host, limit time.Duration) (b hostdir.Backend, sl
 		}
 	}
 	b, err = redial(try(false), limit)
-	if isProblem(err, hostdir.MayWait) && limit > 0 {
+	if err == hostdir.MayWait && limit > 0 {
 		slow = true
 		b, err = redial(try(true), limit)
 	}
@@ -286,12 +285,5 @@ func redial(try func() (hostdir.Backend, error), limit time.Duration) (hostdir.B
 	}
 }
 
-// isWaiting tells whether a host is tried again.
-func isWaiting(err error) bool {
-	return isProblem(err, hostdir.BacklogFull) || isProblem(err, hostdir.Exchanged)
-}
-
-func isProblem(err error, p hostdir.Problem) bool {
-	var e *hostdir.Error
-	return errors.As(err, &e) && e.Problem == p
-}
+// isWaiting reports whether a host is tried again.
+func isWaiting(err error) bool { return err == hostdir.BacklogFull || err == hostdir.Exchanged }

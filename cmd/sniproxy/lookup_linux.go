@@ -118,7 +118,7 @@ func (l *loop) connect() (hostdir.Backend, error) {
 	return b, err
 }
 
-func mayWait(err error) bool { return isProblem(err, hostdir.MayWait) }
+func mayWait(err error) bool { return err == hostdir.MayWait }
 
 // beginLookup begins a look-up of the loop's runner.
 func (l *loop) beginLookup() uint64 {

@@ -16,7 +16,7 @@ var (
 	errEOF     = sni.Alert{Description: sni.DecodeError, Reason: "the client ended the connection before the server name"}
 	errTimeout = sni.Alert{Description: sni.UserCanceled, Reason: "no complete server name within the time limit"}
 
-	errNoRoom        = &hostdir.Error{Problem: hostdir.NoRoom}
+	errNoRoom        = hostdir.NoRoom
 	errClogged       = sni.Alert{Description: sni.InternalError, Reason: "too many descriptors that backends of this tenant have passed wait to be closed"}
 	errLookups       = sni.Alert{Description: sni.InternalError, Reason: "too many look-ups wait for a file system"}
 	errLookupTimeout = sni.Alert{Description: sni.UserCanceled, Reason: "the look-up has waited for a file system until the time limit"}
@@ -38,7 +38,7 @@ func refusal(name []byte, err error) sni.Alert {
 				return nameless(host.Ignored)
 			}
 			description = sni.UnrecognizedName
-		case hostdir.BacklogFull, hostdir.NoRoom, hostdir.Exchanged, hostdir.MayWait, hostdir.Other:
+		case hostdir.Other:
 		default:
 			description = sni.UnrecognizedName
 		}
@@ -98,11 +98,6 @@ func peer(fd int) string {
 }
 
 // Errors of a look-up that are not the last word.
-func backlogFull(err error) bool { return isProblem(err, hostdir.BacklogFull) }
-func noRoom(err error) bool      { return isProblem(err, hostdir.NoRoom) }
-func exchanged(err error) bool   { return isProblem(err, hostdir.Exchanged) }
-
-func isProblem(err error, p hostdir.Problem) bool {
-	var host *hostdir.Error
-	return errors.As(err, &host) && host.Problem == p
-}
+func backlogFull(err error) bool { return err == hostdir.BacklogFull }
+func noRoom(err error) bool      { return err == hostdir.NoRoom }
+func exchanged(err error) bool   { return err == hostdir.Exchanged }
