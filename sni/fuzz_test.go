@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"sniproxy/sni/snitest"
 )
 
 // Goal: the inputs that the targets begin with reach every statement of the
@@ -51,8 +53,8 @@ func FuzzParse(f *testing.F) {
 	for _, c := range captures(f) {
 		f.Add(c.stream, c.stream, uint16(7))
 	}
-	f.Add(records(ordinary("example.com").bytes, 40), []byte{}, uint16(50))
-	f.Add(records(build(hello{ciphers: MaxHello - 4}).bytes, maxRecord), []byte{}, uint16(999))
+	f.Add(snitest.Records(ordinary("example.com").Bytes, 40), []byte{}, uint16(50))
+	f.Add(snitest.Records(snitest.ClientHello{CipherSuites: MaxHello - 4}.Build().Bytes, maxRecord), []byte{}, uint16(999))
 	f.Fuzz(func(t *testing.T, stream, more []byte, size uint16) {
 		var p Parser
 		got := give(&p, stream)
@@ -104,7 +106,7 @@ func answerWord(p *Parser) string {
 // Property: the answer does not depend on how a message is put into records.
 func FuzzResplit(f *testing.F) {
 	for _, c := range captures(f) {
-		f.Add(payload(c.stream), []byte{1, 99, 2})
+		f.Add(snitest.Payload(c.stream), []byte{1, 99, 2})
 	}
 	f.Fuzz(func(t *testing.T, msg, sizes []byte) {
 		// In records of one byte it must still be within the limit.
@@ -117,10 +119,10 @@ func FuzzResplit(f *testing.F) {
 				n += int(sizes[i%len(sizes)])
 			}
 			n = min(n, len(rest))
-			split = append(split, records(rest[:n], n)...)
+			split = append(split, snitest.Records(rest[:n], n)...)
 			rest = rest[n:]
 		}
-		want := parse(records(msg, maxRecord))
+		want := parse(snitest.Records(msg, maxRecord))
 		if got := parse(split); got != want {
 			t.Errorf("got %q, want %q", got, want)
 		}
@@ -131,12 +133,12 @@ func FuzzResplit(f *testing.F) {
 // valid and without a host name; and it is not before its last byte has come.
 func FuzzNameless(f *testing.F) {
 	for _, c := range captures(f) {
-		f.Add(payload(c.stream))
+		f.Add(snitest.Payload(c.stream))
 	}
 	for _, h := range namelessHellos() {
-		f.Add(h.hello.bytes)
+		f.Add(h.hello.Bytes)
 	}
-	f.Add(build(hello{sessionID: 33, ciphers: -1, methods: -1}).bytes)
+	f.Add(snitest.ClientHello{SessionID: 33, CipherSuites: -1, CompressionMethods: -1}.Build().Bytes)
 	f.Fuzz(func(t *testing.T, msg []byte) {
 		msg = msg[:min(len(msg), maxRecord)]
 		end, want := readNameless(msg)
@@ -148,7 +150,7 @@ func FuzzNameless(f *testing.F) {
 			{msg[:end], want},
 			{msg[:max(end-1, 0)], false},
 		} {
-			if got := strings.HasSuffix(parse(records(c.msg, maxRecord)), nameless); got != c.want {
+			if got := strings.HasSuffix(parse(snitest.Records(c.msg, maxRecord)), nameless); got != c.want {
 				t.Errorf("after %d bytes: nameless is %v, want %v", len(c.msg), got, c.want)
 			}
 		}
@@ -159,13 +161,13 @@ func FuzzNameless(f *testing.F) {
 // nameless to both.
 func FuzzCryptoTLS(f *testing.F) {
 	for _, c := range captures(f) {
-		f.Add(payload(c.stream))
+		f.Add(snitest.Payload(c.stream))
 	}
-	f.Add(ordinary("WWW.example.com").bytes)
+	f.Add(ordinary("WWW.example.com").Bytes)
 	for _, h := range namelessHellos() {
-		f.Add(h.hello.bytes)
+		f.Add(h.hello.Bytes)
 	}
-	f.Add(withList(func(m *message) { m.entry(1, "other"); m.entry(0, "example.com") }).bytes)
+	f.Add(snitest.NameList(func(m *snitest.Message) { m.Entry(1, "other"); m.Entry(snitest.HostName, "example.com") }).Bytes)
 	f.Fuzz(checkAgainstCryptoTLS)
 }
 
