@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sniproxy/hostdir"
+	"sniproxy/hostdir/hostdirtest"
 )
 
 // With reportOn the test binary prints what it finds for the names in its working directory, which are separated by
@@ -135,38 +136,26 @@ func elsewhere(t *testing.T, names string, change func(*exec.Cmd)) (r report) {
 	if change != nil {
 		change(cmd)
 	}
-	out, err := cmd.Output()
-	if err != nil {
-		t.Fatalf("%v: %s", err, childStderr(err))
+	stdout, stderr, status := hostdirtest.Run(t, cmd)
+	if err := json.Unmarshal([]byte(stdout), &r); err != nil || status != 0 {
+		t.Fatalf("%v, exit status %d: %s", err, status, stderr)
 	}
-	must(t, json.Unmarshal(out, &r))
 	return r
 }
 
 func childCommand(t *testing.T, names string) *exec.Cmd {
 	t.Helper()
-	self, err := os.Executable()
-	must(t, err)
+	cmd := hostdirtest.Command(t, reportOn+"="+names)
 	if os.Geteuid() == 0 { // it is where only root can enter
-		binary, err := os.ReadFile(self)
+		binary, err := os.ReadFile(cmd.Path)
 		must(t, err)
-		self, err = filepath.Abs(".self")
+		cmd.Path, err = filepath.Abs(".self")
 		must(t, err)
-		if _, err := os.Lstat(self); err != nil {
-			must(t, os.WriteFile(self, binary, 0o755))
+		if _, err := os.Lstat(cmd.Path); err != nil {
+			must(t, os.WriteFile(cmd.Path, binary, 0o755))
 		}
 	}
-	cmd := exec.Command(self)
-	// The race detector would let each run sleep for a second at its end.
-	cmd.Env = append(os.Environ(), reportOn+"="+names, "GORACE=atexit_sleep_ms=0")
 	return cmd
-}
-
-func childStderr(err error) string {
-	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
-		return string(exit.Stderr)
-	}
-	return ""
 }
 
 // with sets a variable in the environment of a process.

@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sniproxy/hostdir"
+	"sniproxy/hostdir/hostdirtest"
 )
 
 // ownDirectories opens the hosts directory, where threads can have working directories of their own.
@@ -36,11 +37,6 @@ func TestDialNow(t *testing.T) {
 		t.Skip(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(elsewhere) })
-	listenAt := func(path string) {
-		fd := socket(t, unix.SOCK_STREAM)
-		must(t, unix.Bind(fd, &unix.SockaddrUnix{Name: path}))
-		must(t, unix.Listen(fd, 100))
-	}
 	listen(t, "plain", 100)
 	must(t, os.Symlink(dirName("plain"), dirName("link")))
 	must(t, os.Mkdir(dirName("socket-link"), 0o755))
@@ -48,7 +44,7 @@ func TestDialNow(t *testing.T) {
 	long := strings.Repeat("a", 254)
 	must(t, os.Symlink(dirName("plain"), dirName(long)))
 
-	listenAt(elsewhere + "/tls-socket")
+	must(t, unix.Listen(hostdirtest.Bind(t, elsewhere, unix.SOCK_STREAM), 100))
 	must(t, os.WriteFile(elsewhere+"/send-proxy-v1", nil, 0o644))
 	must(t, os.Symlink(elsewhere, dirName("elsewhere")))
 	must(t, os.Mkdir(dirName("socket-elsewhere"), 0o755))

@@ -4,12 +4,12 @@ package hostdir_test
 
 import (
 	"math/rand"
-	"os"
 	"os/exec"
 	"strings"
 	"testing"
 
 	"sniproxy/hostdir"
+	"sniproxy/hostdir/hostdirtest"
 )
 
 func TestHash(t *testing.T) {
@@ -41,13 +41,7 @@ func TestHash(t *testing.T) {
 
 func TestHashPython(t *testing.T) {
 	// Goal: the same for 100 random names of 1 to 254 bytes, python3 computing now.
-	python, err := exec.LookPath("python3")
-	if err != nil {
-		if os.Getenv("SNIPROXY_TEST_REQUIRE") != "" {
-			t.Fatalf("%s is not installed, and SNIPROXY_TEST_REQUIRE is set", "python3")
-		}
-		t.Skipf("%s is not installed", "python3")
-	}
+	python := hostdirtest.Need(t, "python3")
 	const letters = "abcdefghijklmnopqrstuvwxyz0123456789-_."
 	var names, dirs []string
 	for range 100 {

@@ -5,7 +5,6 @@ import (
 	"maps"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -15,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sniproxy/hostdir"
+	"sniproxy/hostdir/hostdirtest"
 )
 
 // A failure is what a look-up fails with, 0 if it does not: a Problem, or an Again as a negative number.
@@ -50,64 +50,24 @@ func problem(err error) failure {
 // chdir makes a hosts directory the working directory of the test.
 func chdir(t *testing.T) {
 	t.Helper()
-	dir := t.TempDir()
-	// Others must be able to enter it, and what it is in.
-	for _, dir := range []string{dir, filepath.Dir(dir)} {
-		if err := os.Chmod(dir, 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
-	t.Chdir(dir)
+	t.Chdir(hostdirtest.Dir(t))
 }
 
 // dirName returns the path of the directory of a host.
-func dirName(name string) string { return string(hostdir.AppendName(nil, []byte(name))) }
+func dirName(name string) string { return hostdirtest.Entry(name) }
 
-// bind makes the directory of a host, and a socket in it.
+// bind makes a host with a socket that does not listen.
 func bind(t *testing.T, name string, kind int) (fd int) {
 	t.Helper()
-	if err := os.Mkdir(dirName(name), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	fd = socket(t, kind)
-	path := dirName(name) + "/tls-socket"
-	if err := unix.Bind(fd, &unix.SockaddrUnix{Name: path}); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Chmod(path, 0o777); err != nil {
-		t.Fatal(err)
-	}
-	return fd
+	return hostdirtest.Bind(t, dirName(name), kind)
 }
 
-func socket(t *testing.T, kind int) int {
-	t.Helper()
-	fd, err := unix.Socket(unix.AF_UNIX, kind, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { unix.Close(fd) })
-	return fd
-}
-
+// listen makes a host with a socket that listens.
 func listen(t *testing.T, name string, backlog int) (fd int) {
 	t.Helper()
 	fd = bind(t, name, unix.SOCK_STREAM)
-	if err := unix.Listen(fd, backlog); err != nil {
-		t.Fatal(err)
-	}
+	must(t, unix.Listen(fd, backlog))
 	return fd
-}
-
-// abandon makes a host whose backend has died.
-func abandon(t *testing.T, name string) {
-	t.Helper()
-	must(t, os.Mkdir(dirName(name), 0o755))
-	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM, 0)
-	must(t, err)
-	must(t, unix.Bind(fd, &unix.SockaddrUnix{Name: dirName(name) + "/tls-socket"}))
-	must(t, unix.Listen(fd, 1))
-	must(t, unix.Close(fd))
 }
 
 func must(t *testing.T, err error) {
@@ -212,7 +172,7 @@ func TestDialProblems(t *testing.T) {
 		in("fifo", func(path string) error { return unix.Mkfifo(path, 0o777) })
 		in("directory", func(path string) error { return os.Mkdir(path, 0o777) })
 		bind(t, "bound", unix.SOCK_STREAM)
-		abandon(t, "abandoned")
+		hostdirtest.Abandon(t, dirName("abandoned"))
 		bind(t, "datagram", unix.SOCK_DGRAM)
 		tests := map[string]failure{
 			"absent":          noDirectory,

@@ -1,13 +1,10 @@
 package hostdir_test
 
 import (
-	"bytes"
-	"encoding/binary"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -15,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sniproxy/hostdir"
+	"sniproxy/hostdir/hostdirtest"
 )
 
 // Goal: a Dialer that is made without a descriptor is as good as any, and for lack of descriptors it says nothing else, for
@@ -189,7 +187,7 @@ func TestNoOpenat2(t *testing.T) {
 // Goal: in a user namespace those whom it does not know, who all look like the overflow uid, are not the administrator, be the
 // hosts directory one of theirs or not: they speak for nobody, and do not ask for the log.
 func TestUserNamespace(t *testing.T) {
-	needRoot(t)
+	hostdirtest.NeedRoot(t)
 	for _, inside := range []bool{false, true} { // whether the namespace knows the owner of the hosts directory
 		for _, forbid := range []string{"", "unshare"} {
 			t.Run(fmt.Sprintf("known %t, without %q", inside, forbid), func(t *testing.T) {
@@ -236,24 +234,11 @@ func TestUserNamespace(t *testing.T) {
 	}
 }
 
-// onMounts has the rest of the test run where its mounts are seen by nobody else.
-func onMounts(t *testing.T) {
-	t.Helper()
-	needRoot(t)
-	runtime.LockOSThread() // for good, so that the thread ends with the test
-	err := unix.Unshare(unix.CLONE_NEWNS)
-	if err == nil {
-		err = unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
-	}
-	if err != nil {
-		t.Skipf("no mount namespace: %v", err)
-	}
-}
-
 // Goal: a file system that is mounted on an entry is followed only if there is time for it, and is believed whose it is only if
 // it is no FUSE: a tenant may mount that on his directory and have it say that it is root's.
 func TestMountOwner(t *testing.T) {
-	onMounts(t)
+	hostdirtest.NeedRoot(t)
+	hostdirtest.OwnMounts(t)
 	chdir(t)
 	must(t, os.Chmod(".", 0o755))
 	for _, name := range []string{"memory", "*.memory", "fuse", "*.fuse"} {
@@ -261,16 +246,13 @@ func TestMountOwner(t *testing.T) {
 		path, err := filepath.Abs(dirName(name))
 		must(t, err)
 		if strings.HasSuffix(name, "memory") {
-			if err := unix.Mount("memory", path, "tmpfs", 0, "mode=755"); err != nil {
-				t.Skipf("no tmpfs: %v", err)
-			}
-			t.Cleanup(func() { unix.Unmount(path, unix.MNT_DETACH) })
-			fd := socket(t, unix.SOCK_STREAM)
-			must(t, unix.Bind(fd, &unix.SockaddrUnix{Name: dirName(name) + "/tls-socket"}))
-			must(t, unix.Listen(fd, 100))
-		} else {
-			mountFUSE(t, path)
+			hostdirtest.Mount(t, "memory", path, "tmpfs", 0, "mode=755")
+			listen(t, name, 100)
+			continue
 		}
+		// It says that it is root's, and that there is nothing in it.
+		fs := hostdirtest.MountUserFS(t, path, unix.S_IFDIR, fmt.Sprintf("user_id=%d", tenant))
+		fs.Serve(0)
 	}
 	listen(t, "*", 100)
 	r := elsewhere(t, "memory a.memory fuse a.fuse", nil)
@@ -293,67 +275,4 @@ func TestMountOwner(t *testing.T) {
 		want.FindNow = 0
 		check(", with paths", p.Names[name])
 	}
-}
-
-// mountFUSE mounts a file system that says that it is root's, and that there is nothing in it.
-func mountFUSE(t *testing.T, path string) {
-	t.Helper()
-	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
-	if err != nil {
-		t.Skipf("/dev/fuse: %v", err)
-	}
-	options := fmt.Sprintf("fd=%d,rootmode=40755,user_id=%d,group_id=0,allow_other", fd, tenant)
-	if err := unix.Mount("fuse", path, "fuse", unix.MS_NOSUID|unix.MS_NODEV, options); err != nil {
-		unix.Close(fd)
-		t.Skipf("mount of a file system in user space: %v", err)
-	}
-	dev := os.NewFile(uintptr(fd), "/dev/fuse")
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		// See linux/fuse.h: what is asked begins with length, number of the operation, and number of the request; the
-		// answer with length, error and that number.
-		request := make([]byte, 128<<10)
-		for {
-			n, err := dev.Read(request)
-			if err != nil {
-				return
-			}
-			var body []byte
-			errno := unix.Errno(0)
-			switch operation := binary.NativeEndian.Uint32(request[4:]); operation {
-			case 1: // FUSE_LOOKUP
-				errno = unix.ENOENT
-			case 3: // FUSE_GETATTR: the mode of a directory, and zeros
-				body = make([]byte, 104)
-				binary.NativeEndian.PutUint64(body[16:], 1)
-				binary.NativeEndian.PutUint32(body[16+60:], unix.S_IFDIR|0o755)
-				binary.NativeEndian.PutUint32(body[16+64:], 1)
-			case 17: // FUSE_STATFS
-				body = make([]byte, 80)
-			case 26: // FUSE_INIT: the version, and zeros
-				body = make([]byte, 64)
-				binary.NativeEndian.PutUint32(body, 7)
-				binary.NativeEndian.PutUint32(body[4:], 31)
-				binary.NativeEndian.PutUint32(body[20:], 4096)
-			case 2, 36, 42: // FUSE_FORGET, FUSE_INTERRUPT, FUSE_BATCH_FORGET want no answer
-				continue
-			default:
-				errno = unix.ENOSYS
-			}
-			var answer bytes.Buffer
-			binary.Write(&answer, binary.NativeEndian, uint32(16+len(body)))
-			binary.Write(&answer, binary.NativeEndian, -int32(errno))
-			answer.Write(request[8:16])
-			answer.Write(body)
-			if n >= 40 {
-				dev.Write(answer.Bytes())
-			}
-		}
-	}()
-	t.Cleanup(func() {
-		dev.Close()
-		<-done
-		unix.Unmount(path, unix.MNT_DETACH|unix.MNT_FORCE)
-	})
 }

@@ -10,19 +10,13 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sniproxy/hostdir"
+	"sniproxy/hostdir/hostdirtest"
 )
 
 // tenant is a user who is not the administrator.
 const tenant = 65532
 
-func needRoot(t *testing.T) {
-	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("only root can give files away")
-	}
-}
-
-// Goal: a general entry that is neither a directory nor a symlink does not count, whoever owns it: it is passed over
+// Goal: a wildcard that is neither a directory nor a symlink does not count, whoever owns it: it is passed over
 // as if it were not there, and the Hosts name it. The entry of a host itself cannot serve then.
 func TestFindOdd(t *testing.T) {
 	eachWay(t, func(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {
@@ -31,7 +25,10 @@ func TestFindOdd(t *testing.T) {
 		file := func(path string) error { return os.WriteFile(path, nil, 0o644) }
 		fifo := func(path string) error { return unix.Mkfifo(path, 0o644) }
 		socket := func(path string) error {
-			return unix.Bind(socket(t, unix.SOCK_STREAM), &unix.SockaddrUnix{Name: path})
+			fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM, 0)
+			must(t, err)
+			defer unix.Close(fd)
+			return unix.Bind(fd, &unix.SockaddrUnix{Name: path})
 		}
 		for what, put := range map[string]func(string) error{"file": file, "fifo": fifo, "socket": socket} {
 			must(t, put(dirName("*.example")))
@@ -67,7 +64,7 @@ func TestFindOdd(t *testing.T) {
 // Goal: the overflow uid is never the administrator, not even as the owner of the hosts directory: neither its wildcards
 // nor its log markers count. Root's do.
 func TestOverflow(t *testing.T) {
-	needRoot(t)
+	hostdirtest.NeedRoot(t)
 	eachWay(t, func(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {
 		const nobody = 65534
 		must(t, os.Chown(".", nobody, nobody))
@@ -157,7 +154,7 @@ func TestLogAll(t *testing.T) {
 // Goal: it is known whose an entry is, a symlink's own owner as well, and whether what it leads to is somebody else's,
 // as far as that can be told.
 func TestFindOwner(t *testing.T) {
-	needRoot(t)
+	hostdirtest.NeedRoot(t)
 	for _, w := range ways(t) {
 		t.Run(w.name, func(t *testing.T) {
 			const owner = 65533

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sniproxy/hostdir"
+	"sniproxy/hostdir/hostdirtest"
 )
 
 // A site is a host that tells who was connected to.
@@ -101,7 +102,7 @@ func TestDialWildcardDown(t *testing.T) {
 			case "empty":
 				must(t, os.Mkdir(path, 0o755))
 			case "abandoned":
-				abandon(t, entry)
+				hostdirtest.Abandon(t, path)
 			}
 		}
 		base := descriptors(t)
@@ -172,9 +173,7 @@ func TestDialWildcardOwner(t *testing.T) {
 	// Goal: a wildcard counts only if the entry itself belongs to the owner of the hosts
 	// directory or to root; one that does not is passed over, and if nothing follows the error
 	// says so.
-	if os.Geteuid() != 0 {
-		t.Skip("only root can give files away")
-	}
+	hostdirtest.NeedRoot(t)
 	const owner, other = 65533, 65532
 	eachWay(t, func(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {
 		must(t, os.Chown(".", owner, owner))

@@ -15,12 +15,10 @@ import (
 	"testing"
 	"time"
 
+	"sniproxy/hostdir/hostdirtest"
 	"sniproxy/proxyproto"
 	"sniproxy/sni"
 )
-
-// patience is how long a test waits for what must come. It is no limit on speed.
-const patience = 30 * time.Second
 
 // A connection is what a header of version 2 is made of, and what a receiver reads in it.
 type connection struct{ client, listener, authority, want string }
@@ -46,7 +44,7 @@ func (c connection) header() []byte {
 
 // Goal: HAProxy learns from the header who the client is and what it asked for.
 func TestV2HAProxy(t *testing.T) {
-	haproxy := need(t, "haproxy")
+	haproxy := hostdirtest.Need(t, "haproxy")
 	t.Chdir(t.TempDir())
 	serve(t, `
 defaults
@@ -68,7 +66,7 @@ frontend site
 // Goal: nginx learns from the header who the client is and, if it is not too old, what it
 // asked for.
 func TestV2Nginx(t *testing.T) {
-	nginx := need(t, "nginx")
+	nginx := hostdirtest.Need(t, "nginx")
 	t.Chdir(t.TempDir())
 
 	authority := "$proxy_protocol_tlv_authority"
@@ -127,7 +125,7 @@ func serve(t *testing.T, config, program string, args ...string) {
 	if err := os.WriteFile("config", []byte(config), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	var out bytes.Buffer
+	var out hostdirtest.Lines
 	cmd := exec.Command(program, args...)
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := cmd.Start(); err != nil {
@@ -146,23 +144,18 @@ func serve(t *testing.T, config, program string, args ...string) {
 		}
 	})
 
-	tick := time.NewTicker(5 * time.Millisecond)
-	defer tick.Stop()
-	late := time.After(patience)
-	for {
+	hostdirtest.Await(t, program+" to listen", func() bool {
+		select {
+		case <-exited:
+			t.Fatalf("%s has ended", program)
+		default:
+		}
 		c, err := net.Dial("unix", "socket")
 		if err == nil {
 			c.Close()
-			return
 		}
-		select {
-		case <-tick.C:
-		case <-exited:
-			t.Fatalf("%s has ended", program)
-		case <-late:
-			t.Fatalf("waited in vain for %s to listen", program)
-		}
-	}
+		return err == nil
+	})
 }
 
 // get sends a request with the header before it, in one write, and returns the page.
@@ -172,7 +165,7 @@ func get(header []byte) (string, error) {
 		return "", err
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(patience))
+	c.SetDeadline(time.Now().Add(hostdirtest.Patience))
 	if _, err := c.Write(append(header, "GET / HTTP/1.1\r\nHost: site.example\r\nConnection: close\r\n\r\n"...)); err != nil {
 		return "", err
 	}
@@ -191,7 +184,7 @@ func TestV2GoProxyproto(t *testing.T) {
 		module  = "github.com/pires/go-proxyproto"
 		version = "v0.15.0"
 	)
-	goTool := need(t, "go")
+	goTool := hostdirtest.Need(t, "go")
 	t.Chdir(t.TempDir())
 	for name, text := range map[string]string{"go.mod": "module reader\n\ngo 1.26\n", "main.go": reader} {
 		if err := os.WriteFile(name, []byte(text), 0o644); err != nil {
@@ -202,7 +195,7 @@ func TestV2GoProxyproto(t *testing.T) {
 	// The module is one of the test's, not of ours: it is fetched, or is not to be had.
 	if out, err := exec.Command(goTool, "get", module+"@"+version).CombinedOutput(); err != nil {
 		t.Logf("%v: %s", err, out)
-		missing(t, module)
+		hostdirtest.Missing(t, module)
 	}
 	if out, err := exec.Command(goTool, "build", "-o", "reader", ".").CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
@@ -287,24 +280,3 @@ func main() {
 	}
 }
 `
-
-// need skips the test where a program is not installed, or fails it where all must be.
-func need(t *testing.T, program string) string {
-	t.Helper()
-	for _, name := range []string{program, "/usr/sbin/" + program, "/sbin/" + program} {
-		if path, err := exec.LookPath(name); err == nil {
-			return path
-		}
-	}
-	missing(t, program)
-	return ""
-}
-
-// missing ends the test for want of what it needs.
-func missing(t *testing.T, name string) {
-	t.Helper()
-	if os.Getenv("SNIPROXY_TEST_REQUIRE") != "" {
-		t.Fatalf("%s is not installed, and SNIPROXY_TEST_REQUIRE is set", name)
-	}
-	t.Skipf("%s is not installed", name)
-}

@@ -2,8 +2,6 @@ package sni
 
 import (
 	"errors"
-	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -11,38 +9,6 @@ import (
 
 	"sniproxy/sni/snitest"
 )
-
-// Goal: the inputs that the targets begin with reach every statement of the
-// parser and of the rule for names, so that fuzzing begins at each of them.
-func TestFuzzInputsReachAll(t *testing.T) {
-	if _, err := exec.LookPath("go"); err != nil {
-		if os.Getenv("SNIPROXY_TEST_REQUIRE") != "" {
-			t.Fatal("go is not installed, and SNIPROXY_TEST_REQUIRE is set")
-		}
-		t.Skip("go is not installed")
-	}
-	file := filepath.Join(t.TempDir(), "profile")
-	out, err := exec.Command("go", "test", "-run", "^Fuzz", "-coverprofile", file, ".").CombinedOutput()
-	if err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
-	profile, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, source := range []string{"hello.go", "name.go"} {
-		if !strings.Contains(string(profile), "/"+source+":") {
-			t.Errorf("nothing of %s is in the profile\n%s", source, profile)
-		}
-	}
-	// Of alert.go a Parser has no use for Record, for user_canceled, and for
-	// descriptions without a name.
-	for line := range strings.Lines(string(profile)) {
-		if strings.HasSuffix(line, " 0\n") && !strings.Contains(line, "/alert.go:") {
-			t.Errorf("not reached: %s", line)
-		}
-	}
-}
 
 // Property: no panic; a name is canonical; the answer is stable under longer
 // input, and does not depend on how the stream is cut.

@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"errors"
 	"os"
 	"os/exec"
 	"strings"
@@ -10,6 +9,7 @@ import (
 
 	"sniproxy/cmd/internal/hostname"
 	"sniproxy/hostdir"
+	"sniproxy/hostdir/hostdirtest"
 	"sniproxy/sni"
 )
 
@@ -23,25 +23,15 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-func program(args ...string) *exec.Cmd {
-	cmd := exec.Command(os.Args[0], args...)
-	// The race detector would let each run sleep for a second at its end.
-	cmd.Env = append(os.Environ(), runMain+"=1", "GORACE=atexit_sleep_ms=0")
-	return cmd
+func program(t *testing.T, args ...string) *exec.Cmd {
+	t.Helper()
+	return hostdirtest.Command(t, runMain+"=1", args...)
 }
 
 // runProgram runs sniproxy-hostname to its end.
 func runProgram(t *testing.T, args ...string) (stdout, stderr string, status int) {
 	t.Helper()
-	var out, messages bytes.Buffer
-	cmd := program(args...)
-	cmd.Stdout, cmd.Stderr = &out, &messages
-	if err := cmd.Run(); err != nil {
-		if _, ok := errors.AsType[*exec.ExitError](err); !ok {
-			t.Fatal(err)
-		}
-	}
-	return out.String(), messages.String(), cmd.ProcessState.ExitCode()
+	return hostdirtest.Run(t, program(t, args...))
 }
 
 // The hashes are those of Python's hashlib.blake2s and base64.urlsafe_b64encode.
@@ -207,7 +197,7 @@ func TestOutputLost(t *testing.T) {
 	}
 	for name, output := range outputs {
 		t.Run(name, func(t *testing.T) {
-			cmd := program("a.example")
+			cmd := program(t, "a.example")
 			stdout := output(t)
 			defer stdout.Close()
 			var stderr strings.Builder

@@ -1,9 +1,7 @@
 package main
 
 import (
-	"bytes"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -15,6 +13,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir/hostdirtest"
 )
 
 // With the first of these in its environment the test binary is sniproxy-listen, and with the second, which comes
@@ -95,61 +95,19 @@ func self(t *testing.T) string {
 	return path
 }
 
-// need returns the path of a program, and skips the test where there is none.
-func need(t *testing.T, name string) string {
-	t.Helper()
-	for _, file := range []string{name, "/usr/sbin/" + name, "/sbin/" + name} {
-		if path, err := exec.LookPath(file); err == nil {
-			return path
-		}
-	}
-	if os.Getenv("SNIPROXY_TEST_REQUIRE") != "" {
-		t.Fatalf("%s is not installed, and SNIPROXY_TEST_REQUIRE is set", name)
-	}
-	t.Skipf("%s is not installed", name)
-	return ""
-}
-
-func needIPv6(t *testing.T) {
-	t.Helper()
-	l, err := net.Listen("tcp6", "[::1]:0")
-	if err != nil {
-		t.Skip("this machine has no IPv6")
-	}
-	l.Close()
-}
-
 // program returns sniproxy-listen with these arguments.
 func program(t *testing.T, args ...string) *exec.Cmd {
 	t.Helper()
-	cmd := exec.Command(self(t), args...)
-	cmd.Env = environ()
-	return cmd
+	return hostdirtest.Command(t, runMain+"=1", args...)
 }
 
-func environ() []string {
-	// The race detector would let each run sleep for a second at its end.
-	return append(os.Environ(), runMain+"=1", "GORACE=atexit_sleep_ms=0")
-}
-
-// finish runs cmd to its end.
-func finish(t *testing.T, cmd *exec.Cmd) (stdout, stderr string, status int) {
-	t.Helper()
-	var out, messages bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &messages
-	if err := cmd.Run(); err != nil {
-		if _, ok := errors.AsType[*exec.ExitError](err); !ok {
-			t.Fatal(err)
-		}
-	}
-	return out.String(), messages.String(), cmd.ProcessState.ExitCode()
-}
+func environ() []string { return hostdirtest.Environ(runMain + "=1") }
 
 // given returns what PROGRAM finds on descriptor 0 when cmd has its arguments yet to come.
 func given(t *testing.T, cmd *exec.Cmd) stdin {
 	t.Helper()
 	cmd.Args = append(cmd.Args, "env", runReport+"=1", self(t))
-	stdout, stderr, status := finish(t, cmd)
+	stdout, stderr, status := hostdirtest.Run(t, cmd)
 	var s stdin
 	if err := json.Unmarshal([]byte(stdout), &s); err != nil || stderr != "" || status != 0 {
 		t.Fatalf("%q: %v, exit status %d, stdout %q, stderr %q", cmd.Args, err, status, stdout, stderr)
@@ -179,7 +137,7 @@ func TestSocket(t *testing.T) {
 	} {
 		t.Run(c.addr, func(t *testing.T) {
 			if c.v6Only >= 0 {
-				needIPv6(t)
+				hostdirtest.NeedIPv6(t)
 			}
 			want := stdin{
 				V6Only: c.v6Only, Type: unix.SOCK_STREAM, Listens: 1, ReuseAddr: 1, Blocking: true,
@@ -258,7 +216,7 @@ func TestUsage(t *testing.T) {
 		{"--", "127.0.0.1:0", "echo", "run"},
 		{"-1:443", "echo", "run"},
 	} {
-		stdout, stderr, status := finish(t, program(t, args...))
+		stdout, stderr, status := hostdirtest.Run(t, program(t, args...))
 		if stdout != "" || status != 2 || !strings.HasPrefix(stderr, "usage: sniproxy-listen ADDR PROGRAM") {
 			t.Errorf("%q: stdout %q, stderr %q, exit status %d; want the usage and 2", args, stdout, stderr, status)
 		}
@@ -270,7 +228,7 @@ func TestUsage(t *testing.T) {
 func refused(t *testing.T, cmd *exec.Cmd, addr string, reasons ...string) {
 	t.Helper()
 	cmd.Args = append(cmd.Args, addr, "echo", "run")
-	stdout, stderr, status := finish(t, cmd)
+	stdout, stderr, status := hostdirtest.Run(t, cmd)
 	if stdout != "" || status != 1 {
 		t.Errorf("%q: stdout %q, exit status %d; want none, and 1", addr, stdout, status)
 	}
@@ -373,7 +331,7 @@ func programs(t *testing.T) (dir, path string) {
 // Goal: PROGRAM is found and run, or not, with the exit status of env(1), whichever way it is named; and where it
 // cannot be run there is one line that names it.
 func TestProgram(t *testing.T) {
-	env := need(t, "env")
+	env := hostdirtest.Need(t, "env")
 	dir, path := programs(t)
 	for _, c := range []struct {
 		path   string // PATH; "-" for none
@@ -414,7 +372,7 @@ func TestProgram(t *testing.T) {
 		}
 		run := func(cmd *exec.Cmd) (stdout, stderr string, status int) {
 			cmd.Dir, cmd.Env = dir, environment
-			return finish(t, cmd)
+			return hostdirtest.Run(t, cmd)
 		}
 		stdout, stderr, status := run(program(t, "127.0.0.1:0", c.name, "run", "two words"))
 		wantOut, _, envStatus := run(exec.Command(env, c.name, "run", "two words"))
@@ -439,7 +397,7 @@ func TestProgram(t *testing.T) {
 func TestExitStatus(t *testing.T) {
 	for _, want := range []int{0, 1, 7} {
 		cmd := program(t, "127.0.0.1:0", "sh", "-c", fmt.Sprintf("exit %d", want))
-		if _, stderr, status := finish(t, cmd); status != want || stderr != "" {
+		if _, stderr, status := hostdirtest.Run(t, cmd); status != want || stderr != "" {
 			t.Errorf("exit status %d, stderr %q; want %d", status, stderr, want)
 		}
 	}
