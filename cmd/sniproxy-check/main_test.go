@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -14,9 +13,8 @@ import (
 	"syscall"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
 	"sniproxy/hostdir"
+	"sniproxy/hostdir/hostdirtest"
 )
 
 // workspace holds what the tests share. Any user may enter it.
@@ -43,25 +41,6 @@ func TestMain(m *testing.M) {
 	}())
 }
 
-// directory makes a directory that any user may enter, unlike those of t.TempDir.
-func directory(t *testing.T) string {
-	t.Helper()
-	dir, err := os.MkdirTemp(workspace, "")
-	must(t, err)
-	must(t, os.Chmod(dir, 0o755))
-	t.Cleanup(func() {
-		// An ordinary user can remove nothing from what is closed to all.
-		filepath.WalkDir(dir, func(path string, e os.DirEntry, _ error) error {
-			if e != nil && e.IsDir() {
-				os.Chmod(path, 0o755)
-			}
-			return nil
-		})
-		os.RemoveAll(dir)
-	})
-	return dir
-}
-
 func must(t *testing.T, err error) {
 	t.Helper()
 	if err != nil {
@@ -77,24 +56,19 @@ var (
 	builtMu sync.Mutex
 )
 
-// build returns the path of a program of the project, built for an engine, that every user may execute.
+// build returns the path of a program of the project, built for an engine.
 func build(t *testing.T, program, engine string) string {
 	t.Helper()
 	builtMu.Lock()
 	defer builtMu.Unlock()
-	path := filepath.Join(workspace, program+"-"+engine)
-	if built[path] == "" {
-		tags := engine
-		if hostdir.Hashed {
-			tags += ",hashed"
-		}
-		out, err := exec.Command("go", "build", "-buildvcs=false", "-tags", tags, "-o", path, "sniproxy/cmd/"+program).CombinedOutput()
-		if err != nil {
-			t.Fatalf("go build: %v\n%s", err, out)
-		}
-		built[path] = path
+	key := program + "-" + engine
+	if built[key] == "" {
+		dir, err := os.MkdirTemp(workspace, "")
+		must(t, err)
+		must(t, os.Chmod(dir, 0o755))
+		built[key] = hostdirtest.Program(t, dir, program, engine)
 	}
-	return path
+	return built[key]
 }
 
 // self returns the path of this test binary, which is sniproxy-check when it is run by command, with the race detector
@@ -130,8 +104,7 @@ func users() []user {
 func (u user) command(path string, args ...string) *exec.Cmd {
 	cmd := exec.Command(path, args...)
 	cmd.Dir = "/"
-	// The race detector would let each run sleep for a second at its end.
-	cmd.Env = append(os.Environ(), "SNIPROXY_CHECK_RUN_MAIN=1", "GORACE=atexit_sleep_ms=0")
+	cmd.Env = hostdirtest.Environ("SNIPROXY_CHECK_RUN_MAIN=1")
 	if u.uid != os.Geteuid() {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(u.uid), Gid: uint32(u.uid)}}
 	}
@@ -145,18 +118,11 @@ func check(t *testing.T, u user, dir string, args ...string) (stdout, stderr str
 	if dir != "" {
 		cmd.Dir = dir
 	}
-	var out, messages bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &messages
-	if err := cmd.Run(); err != nil {
-		if _, ok := errors.AsType[*exec.ExitError](err); !ok {
-			t.Fatal(err)
-		}
-	}
-	return out.String(), messages.String(), cmd.ProcessState.ExitCode()
+	return hostdirtest.Run(t, cmd)
 }
 
 // entryOf returns the name of the directory of a host.
-func entryOf(name string) string { return string(hostdir.AppendName(nil, []byte(name))) }
+func entryOf(name string) string { return hostdirtest.Entry(name) }
 
 // Goal: an option, of which there are none, gives the usage, on stderr, and exit status 2. The usage says that backends
 // are connected to; that of a hashed build, and only that, says what it is.
@@ -178,7 +144,7 @@ func TestUsage(t *testing.T) {
 // Goal: the hosts directory is the working directory by default; entries that begin with a dot are passed over; the exit
 // status is 0 if every host can be served, and 1 if one cannot.
 func TestDirectory(t *testing.T) {
-	hosts := directory(t)
+	hosts := hostdirtest.Dir(t)
 	for _, name := range []string{"one.example", "two.example"} {
 		serve(t, filepath.Join(hosts, entryOf(name)))
 	}
@@ -202,7 +168,7 @@ func TestDirectory(t *testing.T) {
 
 // Goal: an empty hosts directory is no failure, but is told of.
 func TestEmpty(t *testing.T) {
-	stdout, stderr, status := check(t, users()[0], "", directory(t))
+	stdout, stderr, status := check(t, users()[0], "", hostdirtest.Dir(t))
 	if stdout != "" || !strings.HasPrefix(stderr, "sniproxy-check: there are no hosts in ") || status != 0 {
 		t.Errorf("stdout %q, stderr %q, exit status %d", stdout, stderr, status)
 	}
@@ -215,7 +181,7 @@ func TestDirectoryUnreadable(t *testing.T) {
 	if u.uid == 0 {
 		t.Skip("nothing is forbidden to root")
 	}
-	parent := directory(t)
+	parent := hostdirtest.Dir(t)
 	hosts := filepath.Join(parent, "hosts")
 	serve(t, filepath.Join(hosts, entryOf("one.example")))
 	must(t, os.WriteFile(filepath.Join(parent, "file"), nil, 0o644))
@@ -257,7 +223,7 @@ func TestOutputLost(t *testing.T) {
 		t.Skip(err) // only Linux and some BSDs have it
 	}
 	defer full.Close()
-	hosts := directory(t)
+	hosts := hostdirtest.Dir(t)
 	serve(t, filepath.Join(hosts, entryOf("one.example")))
 	cmd := users()[0].command(self(t), hosts)
 	var stderr strings.Builder
@@ -270,7 +236,7 @@ func TestOutputLost(t *testing.T) {
 
 // Goal: many hosts, some of which take their time, are told of in the order of their names, each once.
 func TestOrder(t *testing.T) {
-	hosts := directory(t)
+	hosts := hostdirtest.Dir(t)
 	var names []string
 	for i := range 3 * atOnce {
 		name := fmt.Sprintf("host%02d.example", i)
@@ -352,10 +318,8 @@ func TestExchanged(t *testing.T) {
 // Goal: of the symlinks on a path, the one that fs.protected_symlinks keeps from being followed is found: in a sticky
 // directory of everybody's, and neither ours nor the owner's of the directory. Whether that is set does not matter here.
 func TestUnprotected(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root, for the owners")
-	}
-	dir := directory(t)
+	hostdirtest.NeedRoot(t)
+	dir := hostdirtest.Dir(t)
 	sticky := filepath.Join(dir, "sticky")
 	must(t, os.Mkdir(sticky, 0o755))
 	must(t, os.Chmod(sticky, 0o777|os.ModeSticky))
@@ -377,11 +341,11 @@ func TestReadme(t *testing.T) {
 	if hostdir.Hashed || os.Geteuid() != 0 {
 		t.Skip("needs root, for the owners, and a build without hashes")
 	}
-	hosts := directory(t)
+	hosts := hostdirtest.Dir(t)
 	path := func(entry string) string { return filepath.Join(hosts, entry) }
 	good(t)(path("*.one.example"))
 	theirs(t, good(t))(path("*.two.example"))
-	abandon(t, path("five.example"))
+	hostdirtest.Abandon(t, path("five.example"))
 	theirs(t, good(t))(path("four.example"))
 	must(t, os.Chmod(path("four.example"), 0o700))
 	good(t, "send-proxy-v2", "log-connections")(path("one.example"))
@@ -402,19 +366,6 @@ func TestReadme(t *testing.T) {
 			t.Errorf("%s: stderr %q, exit status %d, and it prints\n%s, but the README has\n%s", example[1], stderr, status, stdout, want)
 		}
 	}
-}
-
-func touch(t *testing.T, paths ...string) {
-	t.Helper()
-	for _, path := range paths {
-		must(t, os.WriteFile(path, nil, 0o644))
-	}
-}
-
-// abandon makes a host whose backend has died.
-func abandon(t *testing.T, dir string) {
-	t.Helper()
-	unix.Close(bind(t, dir, unix.SOCK_STREAM))
 }
 
 // problem returns the problem in an error of a look-up, 0 if there is none.
