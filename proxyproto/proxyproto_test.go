@@ -157,8 +157,8 @@ func TestAppendV2Appends(t *testing.T) {
 	}
 }
 
-// Goal: whatever the addresses, what is written is a header of one family, and says what was
-// to be said.
+// Goal: whatever the addresses, what is written is a header of one family, and says what was to be
+// said.
 func FuzzAppendV2(f *testing.F) {
 	f.Add([]byte{127, 0, 0, 1}, []byte{127, 0, 0, 1}, uint16(1), uint16(2), "", []byte("site.example"))
 	f.Add([]byte("0123456789abcdef"), []byte("0123456789abcdef"), uint16(1), uint16(443), "eth0", []byte(nil))

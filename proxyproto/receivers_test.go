@@ -63,8 +63,8 @@ frontend site
 	}
 }
 
-// Goal: nginx learns from the header who the client is and, if it is not too old, what it
-// asked for.
+// Goal: nginx learns from the header who the client is and, if it is not too old, what it asked
+// for.
 func TestV2Nginx(t *testing.T) {
 	nginx := hostdirtest.Need(t, "nginx")
 	t.Chdir(t.TempDir())
@@ -118,8 +118,8 @@ func old(t *testing.T, nginx string) bool {
 	return major < 1 || major == 1 && (minor < 23 || minor == 23 && patch < 2)
 }
 
-// serve starts a server program with the configuration in the working directory, and waits
-// until it accepts connections on the socket there.
+// serve starts a server program with the configuration in the working directory, and waits until it
+// accepts connections on the socket there.
 func serve(t *testing.T, config, program string, args ...string) {
 	t.Helper()
 	if err := os.WriteFile("config", []byte(config), 0o644); err != nil {
@@ -177,8 +177,8 @@ func get(header []byte) (string, error) {
 	return string(page), err
 }
 
-// Goal: a parser in Go that is not ours reads what was written, to the byte: thousands of
-// headers that follow one another without anything between them.
+// Goal: a parser in Go that is not ours reads what was written, to the byte: thousands of headers
+// that follow one another without anything between them.
 func TestV2GoProxyproto(t *testing.T) {
 	const (
 		module  = "github.com/pires/go-proxyproto"

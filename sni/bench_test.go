@@ -7,8 +7,8 @@ import (
 	"sniproxy/sni/snitest"
 )
 
-// The time for a whole hello in one call: of 517 bytes, which many clients
-// send; with post-quantum key shares; and that in three records.
+// The time for a whole hello in one call: of 517 bytes, which many clients send; with post-quantum
+// key shares; and that in three records.
 func BenchmarkParse(b *testing.B) {
 	for _, c := range captures(b) {
 		switch c.file {
@@ -34,8 +34,8 @@ func benchmarkParse(b *testing.B, what string, stream []byte) {
 	})
 }
 
-// The time for a byte of a hello that comes byte by byte. It is the same for
-// all sizes, so the time for a hello grows with its size and no faster.
+// The time for a byte of a hello that comes byte by byte. It is the same for all sizes, so the time
+// for a hello grows with its size and no faster.
 func BenchmarkParseByteByByte(b *testing.B) {
 	for _, size := range []int{1, 4, 16, 60} {
 		b.Run(fmt.Sprintf("%dKiB", size), func(b *testing.B) {

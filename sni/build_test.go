@@ -15,8 +15,8 @@ import (
 	"sniproxy/sni/snitest"
 )
 
-// give gives a Parser more bytes, and returns its answer as text: the name, or
-// the error, or nothing.
+// give gives a Parser more bytes, and returns its answer as text: the name, or the error, or
+// nothing.
 func give(p *Parser, b []byte) string {
 	name, err := p.Parse(b)
 	s := text(name, err)
@@ -60,9 +60,8 @@ func alertText(t *testing.T, a answer, d Description) string {
 	return alert.Error()
 }
 
-// checkStream checks that the answer to a stream is want, and that it does not
-// depend on where the stream is cut. It returns the number of bytes that the
-// answer took.
+// checkStream checks that the answer to a stream is want, and that it does not depend on where the
+// stream is cut. It returns the number of bytes that the answer took.
 func checkStream(t *testing.T, stream []byte, want string) (end int) {
 	t.Helper()
 	if got := parse(stream); got != want {
@@ -70,8 +69,8 @@ func checkStream(t *testing.T, stream []byte, want string) (end int) {
 	}
 	var p Parser // given the bytes one by one
 	for i := range stream {
-		// Up to here in one call: the same state. The rest in one call: the
-		// same answer. So any cuts in between are of no matter either.
+		// Up to here in one call: the same state. The rest in one call: the same answer. So any
+		// cuts in between are of no matter either.
 		var whole Parser
 		if got := give(&whole, stream[:i]); got != "" || whole != p {
 			t.Fatalf("after %d bytes: got %q and\n%+v, byte by byte\n%+v", i, got, whole, p)
@@ -90,9 +89,9 @@ func checkStream(t *testing.T, stream []byte, want string) (end int) {
 	return 0
 }
 
-// checkMessage does the same for a message in records of several sizes, and
-// checks that its answer comes at the same byte of it in all of them. It
-// returns the number of bytes of the message that the answer took.
+// checkMessage does the same for a message in records of several sizes, and checks that its answer
+// comes at the same byte of it in all of them. It returns the number of bytes of the message that
+// the answer took.
 func checkMessage(t *testing.T, msg []byte, want string) (end int) {
 	t.Helper()
 	for _, size := range []int{maxRecord, 100, 3, 2, 1} {
@@ -137,8 +136,8 @@ func captures(t testing.TB) []capture {
 				continue
 			}
 			dump.WriteString(line)
-			// The form of hex.Dump: an address of 10 bytes, 16 times a byte in
-			// hexadecimal with a gap in the middle, and the text.
+			// The form of hex.Dump: an address of 10 bytes, 16 times a byte in hexadecimal with a
+			// gap in the middle, and the text.
 			digits, _, _ := strings.Cut(line[10:], "|")
 			row, err := hex.DecodeString(strings.ReplaceAll(digits, " ", ""))
 			if err != nil {
@@ -154,8 +153,8 @@ func captures(t testing.TB) []capture {
 	return all
 }
 
-// cryptoTLS is the server name that crypto/tls finds in a stream, if it accepts
-// the ClientHello in it at all.
+// cryptoTLS is the server name that crypto/tls finds in a stream, if it accepts the ClientHello in
+// it at all.
 func cryptoTLS(stream []byte) (name string, ok bool) {
 	config := &tls.Config{GetConfigForClient: func(info *tls.ClientHelloInfo) (*tls.Config, error) {
 		name, ok = info.ServerName, true
@@ -174,9 +173,9 @@ type streamConn struct {
 func (c streamConn) Read(b []byte) (int, error)  { return c.Reader.Read(b) }
 func (c streamConn) Write(b []byte) (int, error) { return len(b), nil }
 
-// checkAgainstCryptoTLS checks that where crypto/tls accepts a ClientHello,
-// the Parser has found the same name, or that it is nameless. But crypto/tls
-// does not mind bounds of what stands before the extensions.
+// checkAgainstCryptoTLS checks that where crypto/tls accepts a ClientHello, the Parser has found
+// the same name, or that it is nameless. But crypto/tls does not mind bounds of what stands before
+// the extensions.
 func checkAgainstCryptoTLS(t *testing.T, msg []byte) {
 	t.Helper()
 	stream := snitest.Records(msg, maxRecord)

@@ -10,11 +10,11 @@ import (
 	"sniproxy/sni/snitest"
 )
 
-// Property: no panic; a name is canonical; the answer is stable under longer
-// input, and does not depend on how the stream is cut.
+// Property: no panic; a name is canonical; the answer is stable under longer input, and does not
+// depend on how the stream is cut.
 //
-// For an input in testdata/fuzz its file's name says, up to the dot, what the
-// answer to its stream is: "name", "nameless", "pending", or the alert.
+// For an input in testdata/fuzz its file's name says, up to the dot, what the answer to its stream
+// is: "name", "nameless", "pending", or the alert.
 func FuzzParse(f *testing.F) {
 	for _, c := range captures(f) {
 		f.Add(c.stream, c.stream, uint16(7))
@@ -53,8 +53,7 @@ func FuzzParse(f *testing.F) {
 	})
 }
 
-// answerWord says of what kind a Parser's answer is, as the names of the files
-// in testdata/fuzz do.
+// answerWord says of what kind a Parser's answer is, as the names of the files in testdata/fuzz do.
 func answerWord(p *Parser) string {
 	name, err := p.Parse(nil)
 	var alert Alert
@@ -95,8 +94,8 @@ func FuzzResplit(f *testing.F) {
 	})
 }
 
-// Property: a hello is nameless exactly if it is, read as a whole, complete and
-// valid and without a host name; and it is not before its last byte has come.
+// Property: a hello is nameless exactly if it is, read as a whole, complete and valid and without a
+// host name; and it is not before its last byte has come.
 func FuzzNameless(f *testing.F) {
 	for _, c := range captures(f) {
 		f.Add(snitest.Payload(c.stream))
@@ -123,8 +122,7 @@ func FuzzNameless(f *testing.F) {
 	})
 }
 
-// Property: where crypto/tls accepts a hello, the name is the same, or it is
-// nameless to both.
+// Property: where crypto/tls accepts a hello, the name is the same, or it is nameless to both.
 func FuzzCryptoTLS(f *testing.F) {
 	for _, c := range captures(f) {
 		f.Add(snitest.Payload(c.stream))
@@ -137,9 +135,8 @@ func FuzzCryptoTLS(f *testing.F) {
 	f.Fuzz(checkAgainstCryptoTLS)
 }
 
-// Property: the canonical form is canonical by the rule said another way, is
-// its own canonical form, and differs from the name in the case of ASCII
-// letters only; and what is refused has none.
+// Property: the canonical form is canonical by the rule said another way, is its own canonical
+// form, and differs from the name in the case of ASCII letters only; and what is refused has none.
 func FuzzCanonical(f *testing.F) {
 	for _, name := range []string{"example.com", "A_b-.EXAMPLE", "a..b", "-a", "a.", "\u212a", longest, longest + "d", ""} {
 		f.Add([]byte(name))

@@ -12,8 +12,7 @@ import (
 	"sniproxy/sni/snitest"
 )
 
-// ordinary is a ClientHello in the usual shape: some extensions, and among
-// them the server name.
+// ordinary is a ClientHello in the usual shape: some extensions, and among them the server name.
 func ordinary(name string) *snitest.Message {
 	return snitest.ClientHello{SessionID: 32, CipherSuites: 6, Extensions: func(m *snitest.Message) {
 		m.Extension(snitest.Grease, snitest.Fill(1))
@@ -172,12 +171,11 @@ func TestMessageAlerts(t *testing.T) {
 	}
 }
 
-// Goal: each mistake in the record layer has the alert that it should have, and
-// is found at the byte that shows it.
+// Goal: each mistake in the record layer has the alert that it should have, and is found at the
+// byte that shows it.
 func TestRecordAlerts(t *testing.T) {
 	msg := ordinary("example.com").Bytes
-	// after has a good first record, of the message's first three bytes, and
-	// then these bytes.
+	// after has a good first record, of the message's first three bytes, and then these bytes.
 	after := func(b ...byte) []byte { return append(snitest.Records(msg[:3], 3), b...) }
 
 	for description, rows := range map[Description][]struct {
@@ -224,8 +222,8 @@ func TestRecordVersionIsIgnored(t *testing.T) {
 	}
 }
 
-// Goal: a length that lies is never believed. Every length of a ClientHello up
-// to the name's is changed.
+// Goal: a length that lies is never believed. Every length of a ClientHello up to the name's is
+// changed.
 func TestLengthsPerturbed(t *testing.T) {
 	newHello := func() *snitest.Message {
 		return snitest.ClientHello{SessionID: 32, CipherSuites: 6, Extensions: func(m *snitest.Message) {
@@ -237,8 +235,8 @@ func TestLengthsPerturbed(t *testing.T) {
 			m.Extension(snitest.Grease+0x1010, snitest.Fill(9))
 		}}.Build()
 	}
-	// All others are a decode_error. What follows a name that claims to be
-	// shorter is not looked at.
+	// All others are a decode_error. What follows a name that claims to be shorter is not looked
+	// at.
 	want := map[string]string{
 		"host name -1": "example.co",
 		"host name -4": "example",
@@ -282,8 +280,8 @@ func TestLengthsPerturbed(t *testing.T) {
 	}
 }
 
-// Goal: a ClientHello that says itself that it ends within a field, or between
-// two, is a decode_error; but it may have no extensions.
+// Goal: a ClientHello that says itself that it ends within a field, or between two, is a
+// decode_error; but it may have no extensions.
 func TestMessageEnds(t *testing.T) {
 	whole := ordinary("example.com")
 	length := whole.Lengths[0]
@@ -304,11 +302,10 @@ func TestMessageEnds(t *testing.T) {
 	}
 }
 
-// Goal: a name whose last byte is byte 65536 of the stream is found, one that
-// ends a byte later is not, and the same holds for what a bad name is told.
+// Goal: a name whose last byte is byte 65536 of the stream is found, one that ends a byte later is
+// not, and the same holds for what a bad name is told.
 func TestLimit(t *testing.T) {
-	// at returns a stream in which the last byte of the name is byte number
-	// end.
+	// at returns a stream in which the last byte of the name is byte number end.
 	at := func(name string, end int) []byte {
 		var b []byte
 		padding := MaxHello - 400
@@ -347,8 +344,8 @@ func TestLimit(t *testing.T) {
 					t.Errorf("in pieces of %d bytes: got %s, want %s", size, got, c.want)
 				}
 			}
-			// All but the last byte that counts is not enough; a read that
-			// jumps over the limit is no different.
+			// All but the last byte that counts is not enough; a read that jumps over the limit is
+			// no different.
 			last := min(c.end, MaxHello) - 1
 			if got := parse(b[:last]); got != "" {
 				t.Errorf("after %d bytes: got %s, want no answer", last, got)
@@ -404,10 +401,10 @@ func TestAnswerStays(t *testing.T) {
 	}
 }
 
-// Goal: parsing costs linear time however the bytes come, shown without a
-// clock: a Parser is a few hundred bytes without pointers, and what it was
-// given is overwritten after each call, so a call can look at nothing but the
-// new bytes and that small value. BenchmarkParseByteByByte has the figures.
+// Goal: parsing costs linear time however the bytes come, shown without a clock: a Parser is a few
+// hundred bytes without pointers, and what it was given is overwritten after each call, so a call
+// can look at nothing but the new bytes and that small value. BenchmarkParseByteByByte has the
+// figures.
 func TestParserKeepsNothing(t *testing.T) {
 	var p Parser
 	if size := unsafe.Sizeof(p); size > MaxName+32 {
@@ -476,8 +473,8 @@ func TestNoAllocation(t *testing.T) {
 	}
 }
 
-// Goal: the real hellos among the tests' data yield the names that their
-// clients were told to connect to.
+// Goal: the real hellos among the tests' data yield the names that their clients were told to
+// connect to.
 func TestCaptured(t *testing.T) {
 	for _, c := range captures(t) {
 		t.Run(c.file, func(t *testing.T) {

@@ -10,8 +10,8 @@ import (
 	"sniproxy/hostdir/hostdirtest"
 )
 
-// Goal: the inputs that the targets begin with reach every statement of the
-// parser and of the rule for names, so that fuzzing begins at each of them.
+// Goal: the inputs that the targets begin with reach every statement of the parser and of the rule
+// for names, so that fuzzing begins at each of them.
 func TestFuzzInputsReachAll(t *testing.T) {
 	goTool := hostdirtest.Need(t, "go")
 	file := filepath.Join(t.TempDir(), "profile")
@@ -28,8 +28,8 @@ func TestFuzzInputsReachAll(t *testing.T) {
 			t.Errorf("nothing of %s is in the profile\n%s", source, profile)
 		}
 	}
-	// Of alert.go a Parser has no use for Record, for user_canceled, and for
-	// descriptions without a name.
+	// Of alert.go a Parser has no use for Record, for user_canceled, and for descriptions without a
+	// name.
 	for line := range strings.Lines(string(profile)) {
 		if strings.HasSuffix(line, " 0\n") && !strings.Contains(line, "/alert.go:") {
 			t.Errorf("not reached: %s", line)

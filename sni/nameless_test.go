@@ -51,8 +51,8 @@ func namelessHellos() []namelessHello {
 	}
 }
 
-// Goal: that a valid hello has no name is said at its very last byte, however it
-// is cut, and whatever comes behind it.
+// Goal: that a valid hello has no name is said at its very last byte, however it is cut, and
+// whatever comes behind it.
 func TestNameless(t *testing.T) {
 	for _, c := range namelessHellos() {
 		t.Run(c.what, func(t *testing.T) {
@@ -77,8 +77,8 @@ func TestNameless(t *testing.T) {
 	}
 }
 
-// Goal: a hello that would have no name is not nameless if a mistake in the
-// record layer comes before its last byte.
+// Goal: a hello that would have no name is not nameless if a mistake in the record layer comes
+// before its last byte.
 func TestNamelessRecords(t *testing.T) {
 	for _, c := range namelessHellos() {
 		msg := c.hello.Bytes
@@ -102,8 +102,8 @@ func TestNamelessRecords(t *testing.T) {
 	}
 }
 
-// Goal: a hello without a name with a length that lies is a decode_error, never
-// nameless, also where the length stands behind all that could hold a name.
+// Goal: a hello without a name with a length that lies is a decode_error, never nameless, also
+// where the length stands behind all that could hold a name.
 func TestNamelessLengthsPerturbed(t *testing.T) {
 	newHello := func() *snitest.Message {
 		return snitest.ClientHello{SessionID: 32, CipherSuites: 6, Extensions: func(m *snitest.Message) {
@@ -136,8 +136,8 @@ func TestNamelessLengthsPerturbed(t *testing.T) {
 	}
 }
 
-// Goal: real hellos without their server_name extensions are nameless, and
-// crypto/tls, which accepts them, finds no name either.
+// Goal: real hellos without their server_name extensions are nameless, and crypto/tls, which
+// accepts them, finds no name either.
 func TestNamelessCaptured(t *testing.T) {
 	for _, c := range captures(t) {
 		t.Run(c.file, func(t *testing.T) {
@@ -208,8 +208,7 @@ func TestNamelessLimit(t *testing.T) {
 	}
 }
 
-// A reader takes a message apart that is there as a whole: the plain way, to
-// compare with.
+// A reader takes a message apart that is there as a whole: the plain way, to compare with.
 type reader struct {
 	b   []byte
 	bad bool
@@ -233,9 +232,8 @@ func (r *reader) vector(size int) *reader {
 	return &reader{b: r.take(n)}
 }
 
-// readNameless tells whether msg begins with a complete and valid ClientHello
-// without a host name, and where its end is or, if it is cut short, would be
-// within msg.
+// readNameless tells whether msg begins with a complete and valid ClientHello without a host name,
+// and where its end is or, if it is cut short, would be within msg.
 func readNameless(msg []byte) (end int, ok bool) {
 	r := reader{b: msg}
 	kind := r.take(1)

@@ -61,7 +61,8 @@ var accepted = []struct{ arg, name, hash string }{
 	{"*." + strings.Repeat("a.", 126)[:251], "*." + strings.Repeat("a.", 126)[:251], "9vp3kFbyUjsuo-oZdH1C0fU1bAtlJOh89WGBv385uP4"},
 }
 
-// Goal: every kind of name that is accepted gives exactly the line that the proxy expects in this build.
+// Goal: every kind of name that is accepted gives exactly the line that the proxy expects in this
+// build.
 func TestAccepted(t *testing.T) {
 	for _, c := range accepted {
 		want := c.name
@@ -124,8 +125,8 @@ var refused = []struct{ arg, reason string }{
 	{"*." + strings.Repeat("a", 64), "longer than 63 bytes"},
 }
 
-// Goal: every kind of name that is refused gives no directory name, one line that names the program, the argument in a
-// form that is safe to print and the reason, and exit status 1.
+// Goal: every kind of name that is refused gives no directory name, one line that names the
+// program, the argument in a form that is safe to print and the reason, and exit status 1.
 func TestRefused(t *testing.T) {
 	for _, c := range refused {
 		stdout, stderr, status := runProgram(t, c.arg)
@@ -145,7 +146,8 @@ func quoted(s string) string {
 	return `"` + strings.NewReplacer("\n", `\n`, "\xff", `\xff`, "\u202e", `\u202e`).Replace(s) + `"`
 }
 
-// Goal: a refused name among others keeps none of them from being printed, in order, and the exit status tells of it.
+// Goal: a refused name among others keeps none of them from being printed, in order, and the exit
+// status tells of it.
 func TestSeveral(t *testing.T) {
 	first, second := "a.example", "a.b.com"
 	if hostdir.Hashed {
@@ -163,7 +165,8 @@ func TestSeveral(t *testing.T) {
 	}
 }
 
-// Goal: without a name there is the usage, on stderr, and exit status 2; a hashed build, and only that, says what it is.
+// Goal: without a name there is the usage, on stderr, and exit status 2; a hashed build, and only
+// that, says what it is.
 func TestUsage(t *testing.T) {
 	stdout, stderr, status := runProgram(t)
 	if stdout != "" || status != 2 || !strings.HasPrefix(stderr, "usage: sniproxy-hostname NAME") {
@@ -174,7 +177,8 @@ func TestUsage(t *testing.T) {
 	}
 }
 
-// Goal: output that cannot be written is told on stderr and by exit status 1, so that no script takes nothing for a name.
+// Goal: output that cannot be written is told on stderr and by exit status 1, so that no script
+// takes nothing for a name.
 func TestOutputLost(t *testing.T) {
 	outputs := map[string]func(t *testing.T) *os.File{
 		"not open for writing": func(t *testing.T) *os.File {
@@ -221,7 +225,8 @@ func open(t *testing.T, path string, flag int) *os.File {
 	return f
 }
 
-// Goal: whatever is printed is a name that the proxy looks up as it stands, and that gives itself when it is fed in again.
+// Goal: whatever is printed is a name that the proxy looks up as it stands, and that gives itself
+// when it is fed in again.
 func FuzzHostname(f *testing.F) {
 	for _, c := range accepted {
 		f.Add(c.arg)

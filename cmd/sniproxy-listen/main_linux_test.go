@@ -26,7 +26,8 @@ import (
 	"sniproxy/sni/snitest"
 )
 
-// With this in its environment the test binary takes IPv6 away from itself, and executes its arguments.
+// With this in its environment the test binary takes IPv6 away from itself, and executes its
+// arguments.
 const runWithoutIPv6 = "SNIPROXY_LISTEN_RUN_WITHOUT_IPV6"
 
 func init() {
@@ -46,7 +47,8 @@ func withoutIPv6() error {
 	return hostdirtest.Deny(unix.SYS_SOCKET, map[int]uint32{0: unix.AF_INET6}, unix.EAFNOSUPPORT)
 }
 
-// Goal: on a machine without IPv6, :PORT is every IPv4 address, and an IPv6 address is refused with the reason.
+// Goal: on a machine without IPv6, :PORT is every IPv4 address, and an IPv6 address is refused with
+// the reason.
 func TestWithoutIPv6(t *testing.T) {
 	if binary.NativeEndian.Uint16([]byte{1, 0}) != 1 {
 		t.Skip("the filter is for little-endian machines")
@@ -94,8 +96,9 @@ const inheritance = `echo $$; umask; pwd; ulimit -Sn; ulimit -Hn; env | sort
 	grep -E '^(Sig|Shd)(Pnd|Blk|Ign|Cgt)|^Cap|^NoNewPrivs|^Nice' /proc/self/status
 	ls /proc/self/fd; cat /proc/self/stat | cut -d' ' -f 5-8`
 
-// Goal: all that PROGRAM inherits is as if it were started without sniproxy-listen in between: the pid, the limits,
-// the signals, the descriptors and no others. Of ignored signals this holds for SIGHUP and SIGINT, as the manual says.
+// Goal: all that PROGRAM inherits is as if it were started without sniproxy-listen in between: the
+// pid, the limits, the signals, the descriptors and no others. Of ignored signals this holds for
+// SIGHUP and SIGINT, as the manual says.
 func TestInheritance(t *testing.T) {
 	r, w, err := os.Pipe()
 	if err != nil {
@@ -133,9 +136,9 @@ func TestInheritance(t *testing.T) {
 	}
 }
 
-// Goal: it is the process's first thread that executes PROGRAM, so that the signal at the death of the parent, which
-// Linux keeps for each thread, stays. Slow system calls in looking up a name are what brings other threads in: without
-// precaution the signal is lost in every second run.
+// Goal: it is the process's first thread that executes PROGRAM, so that the signal at the death of
+// the parent, which Linux keeps for each thread, stays. Slow system calls in looking up a name are
+// what brings other threads in: without precaution the signal is lost in every second run.
 func TestFirstThread(t *testing.T) {
 	strace, setpriv := hostdirtest.Need(t, "strace"), hostdirtest.Need(t, "setpriv")
 	for range 5 {
@@ -179,8 +182,8 @@ func TestNotPermitted(t *testing.T) {
 		"net.ipv4.ip_unprivileged_port_start")
 }
 
-// Goal: sniproxy behind sniproxy-listen serves and stops, in the process that was started; also with the programs in
-// between that take privileges away, each of which does what it is for.
+// Goal: sniproxy behind sniproxy-listen serves and stops, in the process that was started; also
+// with the programs in between that take privileges away, each of which does what it is for.
 func TestChain(t *testing.T) {
 	dir := hostdirtest.Dir(t)
 	sniproxy := hostdirtest.Program(t, dir, "sniproxy")

@@ -17,8 +17,8 @@ import (
 	"sniproxy/hostdir/hostdirtest"
 )
 
-// With the first of these in its environment the test binary is sniproxy-listen, and with the second, which comes
-// before the other, it is a PROGRAM that reports what its standard input is.
+// With the first of these in its environment the test binary is sniproxy-listen, and with the
+// second, which comes before the other, it is a PROGRAM that reports what its standard input is.
 const (
 	runMain   = "SNIPROXY_LISTEN_RUN_MAIN"
 	runReport = "SNIPROXY_LISTEN_RUN_REPORT"
@@ -115,8 +115,8 @@ func given(t *testing.T, cmd *exec.Cmd) stdin {
 	return s
 }
 
-// Goal: every form of an address gives the socket that the manual says: its address and families, listening, plain TCP,
-// with SO_REUSEADDR, and blocking.
+// Goal: every form of an address gives the socket that the manual says: its address and families,
+// listening, plain TCP, with SO_REUSEADDR, and blocking.
 func TestSocket(t *testing.T) {
 	for _, c := range []struct {
 		addr   string
@@ -157,7 +157,8 @@ func TestSocket(t *testing.T) {
 	}
 }
 
-// Goal: a port is taken as it is written, and a link-local address on the interface that is named with it.
+// Goal: a port is taken as it is written, and a link-local address on the interface that is named
+// with it.
 func TestPortAndZone(t *testing.T) {
 	port := freePort(t)
 	if got := given(t, program(t, fmt.Sprintf("127.0.0.1:%d", port))).Addr.Port(); got != port {
@@ -205,7 +206,8 @@ func linkLocal(t *testing.T) netip.Addr {
 	return netip.Addr{}
 }
 
-// Goal: wrong usage, and so every option, gives the usage on standard error and exit status 2, and runs nothing.
+// Goal: wrong usage, and so every option, gives the usage on standard error and exit status 2, and
+// runs nothing.
 func TestUsage(t *testing.T) {
 	for _, args := range [][]string{
 		{},
@@ -223,8 +225,8 @@ func TestUsage(t *testing.T) {
 	}
 }
 
-// refused runs sniproxy-listen, which must give one line that names addr and the reasons, and exit status 1, and run
-// nothing.
+// refused runs sniproxy-listen, which must give one line that names addr and the reasons, and exit
+// status 1, and run nothing.
 func refused(t *testing.T, cmd *exec.Cmd, addr string, reasons ...string) {
 	t.Helper()
 	cmd.Args = append(cmd.Args, addr, "echo", "run")
@@ -266,8 +268,8 @@ func TestBadAddress(t *testing.T) {
 	}
 }
 
-// Goal: a port that is in use is refused, also where it is just one of the families or one of the addresses; the
-// message says how to find out who has it.
+// Goal: a port that is in use is refused, also where it is just one of the families or one of the
+// addresses; the message says how to find out who has it.
 func TestInUse(t *testing.T) {
 	l, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
@@ -280,7 +282,8 @@ func TestInUse(t *testing.T) {
 	}
 }
 
-// Goal: an address that this machine does not have, or not without its zone, is refused with what to do.
+// Goal: an address that this machine does not have, or not without its zone, is refused with what
+// to do.
 func TestNotOurAddress(t *testing.T) {
 	refused(t, program(t), "192.0.2.1:0", "cannot assign requested address", "this machine does not have")
 	t.Run("zone", func(t *testing.T) {
@@ -328,8 +331,8 @@ func programs(t *testing.T) (dir, path string) {
 	return dir, strings.Join([]string{filepath.Join(dir, "none"), filepath.Join(dir, "file"), first, second}, ":")
 }
 
-// Goal: PROGRAM is found and run, or not, with the exit status of env(1), whichever way it is named; and where it
-// cannot be run there is one line that names it.
+// Goal: PROGRAM is found and run, or not, with the exit status of env(1), whichever way it is
+// named; and where it cannot be run there is one line that names it.
 func TestProgram(t *testing.T) {
 	env := hostdirtest.Need(t, "env")
 	dir, path := programs(t)

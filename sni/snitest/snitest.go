@@ -15,8 +15,8 @@ import (
 	"time"
 )
 
-// Hello returns the ClientHello that crypto/tls sends for a server name, or without a server name if
-// name is empty.
+// Hello returns the ClientHello that crypto/tls sends for a server name, or without a server name
+// if name is empty.
 func Hello(name string) []byte { return HelloConfig(&tls.Config{ServerName: name}) }
 
 // HelloConfig returns the ClientHello that crypto/tls sends with this configuration.
@@ -77,7 +77,8 @@ func Payload(stream []byte) (msg []byte) {
 	return msg
 }
 
-// A ClientHello says how a handshake message is to be built. The zero value is the smallest valid one.
+// A ClientHello says how a handshake message is to be built. The zero value is the smallest valid
+// one.
 type ClientHello struct {
 	SessionID          int              // bytes
 	CipherSuites       int              // bytes more than the two that are required
