@@ -11,8 +11,8 @@ import (
 	"sniproxy/hostdir"
 )
 
-// The time to look a host up and connect to it: again and again, in turn with another one, and by its path.
-// The backend's side, accept and close, is part of it.
+// The time to look a host up and connect to it: again and again, in turn with another one, and by
+// its path. The backend's side, accept and close, is part of it.
 func BenchmarkDial(b *testing.B) {
 	b.Chdir(b.TempDir())
 	names := []string{"www.example.com", "example.com"}

@@ -9,8 +9,8 @@ import (
 	"sniproxy/hostdir/hostdirtest"
 )
 
-// forbid has the kernel refuse this process something: "unshare", as container engines do by default;
-// "SO_PASSRIGHTS" or "openat2", as kernels do that do not have them.
+// forbid has the kernel refuse this process something: "unshare", as container engines do by
+// default; "SO_PASSRIGHTS" or "openat2", as kernels do that do not have them.
 func forbid(what string) {
 	var err error
 	switch what {

@@ -17,9 +17,10 @@ import (
 	"sniproxy/hostdir/hostdirtest"
 )
 
-// With reportOn the test binary prints what it finds for the names in its working directory, which are separated by
-// spaces, as a report. With forbidden as well, it first forbids itself what that names. With noRoom it gets no
-// more descriptors once it has opened the hosts directory, with noOpening before.
+// With reportOn the test binary prints what it finds for the names in its working directory, which
+// are separated by spaces, as a report. With forbidden as well, it first forbids itself what that
+// names. With noRoom it gets no more descriptors once it has opened the hosts directory, with
+// noOpening before.
 const (
 	reportOn      = "HOSTDIR_TEST_REPORT"
 	forbidden     = "HOSTDIR_TEST_FORBIDDEN"
@@ -129,7 +130,8 @@ func find(d *hostdir.Dialer, name string) (f found) {
 	return f
 }
 
-// elsewhere has another process report what it finds in the working directory. Change may change how that is run.
+// elsewhere has another process report what it finds in the working directory. Change may change
+// how that is run.
 func elsewhere(t *testing.T, names string, change func(*exec.Cmd)) (r report) {
 	t.Helper()
 	cmd := childCommand(t, names)

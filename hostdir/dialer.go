@@ -4,10 +4,10 @@ import "golang.org/x/sys/unix"
 
 // A Dialer connects to backends.
 //
-// On Linux its thread has a working directory of its own, and the Dialer makes each host's directory
-// that working directory. So all that it looks at is in one directory, whatever takes the place of
-// that meanwhile, and the path of the socket is short: a name of any length fits. Where threads
-// cannot have that, it works with paths: see [Hosts.PathsOnly].
+// On Linux its thread has a working directory of its own, and the Dialer makes each host's
+// directory that working directory. So all that it looks at is in one directory, whatever takes the
+// place of that meanwhile, and the path of the socket is short: a name of any length fits. Where
+// threads cannot have that, it works with paths: see [Hosts.PathsOnly].
 type Dialer struct {
 	// Deaf connections take nothing that a backend sends or passes: they are shut down for reading
 	// before they are made, or at once afterwards where the system allows only that.
@@ -23,8 +23,8 @@ type Dialer struct {
 	path    path    // otherwise
 }
 
-// NewDialer returns a Dialer for the calling goroutine, which must be the only one to use it and, on
-// Linux, must stay locked to its thread. It opens nothing.
+// NewDialer returns a Dialer for the calling goroutine, which must be the only one to use it and,
+// on Linux, must stay locked to its thread. It opens nothing.
 func (h *Hosts) NewDialer() (*Dialer, error) {
 	if h.paths == nil {
 		if err := ownWorkdir(); err != nil {
@@ -41,8 +41,8 @@ func (d *Dialer) Close() { d.Release() }
 // host if name is empty. The name may also be a wildcard, which stands for any host that it serves.
 //
 // With wait false Find waits for no file system but that of the hosts directory. If the entry leads
-// elsewhere, by a symlink or a mount, and the kernel does not know already what is there, the error is
-// [MayWait]: then a thread that has the time can find it with wait true. A tenant's file system
+// elsewhere, by a symlink or a mount, and the kernel does not know already what is there, the error
+// is [MayWait]: then a thread that has the time can find it with wait true. A tenant's file system
 // (FUSE, NFS) may never answer.
 //
 // The error is [Again] or an [*Error]. If it is about an entry, that is returned with it: its Name,
@@ -86,11 +86,12 @@ func (d *Dialer) try(wildcard, wait bool) error {
 	return d.enter(wildcard, wait)
 }
 
-// Connect connects to tls-socket of the entry that the last Find found. Socket and markers are of one
-// directory, also if another takes the place of the host's meanwhile, as when a symlink is switched.
+// Connect connects to tls-socket of the entry that the last Find found. Socket and markers are of
+// one directory, also if another takes the place of the host's meanwhile, as when a symlink is
+// switched.
 //
-// With wait false the error is [MayWait] if tls-socket leads to another file system. But whoever may
-// write to the directory can exchange the socket for a symlink just between the look and the
+// With wait false the error is [MayWait] if tls-socket leads to another file system. But whoever
+// may write to the directory can exchange the socket for a symlink just between the look and the
 // connect(2), and then it waits all the same.
 //
 // Connect neither waits for a backend whose backlog is full nor tries again: see [BacklogFull] and

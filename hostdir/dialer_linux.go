@@ -8,8 +8,8 @@ import (
 )
 
 // This file is how a Dialer works from inside the host's directory: it makes that the working
-// directory of its thread. It keeps the directory open as well, since the next client often comes for
-// the same host.
+// directory of its thread. It keeps the directory open as well, since the next client often comes
+// for the same host.
 
 // A workdir is the working directory of a thread, and what is known of it.
 type workdir struct {
@@ -36,8 +36,8 @@ type markers struct {
 // ownWorkdir gives the calling thread a working directory of its own, which takes no privilege.
 func ownWorkdir() error { return unix.Unshare(unix.CLONE_FS) }
 
-// Release closes the descriptor that is kept open for the next look-up, and reports whether there was
-// one. The directory is still the working directory.
+// Release closes the descriptor that is kept open for the next look-up, and reports whether there
+// was one. The directory is still the working directory.
 func (d *Dialer) Release() bool {
 	w := &d.workdir
 	if !w.kept {
@@ -79,8 +79,8 @@ func (d *Dialer) enter(wildcard, wait bool) error {
 	return err
 }
 
-// isOpen reports whether the candidate is the directory that is kept open, and whether it counts. No
-// other directory can have the inode number of one that is open.
+// isOpen reports whether the candidate is the directory that is kept open, and whether it counts.
+// No other directory can have the inode number of one that is open.
 func (d *Dialer) isOpen(wildcard bool) (bool, error) {
 	w := &d.workdir
 	if !bytes.Equal(d.entry, w.entry) {
@@ -220,9 +220,9 @@ func (d *Dialer) counts(st status, err error, wildcard bool) error {
 	return d.hosts.counts(st, wildcard)
 }
 
-// open opens the directory at a path in another one. If it must not wait, it neither follows where it
-// might have to, nor opens what may check permissions itself when somebody enters it. File systems
-// on block devices do not.
+// open opens the directory at a path in another one. If it must not wait, it neither follows where
+// it might have to, nor opens what may check permissions itself when somebody enters it. File
+// systems on block devices do not.
 func (d *Dialer) open(dir uintptr, path []byte, wait bool) (uintptr, error) {
 	h := d.hosts
 	var fd uintptr
@@ -353,7 +353,8 @@ func (d *Dialer) lookForMarkers() (m markers, errno unix.Errno) {
 	return m, errno
 }
 
-// has reports whether the working directory has something with that name. A symlink counts as it is.
+// has reports whether the working directory has something with that name. A symlink counts as it
+// is.
 func (d *Dialer) has(name []byte) (bool, unix.Errno) {
 	var link [1]byte
 	switch _, errno := readlink(here, name, link[:], d.workdir.slow); errno {

@@ -12,7 +12,8 @@ import (
 	"sniproxy/hostdir/hostdirtest"
 )
 
-// ownDirectories opens the hosts directory, where threads can have working directories of their own.
+// ownDirectories opens the hosts directory, where threads can have working directories of their
+// own.
 func ownDirectories(t testing.TB) *hostdir.Hosts {
 	t.Helper()
 	h := open(t)
@@ -23,9 +24,9 @@ func ownDirectories(t testing.TB) *hostdir.Hosts {
 }
 
 func TestDialNow(t *testing.T) {
-	// Goal: hosts on the file system of the hosts directory are connected to at once; of
-	// those that a symlink leads from there to one that is not on a block device, it is only
-	// said that it may take time. With time all are connected to, without a descriptor left.
+	// Goal: hosts on the file system of the hosts directory are connected to at once; of those that
+	// a symlink leads from there to one that is not on a block device, it is only said that it may
+	// take time. With time all are connected to, without a descriptor left.
 	chdir(t)
 	var here, there unix.Stat_t
 	must(t, unix.Stat(".", &here))
@@ -96,8 +97,8 @@ func TestDialNow(t *testing.T) {
 
 func TestDialNowAgain(t *testing.T) {
 	// Goal: a host that is looked up again and again is found as it is each time, whatever has
-	// taken the place of its directory, its socket or its markers; and when the Dialer has left,
-	// or is closed, no descriptor is left.
+	// taken the place of its directory, its socket or its markers; and when the Dialer has left, or
+	// is closed, no descriptor is left.
 	chdir(t)
 	all := sites(t, "a", "b", "c", "d")
 	h := ownDirectories(t)
@@ -237,8 +238,9 @@ func TestDialNowAgain(t *testing.T) {
 	}
 }
 
-// Goal: a marker that was made, removed, replaced or given away a moment ago counts as it is for the next look-up, also when
-// the directory had been the same for long before, so that its markers were not looked for again.
+// Goal: a marker that was made, removed, replaced or given away a moment ago counts as it is for
+// the next look-up, also when the directory had been the same for long before, so that its markers
+// were not looked for again.
 func TestMarkersAtOnce(t *testing.T) {
 	chdir(t)
 	unix.Close(listen(t, "b", 8)) // another host

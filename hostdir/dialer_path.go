@@ -7,9 +7,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// This file is how a Dialer works with paths. Two look-ups of one path may find two directories, and
-// markers of the wrong one are worse than none. So it identifies the directory before it connects,
-// and again afterwards: if that has changed, the error is Exchanged.
+// This file is how a Dialer works with paths. Two look-ups of one path may find two directories,
+// and markers of the wrong one are worse than none. So it identifies the directory before it
+// connects, and again afterwards: if that has changed, the error is Exchanged.
 
 // A path is what is known of the entry that was found.
 type path struct {
@@ -102,8 +102,8 @@ func exists(path string) (there bool, owner uint32, err error) {
 	}
 }
 
-// An identity tells what is at a path, a directory or a symlink to one, from all that was or will be
-// there.
+// An identity tells what is at a path, a directory or a symlink to one, from all that was or will
+// be there.
 type identity struct {
 	absent           bool
 	owner            uint32 // of the entry itself
@@ -132,7 +132,8 @@ func identify(path string) (id identity) {
 	return id
 }
 
-// clockTick is more than the time between two ticks of the clock by which file systems note changes.
+// clockTick is more than the time between two ticks of the clock by which file systems note
+// changes.
 const clockTick = 20 * time.Millisecond
 
 // recent reports a change within the last clock tick, in which a switch and back can leave the same

@@ -9,21 +9,22 @@
 //	send-proxy-v1    the same for version 1; send-proxy-v2 overrides it
 //	log-connections  a marker: connections are logged; it counts only if it is the administrator's
 //
-// A host without an entry in the hosts directory is served by a wildcard: by the entry *.REST, where
-// REST is the name without its first label, or else by the entry *. The entry * also serves clients
-// that name no host.
+// A host without an entry in the hosts directory is served by a wildcard: by the entry *.REST,
+// where REST is the name without its first label, or else by the entry *. The entry * also serves
+// clients that name no host.
 //
 // A wildcard speaks for names that have no owner yet, so only the administrator may make one. It
-// counts only if it belongs to root or to the owner of the hosts directory, and if it is a directory
-// or a symlink. A symlink may lead to a directory of anybody. A file never counts: tenants can rename
-// root's files in directories of their own, but not root's directories. The look-up passes over a
-// wildcard that does not count. There is no fallback from an entry that exists but cannot serve.
+// counts only if it belongs to root or to the owner of the hosts directory, and if it is a
+// directory or a symlink. A symlink may lead to a directory of anybody. A file never counts:
+// tenants can rename root's files in directories of their own, but not root's directories. The
+// look-up passes over a wildcard that does not count. There is no fallback from an entry that
+// exists but cannot serve.
 //
 // A user namespace shows all users that it does not know as one, the overflow uid. The overflow uid
 // is never the administrator.
 //
-// Every connection is looked up anew, with one exception: if the kernel proves that the directory of
-// the look-up before has not changed since, its markers are still known. Symlinks are followed
+// Every connection is looked up anew, with one exception: if the kernel proves that the directory
+// of the look-up before has not changed since, its markers are still known. Symlinks are followed
 // wherever they lead: permissions decide what can be reached.
 //
 // A program opens [Hosts] once. Each thread that connects has a [Dialer]: Find tells which entry
@@ -65,8 +66,8 @@ type Backend struct {
 	Log   bool  // the connection is to be logged
 }
 
-// Again is an error that passes: the same look-up can succeed once what it names has been dealt with.
-// Comparing with == is enough. If it never passes, its text is a reason for people.
+// Again is an error that passes: the same look-up can succeed once what it names has been dealt
+// with. Comparing with == is enough. If it never passes, its text is a reason for people.
 type Again uint8
 
 // What the caller can do about each of them.
@@ -141,8 +142,8 @@ func (e *Error) Error() string {
 
 func (e *Error) Unwrap() error { return e.Errno }
 
-// A skip is why a look-up passes over an entry and goes on to the next candidate. It is an error only
-// inside this package.
+// A skip is why a look-up passes over an entry and goes on to the next candidate. It is an error
+// only inside this package.
 type skip uint8
 
 const (
@@ -158,7 +159,8 @@ func isSkip(err error) bool {
 	return ok
 }
 
-// notFound is the error when all candidates were passed over. Ignored reports that one was untrusted.
+// notFound is the error when all candidates were passed over. Ignored reports that one was
+// untrusted.
 func notFound(ignored bool) error {
 	return &Error{Problem: NoDirectory, Errno: unix.ENOENT, Ignored: ignored}
 }
@@ -220,8 +222,8 @@ func connectError(dir string, err error) error {
 	case unix.EAGAIN:
 		return BacklogFull
 	case unix.ENOENT, unix.ENOTDIR, unix.ELOOP:
-		// ELOOP is a tenant's symlink that leads nowhere. For sniproxy-rs this, ENOTDIR,
-		// EPROTOTYPE and EINVAL are failures of its own (alert 80), not of the host.
+		// ELOOP is a tenant's symlink that leads nowhere. For sniproxy-rs this, ENOTDIR, EPROTOTYPE
+		// and EINVAL are failures of its own (alert 80), not of the host.
 		problem = NoSocket
 		if unix.Stat(dir, &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFDIR {
 			problem = NoDirectory
@@ -237,8 +239,8 @@ func connectError(dir string, err error) error {
 	case unix.EPROTOTYPE:
 		problem = NotStream
 	case unix.EINVAL, unix.ENAMETOOLONG:
-		// The path is too long for sun_path. ENAMETOOLONG can also come from a symlink on the
-		// way, which makes no difference to the client.
+		// The path is too long for sun_path. ENAMETOOLONG can also come from a symlink on the way,
+		// which makes no difference to the client.
 		problem = PathTooLong
 	default:
 		return systemError(err)

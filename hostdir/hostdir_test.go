@@ -17,7 +17,8 @@ import (
 	"sniproxy/hostdir/hostdirtest"
 )
 
-// A failure is what a look-up fails with, 0 if it does not: a Problem, or an Again as a negative number.
+// A failure is what a look-up fails with, 0 if it does not: a Problem, or an Again as a negative
+// number.
 type failure int
 
 const (
@@ -88,8 +89,8 @@ func descriptors(t *testing.T) int {
 }
 
 func TestDial(t *testing.T) {
-	// Goal: a host that is there is connected to, with a descriptor that is non-blocking
-	// and closed on exec, and its marker is seen whatever it is.
+	// Goal: a host that is there is connected to, with a descriptor that is non-blocking and closed
+	// on exec, and its marker is seen whatever it is.
 	eachWay(t, func(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {
 		for name, mark := range map[string]func(path string) error{
 			"none":      func(string) error { return nil },
@@ -132,8 +133,8 @@ func TestDial(t *testing.T) {
 }
 
 func TestDialSymlinks(t *testing.T) {
-	// Goal: symlinks are followed, to directories and sockets, and the marker is that of
-	// the directory that they lead to.
+	// Goal: symlinks are followed, to directories and sockets, and the marker is that of the
+	// directory that they lead to.
 	eachWay(t, func(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {
 		listen(t, "target", 8)
 		must(t, os.WriteFile(dirName("target")+"/send-proxy-v1", nil, 0))
@@ -155,8 +156,8 @@ func TestDialSymlinks(t *testing.T) {
 }
 
 func TestDialProblems(t *testing.T) {
-	// Goal: each way to fail is told apart, has a message, keeps what the system said, and
-	// leaves no descriptor behind.
+	// Goal: each way to fail is told apart, has a message, keeps what the system said, and leaves
+	// no descriptor behind.
 	eachWay(t, func(t *testing.T, w way, dial func(string) (hostdir.Backend, error)) {
 		in := func(name string, do func(path string) error) {
 			must(t, os.Mkdir(dirName(name), 0o755))
@@ -260,8 +261,9 @@ func TestDialBacklogFull(t *testing.T) {
 }
 
 func TestDialNoRoom(t *testing.T) {
-	// Goal: a process that has all the descriptors it may have is told so: as early as when it opens the hosts
-	// directory, or of each host, whatever it is. Of one that is not there it can be told without.
+	// Goal: a process that has all the descriptors it may have is told so: as early as when it
+	// opens the hosts directory, or of each host, whatever it is. Of one that is not there it can
+	// be told without.
 	chdir(t)
 	listen(t, "good", 8)
 	listen(t, "*.wild", 8)
@@ -283,8 +285,8 @@ func TestDialNoRoom(t *testing.T) {
 }
 
 func TestDialNotPermitted(t *testing.T) {
-	// Goal: directories and sockets without permission are told apart from those that are
-	// not there, and as soon as there is permission the host is connected to.
+	// Goal: directories and sockets without permission are told apart from those that are not
+	// there, and as soon as there is permission the host is connected to.
 	chdir(t)
 	for _, name := range []string{"good", "directory", "socket"} {
 		listen(t, name, 8)

@@ -12,8 +12,8 @@ import (
 const nobody = 65534
 
 // Hosts is the hosts directory: the working directory of the process. A program opens it once, at
-// the start; all dialers share it, so that no look-up needs a descriptor for it. Its methods, except
-// Close, may be called from any goroutine.
+// the start; all dialers share it, so that no look-up needs a descriptor for it. Its methods,
+// except Close, may be called from any goroutine.
 type Hosts struct {
 	directory        // as the system opens it
 	overflow  uint32 // the overflow uid
@@ -126,13 +126,14 @@ type status struct {
 	owner uint32
 	kind  uint32 // S_IFDIR and the like
 
-	// unsure: a file system is mounted on the entry that may lie about the owner, so owner is nobody.
+	// unsure: a file system is mounted on the entry that may lie about the owner, so owner is
+	// nobody.
 	unsure bool
 }
 
 // Find tells which entry serves a name, which may also be a wildcard, and which wildcards it passed
-// over because they do not count. It looks at the entries alone and follows nothing, so it waits for
-// no file system but that of the hosts directory. The error is [Again] or an [*Error].
+// over because they do not count. It looks at the entries alone and follows nothing, so it waits
+// for no file system but that of the hosts directory. The error is [Again] or an [*Error].
 func (h *Hosts) Find(name []byte) (e Entry, passedOver []string, err error) {
 	h.owner()
 	ignored := false

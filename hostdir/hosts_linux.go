@@ -178,7 +178,8 @@ func inodeOf(st *unix.Statx_t) inode { return inode{deviceOf(st), st.Ino} }
 
 // socket returns a socket to which no backend can pass descriptors, if the kernel can refuse them.
 // If not, a backend must at least not choose when the kernel drops them: it drops what came with an
-// out-of-band byte as soon as reading passes over that byte, so such bytes are read like all others.
+// out-of-band byte as soon as reading passes over that byte, so such bytes are read like all
+// others.
 func (h *Hosts) socket(deaf bool) (fd int, err error) {
 	s, errno := socket()
 	if errno != 0 {

@@ -100,7 +100,8 @@ func ways(t *testing.T) []way {
 	return all
 }
 
-// eachWay runs a test with each way to connect to a host that the system has, in a hosts directory of its own.
+// eachWay runs a test with each way to connect to a host that the system has, in a hosts directory
+// of its own.
 func eachWay(t *testing.T, test func(t *testing.T, w way, dial func(name string) (hostdir.Backend, error))) {
 	for _, w := range ways(t) {
 		t.Run(w.name, func(t *testing.T) {

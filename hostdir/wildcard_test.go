@@ -82,7 +82,8 @@ func TestDialWildcard(t *testing.T) {
 }
 
 func TestDialWildcardDown(t *testing.T) {
-	// Goal: there is no fallback from an entry that counts but cannot serve, and no descriptor is lost.
+	// Goal: there is no fallback from an entry that counts but cannot serve, and no descriptor is
+	// lost.
 	eachWay(t, func(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {
 		all := sites(t, "*.good.example", "*")
 		bad := map[string]failure{
@@ -170,9 +171,8 @@ func TestDialMarkers(t *testing.T) {
 }
 
 func TestDialWildcardOwner(t *testing.T) {
-	// Goal: a wildcard counts only if the entry itself belongs to the owner of the hosts
-	// directory or to root; one that does not is passed over, and if nothing follows the error
-	// says so.
+	// Goal: a wildcard counts only if the entry itself belongs to the owner of the hosts directory
+	// or to root; one that does not is passed over, and if nothing follows the error says so.
 	hostdirtest.NeedRoot(t)
 	const owner, other = 65533, 65532
 	eachWay(t, func(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {

@@ -22,7 +22,8 @@ func forbidUnshare() {
 	}
 }
 
-// Goal: where unshare(2) is forbidden that is said once, and hosts whose names are too long are told of.
+// Goal: where unshare(2) is forbidden that is said once, and hosts whose names are too long are
+// told of.
 func TestUnshareForbidden(t *testing.T) {
 	t.Parallel()
 	hosts := hostdirtest.Dir(t)
@@ -44,7 +45,8 @@ func TestUnshareForbidden(t *testing.T) {
 	}
 }
 
-// Goal: in a user namespace that does not know the owner of the hosts directory that is said, and so is it of entries.
+// Goal: in a user namespace that does not know the owner of the hosts directory that is said, and
+// so is it of entries.
 func TestUserNamespace(t *testing.T) {
 	hostdirtest.NeedRoot(t)
 	t.Parallel()
@@ -73,8 +75,8 @@ func TestUserNamespace(t *testing.T) {
 	}
 }
 
-// Goal: however many hosts lead to a file system that does not answer, not each is waited for ten seconds, and most are not
-// waited for at all. All is over at once then.
+// Goal: however many hosts lead to a file system that does not answer, not each is waited for ten
+// seconds, and most are not waited for at all. All is over at once then.
 func TestManyStuck(t *testing.T) {
 	t.Parallel()
 	hostdirtest.OwnMounts(t)

@@ -15,8 +15,8 @@ import (
 	"sniproxy/hostdir/hostdirtest"
 )
 
-// Goal: of entries that are no hosts, not more than some have a line; that others have none is said, and is a fault.
-// Every host has a line.
+// Goal: of entries that are no hosts, not more than some have a line; that others have none is
+// said, and is a fault. Every host has a line.
 func TestStrangers(t *testing.T) {
 	t.Parallel()
 	hosts := hostdirtest.Dir(t)
@@ -34,7 +34,8 @@ func TestStrangers(t *testing.T) {
 	}
 }
 
-// Goal: of a hosts directory with more entries than there can be hosts, only some are looked at, and that is said.
+// Goal: of a hosts directory with more entries than there can be hosts, only some are looked at,
+// and that is said.
 func TestManyEntries(t *testing.T) {
 	t.Parallel()
 	hosts := hostdirtest.Dir(t)
@@ -59,7 +60,8 @@ func TestManyEntries(t *testing.T) {
 	}
 }
 
-// Goal: in a host's directory with any number of files not all are looked at, and not about all is something said.
+// Goal: in a host's directory with any number of files not all are looked at, and not about all is
+// something said.
 func TestManyFiles(t *testing.T) {
 	t.Parallel()
 	hosts := hostdirtest.Dir(t)
@@ -77,8 +79,8 @@ func TestManyFiles(t *testing.T) {
 	}
 }
 
-// expectShortened expects of hosts that keep a look-up waiting, whose entries have one owner, that only the first are waited
-// for as long as sniproxy waits.
+// expectShortened expects of hosts that keep a look-up waiting, whose entries have one owner, that
+// only the first are waited for as long as sniproxy waits.
 func expectShortened(t *testing.T, stdout string, hosts int, ten string) {
 	t.Helper()
 	long := len(regexp.MustCompile(`(?m)`+ten+`$`).FindAllString(stdout, -1))
@@ -91,8 +93,8 @@ func expectShortened(t *testing.T, stdout string, hosts int, ten string) {
 	}
 }
 
-// Goal: however many hosts have a backend that accepts nobody, not each is waited for ten seconds; those of somebody else still
-// are.
+// Goal: however many hosts have a backend that accepts nobody, not each is waited for ten seconds;
+// those of somebody else still are.
 func TestManyFull(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("other systems do not tell a full backlog apart")
@@ -167,8 +169,8 @@ func TestDeafDialer(t *testing.T) {
 	}
 }
 
-// Goal: a wildcard that is neither a directory nor a symlink does not count, which is a remark and no fault: about the entry itself, and
-// about the names that it seems to be for.
+// Goal: a wildcard that is neither a directory nor a symlink does not count, which is a remark and
+// no fault: about the entry itself, and about the names that it seems to be for.
 func TestOddWildcard(t *testing.T) {
 	t.Parallel()
 	hosts := hostdirtest.Dir(t)

@@ -71,8 +71,8 @@ func build(t *testing.T, program, engine string) string {
 	return built[key]
 }
 
-// self returns the path of this test binary, which is sniproxy-check when it is run by command, with the race detector
-// if the test has it.
+// self returns the path of this test binary, which is sniproxy-check when it is run by command,
+// with the race detector if the test has it.
 func self(t *testing.T) string {
 	t.Helper()
 	path := filepath.Join(workspace, "self")
@@ -124,8 +124,9 @@ func check(t *testing.T, u user, dir string, args ...string) (stdout, stderr str
 // entryOf returns the name of the directory of a host.
 func entryOf(name string) string { return hostdirtest.Entry(name) }
 
-// Goal: an option, of which there are none, gives the usage, on stderr, and exit status 2. The usage says that backends
-// are connected to; that of a hashed build, and only that, says what it is.
+// Goal: an option, of which there are none, gives the usage, on stderr, and exit status 2. The
+// usage says that backends are connected to; that of a hashed build, and only that, says what it
+// is.
 func TestUsage(t *testing.T) {
 	for _, arg := range []string{"-h", "--help", "-"} {
 		stdout, stderr, status := check(t, users()[0], "", arg)
@@ -141,8 +142,8 @@ func TestUsage(t *testing.T) {
 	}
 }
 
-// Goal: the hosts directory is the working directory by default; entries that begin with a dot are passed over; the exit
-// status is 0 if every host can be served, and 1 if one cannot.
+// Goal: the hosts directory is the working directory by default; entries that begin with a dot are
+// passed over; the exit status is 0 if every host can be served, and 1 if one cannot.
 func TestDirectory(t *testing.T) {
 	hosts := hostdirtest.Dir(t)
 	for _, name := range []string{"one.example", "two.example"} {
@@ -174,8 +175,9 @@ func TestEmpty(t *testing.T) {
 	}
 }
 
-// Goal: a hosts directory that cannot be entered or listed gives one line on stderr, which says what is missing and
-// where, and exit status 1. One that cannot be listed can be checked by name, as sniproxy can serve it.
+// Goal: a hosts directory that cannot be entered or listed gives one line on stderr, which says
+// what is missing and where, and exit status 1. One that cannot be listed can be checked by name,
+// as sniproxy can serve it.
 func TestDirectoryUnreadable(t *testing.T) {
 	u := users()[len(users())-1]
 	if u.uid == 0 {
@@ -216,7 +218,8 @@ func TestDirectoryUnreadable(t *testing.T) {
 	must(t, os.Chmod(hosts, 0o755))
 }
 
-// Goal: output that cannot be written is told on stderr and by exit status 1, so that no script takes nothing for good.
+// Goal: output that cannot be written is told on stderr and by exit status 1, so that no script
+// takes nothing for good.
 func TestOutputLost(t *testing.T) {
 	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
 	if err != nil {
@@ -234,7 +237,8 @@ func TestOutputLost(t *testing.T) {
 	}
 }
 
-// Goal: many hosts, some of which take their time, are told of in the order of their names, each once.
+// Goal: many hosts, some of which take their time, are told of in the order of their names, each
+// once.
 func TestOrder(t *testing.T) {
 	hosts := hostdirtest.Dir(t)
 	var names []string
@@ -258,7 +262,9 @@ func TestOrder(t *testing.T) {
 	}
 }
 
-// Goal: where no descriptor is left, sniproxy-check says so, and what to do, and does not say that the host is good. Nor does it crash then, unless there is too little for Go's runtime to begin with.
+// Goal: where no descriptor is left, sniproxy-check says so, and what to do, and does not say that
+// the host is good. Nor does it crash then, unless there is too little for Go's runtime to begin
+// with.
 func TestNoRoom(t *testing.T) {
 	z := newZoo(t)
 	z.add(animal{name: "one.example", make: good(t)})
@@ -284,7 +290,8 @@ func TestNoRoom(t *testing.T) {
 				said = true
 			case strings.HasPrefix(trace, "sniproxy-check: cannot open the hosts directory") && strings.HasSuffix(trace, ": raise the limit (ulimit -n)\n") && out == "" && !said:
 			case strings.Contains(trace, "netpollinit") && !strings.Contains(trace, "main.(*worker)") && !said && n < 100:
-				// It has not begun: without these descriptors Go's runtime ends every program that waits for a timer.
+				// It has not begun: without these descriptors Go's runtime ends every program that
+				// waits for a timer.
 			default:
 				t.Fatalf("engine %q, with %d descriptors: %q, %.100q, %v", engine, n, out, trace, err)
 			}
@@ -295,8 +302,8 @@ func TestNoRoom(t *testing.T) {
 	}
 }
 
-// Goal: while a host's directory is exchanged the look-up is made again, as that of sniproxy is; if it is exchanged all the
-// time, that is what is said, and not that a file system does not answer.
+// Goal: while a host's directory is exchanged the look-up is made again, as that of sniproxy is; if
+// it is exchanged all the time, that is what is said, and not that a file system does not answer.
 func TestExchanged(t *testing.T) {
 	t.Parallel()
 	times := 0
@@ -315,8 +322,9 @@ func TestExchanged(t *testing.T) {
 	}
 }
 
-// Goal: of the symlinks on a path, the one that fs.protected_symlinks keeps from being followed is found: in a sticky
-// directory of everybody's, and neither ours nor the owner's of the directory. Whether that is set does not matter here.
+// Goal: of the symlinks on a path, the one that fs.protected_symlinks keeps from being followed is
+// found: in a sticky directory of everybody's, and neither ours nor the owner's of the directory.
+// Whether that is set does not matter here.
 func TestUnprotected(t *testing.T) {
 	hostdirtest.NeedRoot(t)
 	dir := hostdirtest.Dir(t)

@@ -17,8 +17,8 @@ import (
 
 // Limits that sniproxy has as well.
 const (
-	redialMin = time.Millisecond      // first wait before a backend whose backlog is full is tried again; it doubles each time
-	redialMax = 64 * time.Millisecond // longest such wait
+	redialMin = time.Millisecond      // the first pause before another try; it doubles each time
+	redialMax = 64 * time.Millisecond // the longest pause
 )
 
 // A verdict is a line of output, and whether the host that it is about can be served.
@@ -30,13 +30,13 @@ type verdict struct {
 // A checker looks hosts up.
 type checker struct {
 	hosts     *hostdir.Hosts
-	logAll    bool // log-connections in * has all connections logged
+	logAll    bool // the connections of all hosts are logged
 	allowance allowance
 	dead      atomic.Bool // the hosts directory itself did not answer
 }
 
-// newDialer returns a Dialer whose connections hold nothing that backends send or pass: to close what they pass may take any
-// time.
+// newDialer returns a Dialer whose connections take nothing that backends send or pass: closing a
+// passed descriptor may take any time.
 func (c *checker) newDialer() (*hostdir.Dialer, error) {
 	d, err := c.hosts.NewDialer()
 	if err == nil {
@@ -45,8 +45,8 @@ func (c *checker) newDialer() (*hostdir.Dialer, error) {
 	return d, err
 }
 
-// verdicts looks the hosts up, some at a time, and sends for each, in their order, a channel that will have what there is
-// to say of it.
+// verdicts looks the hosts up, some at a time. It sends a channel for each, in their order, that
+// will have the verdict.
 func (c *checker) verdicts(n int, get func(int) host) <-chan chan verdict {
 	type task struct {
 		host host
@@ -83,11 +83,11 @@ func (c *checker) verdicts(n int, get func(int) host) <-chan chan verdict {
 	return coming
 }
 
-// A worker has a thread that makes look-ups. If it is stuck in one, it is of no use any more.
+// A worker has a thread that makes look-ups. Once that is stuck, the worker is of no use any more.
 type worker struct {
 	checker *checker
 	next    chan host
-	limit   chan time.Duration // for the one that it makes
+	limit   chan time.Duration // for the look-up that it makes
 	said    chan verdict
 	owner   uint32 // of the entry, once there is a limit
 }
@@ -95,7 +95,7 @@ type worker struct {
 func (c *checker) newWorker() *worker {
 	w := &worker{checker: c, next: make(chan host), limit: make(chan time.Duration, 1), said: make(chan verdict, 1)}
 	go func() {
-		runtime.LockOSThread() // for good: the thread gets a working directory of its own
+		runtime.LockOSThread() // for good: the thread has a working directory of its own
 		d, err := c.newDialer()
 		if err == nil {
 			defer d.Close()
@@ -112,7 +112,7 @@ func (c *checker) newWorker() *worker {
 	return w
 }
 
-// judge returns what there is to say of a host, and whether the worker is stuck.
+// judge returns the verdict on a host, and whether the worker is stuck.
 func (w *worker) judge(h host) (v verdict, stuck bool) {
 	if h.wrong != "" {
 		return verdict{line: h.label + ": " + h.wrong}, false
@@ -132,7 +132,7 @@ func (w *worker) judge(h host) (v verdict, stuck bool) {
 	select {
 	case v := <-w.said:
 		return v, false
-	case <-time.After(limit + time.Second): // to say why takes time as well
+	case <-time.After(limit + time.Second): // finding out why takes time as well
 		w.checker.allowance.spent(w.owner)
 		text := "what the entry, or its socket, leads to does not answer"
 		if limit != lookupLimit {
@@ -172,7 +172,7 @@ func (w *worker) look(d *hostdir.Dialer, h host) verdict {
 	say := func(ok bool, text string) verdict {
 		return verdict{h.label + ": " + strings.Join(append([]string{text}, remarks...), "; "), ok}
 	}
-	if limit == 0 && err != nil { // to say why may take time as well
+	if limit == 0 && err != nil { // finding out why may wait as well
 		return say(false, unwaited(err))
 	}
 	if entry != "" {
@@ -218,7 +218,7 @@ func discounted(hosts *hostdir.Hosts, entry string) string {
 	return "does not count: " + chown(hosts, entry)
 }
 
-// odd says what an entry is, if it is neither a directory nor a symlink.
+// odd says what an entry is, if it is neither a directory nor a symlink, and "" otherwise.
 func odd(entry string) string {
 	info, err := os.Lstat(entry)
 	if err != nil || info.IsDir() || info.Mode()&fs.ModeSymlink != 0 {
@@ -227,8 +227,9 @@ func odd(entry string) string {
 	return kindOf(info)
 }
 
-// onAnother tells whether the socket of an entry is on another file system than the hosts directory. After it the system
-// has what there is to know of the socket in its cache, so that it does not have to be waited for just once.
+// onAnother reports whether the socket of an entry is on another file system than the hosts
+// directory. It also brings the socket into the kernel's cache: a look-up that has to wait
+// afterwards always has to, and not only the first time.
 func onAnother(entry string) bool {
 	var hosts, socket unix.Stat_t
 	return unix.Stat(entry+"/tls-socket", &socket) == nil && unix.Stat(".", &hosts) == nil && socket.Dev != hosts.Dev
@@ -245,8 +246,8 @@ func starred(h host, entry string) string {
 	return entry
 }
 
-// dial looks a host up as sniproxy does, and tells whether that has a thread that has the time do it. The connection is
-// closed; as it was deaf, nothing that the backend has sent or passed goes with it.
+// dial looks a host up as sniproxy does, and reports whether that was slow: sniproxy would leave it
+// to a thread that may wait. It closes the connection.
 func dial(d *hostdir.Dialer, h host, limit time.Duration) (b hostdir.Backend, slow bool, err error) {
 	try := func(wait bool) func() (hostdir.Backend, error) {
 		return func() (b hostdir.Backend, err error) {
@@ -272,8 +273,7 @@ func dial(d *hostdir.Dialer, h host, limit time.Duration) (b hostdir.Backend, sl
 	return b, slow, err
 }
 
-// redial connects, as sniproxy does: while the backlog of the backend is full, or the directory is exchanged, it tries
-// again.
+// redial tries as sniproxy does: again, while the backlog is full or the directory is exchanged.
 func redial(try func() (hostdir.Backend, error), limit time.Duration) (hostdir.Backend, error) {
 	deadline := time.Now().Add(limit)
 	for wait := redialMin; ; wait = min(2*wait, redialMax) {
@@ -285,5 +285,5 @@ func redial(try func() (hostdir.Backend, error), limit time.Duration) (hostdir.B
 	}
 }
 
-// isWaiting reports whether a host is tried again.
+// isWaiting reports whether to try a host again.
 func isWaiting(err error) bool { return err == hostdir.BacklogFull || err == hostdir.Exchanged }

@@ -10,7 +10,8 @@ import (
 	"sniproxy/hostdir/hostdirtest"
 )
 
-// Goal: the same as that of TestZoo, for hosts on file systems that do not answer, or that are gone.
+// Goal: the same as that of TestZoo, for hosts on file systems that do not answer, or that are
+// gone.
 func TestZooFileSystems(t *testing.T) {
 	t.Parallel()
 	hostdirtest.OwnMounts(t) // and those of the programs that this thread starts
@@ -18,8 +19,8 @@ func TestZooFileSystems(t *testing.T) {
 	mount := func(name string) *hostdirtest.UserFS {
 		dir := filepath.Join(z.others, name)
 		must(t, os.Mkdir(dir, 0o755))
-		// The kernel has to ask for the permissions of the root, before anything else. Of several processes that look
-		// for the same file in it, all but the first could not even be killed.
+		// The kernel has to ask for the permissions of the root, before anything else. Of several
+		// processes that look for the same file in it, all but the first could not even be killed.
 		return hostdirtest.MountUserFS(t, dir, unix.S_IFDIR, "default_permissions")
 	}
 	stuck, broken := mount("stuck"), mount("broken")

@@ -24,8 +24,8 @@ import (
 	"sniproxy/sni/snitest"
 )
 
-// serve makes a host with a backend, which tells each client the name of the directory and the version of the PROXY
-// protocol of the header that it got.
+// serve makes a host with a backend, which tells each client the name of the directory and the
+// version of the PROXY protocol of the header that it got.
 func serve(t *testing.T, dir string) {
 	t.Helper()
 	hostdirtest.Serve(t, dir, func(c *net.UnixConn) {
@@ -58,8 +58,8 @@ type animal struct {
 	bad   bool // name is none
 }
 
-// A finding is what must be said of a host. In it ENTRY stands for the entry, UID for the user who asks, and OWNER for the
-// one who owns what the zoo has made.
+// A finding is what must be said of a host. In it ENTRY stands for the entry, UID for the user who
+// asks, and OWNER for the one who owns what the zoo has made.
 type finding struct {
 	what     string   // the problem in the words of sniproxy, or "ok" and the facts: what comes first
 	mentions []string // paths, users and the like: words that must follow it, in this order
@@ -67,7 +67,8 @@ type finding struct {
 
 func is(what string, mentions ...string) finding { return finding{what, mentions} }
 
-// has reports whether a line, without its label, is the finding. Behind "ok" nothing follows that need not be mentioned.
+// has reports whether a line, without its label, is the finding. Behind "ok" nothing follows that
+// need not be mentioned.
 func (f finding) has(line string, names *strings.Replacer) bool {
 	rest, ok := strings.CutPrefix(line, names.Replace(f.what))
 	if !ok || rest != "" && !strings.HasPrefix(rest, ": ") && !strings.HasPrefix(rest, "; ") {
@@ -402,7 +403,8 @@ func (z *zoo) addNobodys() {
 	)
 }
 
-// addLinked adds a directory * that is a symlink to somebody else's, who cannot have all connections logged.
+// addLinked adds a directory * that is a symlink to somebody else's, who cannot have all
+// connections logged.
 func (z *zoo) addLinked() {
 	t := z.t
 	tenants := filepath.Join(z.others, "tenants")
@@ -450,10 +452,11 @@ func (z *zoo) addClosed() {
 	)
 }
 
-// Goal: of every host and every name in a zoo of hosts directories, sniproxy-check says what sniproxy does, in the words
-// of its log, and whether it logs the connection: for each engine, and whoever runs them. What it says of * is said of
-// clients without a name as well. And it says why. Every reason that sniproxy has for a refusal is there, but for those
-// that say nothing of the host: a hello that is not valid, or does not come, and too many look-ups. For the others see
+// Goal: of every host and every name in a zoo of hosts directories, sniproxy-check says what
+// sniproxy does, in the words of its log, and whether it logs the connection: for each engine, and
+// whoever runs them. What it says of * is said of clients without a name as well. And it says why.
+// Every reason that sniproxy has for a refusal is there, but for those that say nothing of the
+// host: a hello that is not valid, or does not come, and too many look-ups. For the others see
 // TestZooFileSystems, TestNoRoom and TestExchanged.
 func TestZoo(t *testing.T) {
 	t.Parallel()
@@ -484,7 +487,8 @@ func TestZoo(t *testing.T) {
 		noDirectory, noSocket, strings.Replace(notPermitted, "UID", "65534", 1), nobodyListens, notStream, pathTooLong, notCounted, backlogFull)
 }
 
-// visitAll has each user visit each zoo, and returns all reasons for which sniproxy refused somebody.
+// visitAll has each user visit each zoo, and returns all reasons for which sniproxy refused
+// somebody.
 func visitAll(zoos ...*zoo) (reasons []string) {
 	var visits []*visit
 	for _, z := range zoos {
@@ -590,7 +594,8 @@ type hello struct {
 	asks  string // " for NAME", or " without a name"
 }
 
-// hellos returns those of the clients that a host is for. The first has a name; others have none, and are for *.
+// hellos returns those of the clients that a host is for. The first has a name; others have none,
+// and are for *.
 func (a animal) hellos() []hello {
 	name := strings.Replace(a.name, "*", "any-label", 1)
 	hellos := []hello{{snitest.Named(name).Stream(), " for " + name}}
@@ -638,7 +643,8 @@ func (v *visit) ask(a animal, h hello) outcome {
 	return outcome{text, v.servedBy(a, entry), c.LocalAddr().String() + h.asks}
 }
 
-// servedBy returns what is to be said of it that the backend in an entry serves the clients of a host.
+// servedBy returns what is to be said of it that the backend in an entry serves the clients of a
+// host.
 func (v *visit) servedBy(a animal, entry string) string {
 	// Which directory a symlink leads to is its own business.
 	if info, err := os.Lstat(filepath.Join(v.hosts, a.entryName())); err == nil && (info.Mode()&os.ModeSymlink != 0 || entry == a.entryName()) {
@@ -655,7 +661,8 @@ func (v *visit) servedBy(a animal, entry string) string {
 	return ", served by " + entry
 }
 
-// addLogged adds to the outcomes which of them sniproxy has a line in its log about. All lines are there when it has ended.
+// addLogged adds to the outcomes which of them sniproxy has a line in its log about. All lines are
+// there when it has ended.
 func (v *visit) addLogged() {
 	v.end(unix.SIGTERM)
 	log, logged := v.log.String(), 0
@@ -745,8 +752,9 @@ func (v *visit) compare() (reasons []string) {
 	return reasons
 }
 
-// ofNameless makes of what sniproxy-check says of * what that means for clients without a name: where no directory is for
-// them, sniproxy does not say that of a directory, which nobody has asked for, but that there is no name.
+// ofNameless makes of what sniproxy-check says of * what that means for clients without a name:
+// where no directory is for them, sniproxy does not say that of a directory, which nobody has asked
+// for, but that there is no name.
 var ofNameless = strings.NewReplacer(
 	"no directory, and the wildcard for it belongs", "no server name, and the directory * belongs",
 	"no directory", "no server name",

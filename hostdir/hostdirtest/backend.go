@@ -15,11 +15,11 @@ import (
 	"sniproxy/sni"
 )
 
-// The functions below make the directory of a host, dir, if it does not exist, and a socket in it that
-// every user may connect to.
+// The functions below make the directory of a host, dir, if it does not exist, and a socket in it
+// that every user may connect to.
 
-// Bind makes a socket that does not listen, as long as the test runs. The kind is unix.SOCK_STREAM or
-// another. The path may be longer than the address of a socket.
+// Bind makes a socket that does not listen, as long as the test runs. The kind is unix.SOCK_STREAM
+// or another. The path may be longer than the address of a socket.
 func Bind(t testing.TB, dir string, kind int) (fd int) {
 	t.Helper()
 	fd = bind(t, dir, kind)
@@ -87,8 +87,8 @@ func Abandon(t testing.TB, dir string) {
 	must(t, unix.Close(fd))
 }
 
-// FillBacklog makes a socket that listens and has no room for another connection. Only Linux reports
-// that to who connects.
+// FillBacklog makes a socket that listens and has no room for another connection. Only Linux
+// reports that to who connects.
 func FillBacklog(t testing.TB, dir string) {
 	t.Helper()
 	must(t, unix.Listen(Bind(t, dir, unix.SOCK_STREAM), 0))
@@ -116,8 +116,8 @@ func Touch(t testing.TB, paths ...string) {
 	}
 }
 
-// Greet is a backend that reads a ClientHello, answers "this is NAME" with the server name in it, and
-// closes. The name that it finds must be the one that the proxy has routed by.
+// Greet is a backend that reads a ClientHello, answers "this is NAME" with the server name in it,
+// and closes. The name that it finds must be the one that the proxy has routed by.
 func Greet(c *net.UnixConn) {
 	name, _, err := ReadHello(c)
 	if err != nil {
@@ -137,8 +137,8 @@ func Echo(c *net.UnixConn) {
 	io.Copy(c, c)
 }
 
-// ReadHello reads a ClientHello, in one record, and returns its server name and what was read behind
-// it.
+// ReadHello reads a ClientHello, in one record, and returns its server name and what was read
+// behind it.
 func ReadHello(r io.Reader) (name string, rest []byte, err error) {
 	var b []byte
 	buf := make([]byte, 4096)

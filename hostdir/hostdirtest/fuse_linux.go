@@ -16,7 +16,8 @@ import (
 )
 
 // A UserFS is a file system in user space (FUSE): the kernel asks this process what is in it, and
-// waits for the answers. See fuse(4), and linux/fuse.h for the protocol. Set the fields before Serve.
+// waits for the answers. See fuse(4), and linux/fuse.h for the protocol. Set the fields before
+// Serve.
 type UserFS struct {
 	Dir     string        // where it is mounted
 	Delay   time.Duration // of look-ups, except of files that are in the root
@@ -301,8 +302,8 @@ func (fs *UserFS) answer(r *Request) {
 	}
 }
 
-// readDir returns the next entries of a directory, as many as fit: fuse_dirent. There are none unless
-// it is endless.
+// readDir returns the next entries of a directory, as many as fit: fuse_dirent. There are none
+// unless it is endless.
 func (fs *UserFS) readDir(size uint32) (entries []byte) {
 	for fs.Endless && len(entries)+40 <= int(size) {
 		fs.entries++

@@ -25,8 +25,8 @@ import (
 // Patience is how long a test waits for what must come. It is no limit on speed.
 const Patience = 30 * time.Second
 
-// Need returns the path of a program. Where it is not installed, Need skips the test, or fails it if
-// SNIPROXY_TEST_REQUIRE is set.
+// Need returns the path of a program. Where it is not installed, Need skips the test, or fails it
+// if SNIPROXY_TEST_REQUIRE is set.
 func Need(t testing.TB, program string) string {
 	t.Helper()
 	for _, name := range []string{program, "/usr/sbin/" + program, "/sbin/" + program} {
@@ -103,8 +103,8 @@ func Program(t testing.TB, dir, name string, tags ...string) string {
 	return path
 }
 
-// Command returns the test binary as the program that TestMain makes of it with this setting, NAME=VALUE,
-// in its environment.
+// Command returns the test binary as the program that TestMain makes of it with this setting,
+// NAME=VALUE, in its environment.
 func Command(t testing.TB, setting string, args ...string) *exec.Cmd {
 	t.Helper()
 	self, err := os.Executable()
