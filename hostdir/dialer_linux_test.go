@@ -23,10 +23,10 @@ func ownDirectories(t testing.TB) *hostdir.Hosts {
 	return h
 }
 
+// Goal: with wait false, hosts on the file system of the hosts directory are connected to. For a
+// symlink to a file system that is not on a block device, the error is MayWait. With wait true all
+// are connected to. No descriptor is left.
 func TestDialNow(t *testing.T) {
-	// Goal: hosts on the file system of the hosts directory are connected to at once; of those that
-	// a symlink leads from there to one that is not on a block device, it is only said that it may
-	// take time. With time all are connected to, without a descriptor left.
 	chdir(t)
 	var here, there unix.Stat_t
 	must(t, unix.Stat(".", &here))
@@ -95,10 +95,10 @@ func TestDialNow(t *testing.T) {
 	}
 }
 
+// Goal: a host that is looked up again and again is found as it is each time, whatever has replaced
+// its directory, its socket or its markers. No descriptor is left once the Dialer has left or is
+// closed.
 func TestDialNowAgain(t *testing.T) {
-	// Goal: a host that is looked up again and again is found as it is each time, whatever has
-	// taken the place of its directory, its socket or its markers; and when the Dialer has left, or
-	// is closed, no descriptor is left.
 	chdir(t)
 	all := sites(t, "a", "b", "c", "d")
 	h := ownDirectories(t)
@@ -238,9 +238,9 @@ func TestDialNowAgain(t *testing.T) {
 	}
 }
 
-// Goal: a marker that was made, removed, replaced or given away a moment ago counts as it is for
-// the next look-up, also when the directory had been the same for long before, so that its markers
-// were not looked for again.
+// Goal: a marker that was made, removed, replaced or given away a moment ago counts at the next
+// look-up, even if the directory had not changed for so long that its markers were no longer looked
+// for.
 func TestMarkersAtOnce(t *testing.T) {
 	chdir(t)
 	unix.Close(listen(t, "b", 8)) // another host

@@ -11,8 +11,8 @@ import (
 	"sniproxy/hostdir"
 )
 
-// Goal: the Hosts name the entry that a Dialer goes by, for names and for wildcards, and those that
-// do not count.
+// Goal: Hosts.Find names the same entry as a Dialer, for names and for wildcards, and the wildcards
+// that do not count.
 func TestFind(t *testing.T) { eachWay(t, testFind) }
 
 func testFind(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {

@@ -12,16 +12,16 @@ import (
 	"sniproxy/hostdir/hostdirtest"
 )
 
+// Goal: directory names are those of an independent implementation, python3:
+//
+//	import base64, hashlib
+//	digest = hashlib.blake2s(name.encode()).digest()
+//	print(base64.urlsafe_b64encode(digest).decode().rstrip("="))
+//
+// and, to the same result, OpenSSL:
+//
+//	printf %s NAME | openssl dgst -blake2s256 -binary | base64 | tr +/ -_ | tr -d =
 func TestHash(t *testing.T) {
-	// Goal: directory names are those of an independent implementation, python3:
-	//
-	//	import base64, hashlib
-	//	digest = hashlib.blake2s(name.encode()).digest()
-	//	print(base64.urlsafe_b64encode(digest).decode().rstrip("="))
-	//
-	// and, to the same result, OpenSSL:
-	//
-	//	printf %s NAME | openssl dgst -blake2s256 -binary | base64 | tr +/ -_ | tr -d =
 	label := strings.Repeat("a", 63)
 	for name, want := range map[string]string{
 		"a":                "Sg0SmHNAMDfCzZuQSCA2h_YjP7ZziVbgNJvUMg_sPpA",
@@ -39,8 +39,8 @@ func TestHash(t *testing.T) {
 	}
 }
 
+// Goal: the same for 100 random names of 1 to 254 bytes, which python3 computes now.
 func TestHashPython(t *testing.T) {
-	// Goal: the same for 100 random names of 1 to 254 bytes, python3 computing now.
 	python := hostdirtest.Need(t, "python3")
 	const letters = "abcdefghijklmnopqrstuvwxyz0123456789-_."
 	var names, dirs []string

@@ -88,9 +88,9 @@ func descriptors(t *testing.T) int {
 	return len(entries)
 }
 
+// Goal: dialing a host gives a descriptor that is non-blocking and closed on exec. A marker counts
+// whatever kind of file it is.
 func TestDial(t *testing.T) {
-	// Goal: a host that is there is connected to, with a descriptor that is non-blocking and closed
-	// on exec, and its marker is seen whatever it is.
 	eachWay(t, func(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {
 		for name, mark := range map[string]func(path string) error{
 			"none":      func(string) error { return nil },
@@ -132,9 +132,9 @@ func TestDial(t *testing.T) {
 	})
 }
 
+// Goal: symlinks are followed, to directories and to sockets. Markers are those of the target
+// directory.
 func TestDialSymlinks(t *testing.T) {
-	// Goal: symlinks are followed, to directories and sockets, and the marker is that of the
-	// directory that they lead to.
 	eachWay(t, func(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {
 		listen(t, "target", 8)
 		must(t, os.WriteFile(dirName("target")+"/send-proxy-v1", nil, 0))
@@ -155,9 +155,9 @@ func TestDialSymlinks(t *testing.T) {
 	})
 }
 
+// Goal: each way to fail has its own problem and message, keeps the error of the system, and leaves
+// no descriptor behind.
 func TestDialProblems(t *testing.T) {
-	// Goal: each way to fail is told apart, has a message, keeps what the system said, and leaves
-	// no descriptor behind.
 	eachWay(t, func(t *testing.T, w way, dial func(string) (hostdir.Backend, error)) {
 		in := func(name string, do func(path string) error) {
 			must(t, os.Mkdir(dirName(name), 0o755))
@@ -227,9 +227,9 @@ func TestDialProblems(t *testing.T) {
 	})
 }
 
+// Goal: a full backlog is reported at once, loses no descriptor, and is over when the backend
+// accepts.
 func TestDialBacklogFull(t *testing.T) {
-	// Goal: a full backlog is told at once, loses no descriptor, and passes when the backend
-	// accepts.
 	if runtime.GOOS != "linux" {
 		t.Skip("other systems do not tell a full backlog apart")
 	}
@@ -260,10 +260,9 @@ func TestDialBacklogFull(t *testing.T) {
 	})
 }
 
+// Goal: a process without free descriptors learns so when it opens the hosts directory, or for each
+// host that exists, of whatever kind. That a host does not exist needs no descriptor.
 func TestDialNoRoom(t *testing.T) {
-	// Goal: a process that has all the descriptors it may have is told so: as early as when it
-	// opens the hosts directory, or of each host, whatever it is. Of one that is not there it can
-	// be told without.
 	chdir(t)
 	listen(t, "good", 8)
 	listen(t, "*.wild", 8)
@@ -284,9 +283,9 @@ func TestDialNoRoom(t *testing.T) {
 	}
 }
 
+// Goal: directories and sockets without permission are told apart from those that do not exist, and
+// once there is permission the host is connected to.
 func TestDialNotPermitted(t *testing.T) {
-	// Goal: directories and sockets without permission are told apart from those that are not
-	// there, and as soon as there is permission the host is connected to.
 	chdir(t)
 	for _, name := range []string{"good", "directory", "socket"} {
 		listen(t, name, 8)
@@ -325,8 +324,8 @@ func TestDialNotPermitted(t *testing.T) {
 	check(", with permission", map[string]failure{"directory": 0, "socket": 0, "empty": noSocket})
 }
 
+// Goal: AppendName appends to what is there, and the directory name has at most MaxName bytes.
 func TestAppendName(t *testing.T) {
-	// Goal: the directory name is appended to what is there, and has at most MaxName bytes.
 	for _, name := range []string{"a", "a.example", strings.Repeat("a", 254)} {
 		dir := string(hostdir.AppendName(nil, []byte(name)))
 		if got := string(hostdir.AppendName([]byte("hosts/"), []byte(name))); got != "hosts/"+dir {

@@ -15,8 +15,8 @@ import (
 	"sniproxy/hostdir/hostdirtest"
 )
 
-// Goal: a Dialer that is made without a descriptor is as good as any, and for lack of descriptors
-// it says nothing else, for whatever host, and with however many there are.
+// Goal: a Dialer that was made without a free descriptor works like any other. However many
+// descriptors are missing, and for whatever host, the error is NoRoom.
 func TestDialerWithoutRoom(t *testing.T) {
 	for _, w := range ways(t) {
 		t.Run(w.name, func(t *testing.T) {
@@ -65,8 +65,8 @@ func TestDialerWithoutRoom(t *testing.T) {
 	}
 }
 
-// Goal: where the system can refuse what backends pass, a backend that passes a descriptor gets an
-// error, and loses nothing else.
+// Goal: where the kernel can refuse passed descriptors, a backend that passes one gets an error and
+// loses nothing else.
 func TestRefusesDescriptors(t *testing.T) {
 	for _, w := range ways(t) {
 		t.Run(w.name, func(t *testing.T) {
@@ -102,8 +102,8 @@ func TestRefusesDescriptors(t *testing.T) {
 	}
 }
 
-// Goal: where unshare(2) is forbidden, as by container engines, that is told, and hosts are found
-// and connected to by their paths, as long as these fit.
+// Goal: where unshare(2) is forbidden, as by container engines, PathsOnly says so, and hosts are
+// reached by their paths, as long as these fit into a socket address.
 func TestUnshareForbidden(t *testing.T) {
 	chdir(t)
 	long := strings.Repeat("a", 200)
@@ -138,8 +138,8 @@ func TestUnshareForbidden(t *testing.T) {
 	}
 }
 
-// Goal: where there is no SO_PASSRIGHTS, that is told, and no byte that is out of band is passed
-// over by reading, as the system would drop what came with it.
+// Goal: without SO_PASSRIGHTS, RefusesDescriptors says so, and reading does not pass over an
+// out-of-band byte: the kernel would drop what came with it.
 func TestNoPassRights(t *testing.T) {
 	chdir(t)
 	listen(t, "a", 8)
@@ -157,8 +157,8 @@ func TestNoPassRights(t *testing.T) {
 	}
 }
 
-// Goal: kernels that cannot tell whether a look-up may wait are believed to wait wherever a symlink
-// is followed, and nowhere else.
+// Goal: a kernel that cannot tell whether a look-up may wait is taken to wait wherever a symlink is
+// followed, and nowhere else.
 func TestNoOpenat2(t *testing.T) {
 	chdir(t)
 	for _, name := range []string{"plain", "*.wild", "socket-link"} {
@@ -184,9 +184,9 @@ func TestNoOpenat2(t *testing.T) {
 	}
 }
 
-// Goal: in a user namespace those whom it does not know, who all look like the overflow uid, are
-// not the administrator, be the hosts directory one of theirs or not: they speak for nobody, and do
-// not ask for the log.
+// Goal: in a user namespace the overflow uid stands for all users that it does not know. It is not
+// the administrator, even if it seems to own the hosts directory: its wildcards and its
+// log-connections do not count.
 func TestUserNamespace(t *testing.T) {
 	hostdirtest.NeedRoot(t)
 	for _, inside := range []bool{false, true} { // whether the namespace knows the owner of the hosts directory
@@ -235,9 +235,9 @@ func TestUserNamespace(t *testing.T) {
 	}
 }
 
-// Goal: a file system that is mounted on an entry is followed only if there is time for it, and is
-// believed whose it is only if it is no FUSE: a tenant may mount that on his directory and have it
-// say that it is root's.
+// Goal: a file system that is mounted on an entry is followed only with wait true, and its owner is
+// believed only if it is no FUSE. A tenant may mount a FUSE on his directory and have it say that
+// it is root's.
 func TestMountOwner(t *testing.T) {
 	hostdirtest.NeedRoot(t)
 	hostdirtest.OwnMounts(t)

@@ -16,9 +16,9 @@ import (
 // tenant is a user who is not the administrator.
 const tenant = 65532
 
-// Goal: a wildcard that is neither a directory nor a symlink does not count, whoever owns it: it is
-// passed over as if it were not there, and the Hosts name it. The entry of a host itself cannot
-// serve then.
+// Goal: a wildcard that is neither a directory nor a symlink does not count, whoever owns it: the
+// look-up passes over it, and Hosts.Find names it. The entry of a host that is neither cannot
+// serve.
 func TestFindOdd(t *testing.T) {
 	eachWay(t, func(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {
 		h := open(t)
@@ -63,7 +63,7 @@ func TestFindOdd(t *testing.T) {
 }
 
 // Goal: the overflow uid is never the administrator, not even as the owner of the hosts directory:
-// neither its wildcards nor its log markers count. Root's do.
+// neither its wildcards nor its log-connections count. Root's do.
 func TestOverflow(t *testing.T) {
 	hostdirtest.NeedRoot(t)
 	eachWay(t, func(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {
@@ -111,8 +111,8 @@ func logAll(t *testing.T, h *hostdir.Hosts, want bool) {
 	}
 }
 
-// Goal: all connections are logged if there is a marker in the directory *, and both are the
-// administrator's, wherever that leads. What cannot be found out is an error. No descriptor is
+// Goal: all connections are logged if the directory * has a log-connections and both are the
+// administrator's, wherever they lead. What cannot be found out is an error. No descriptor is
 // needed.
 func TestLogAll(t *testing.T) {
 	chdir(t)
@@ -153,8 +153,8 @@ func TestLogAll(t *testing.T) {
 	}
 }
 
-// Goal: it is known whose an entry is, a symlink's own owner as well, and whether what it leads to
-// is somebody else's, as far as that can be told.
+// Goal: Find tells who owns an entry, which for a symlink is the owner of the link, and whether the
+// target may be somebody else's.
 func TestFindOwner(t *testing.T) {
 	hostdirtest.NeedRoot(t)
 	for _, w := range ways(t) {
@@ -248,9 +248,9 @@ func letClockTick(t *testing.T) {
 	must(t, os.Remove(".clock"))
 }
 
-// Goal: working with paths, a directory that is exchanged between finding it and connecting is
-// told, and so is a symlink that was made a moment ago, as nobody can tell whether it is exchanged
-// again. Otherwise what was found is connected to, with its own markers. Nothing is tried twice.
+// Goal: with paths, a directory that is exchanged between Find and Connect gives Exchanged, and so
+// does a symlink that was made a moment ago, since nobody can tell whether it is exchanged again.
+// Otherwise Connect reaches what Find found, with its markers. Nothing is tried twice.
 func TestExchanged(t *testing.T) {
 	for _, w := range ways(t) {
 		t.Run(w.name, func(t *testing.T) {
@@ -295,7 +295,7 @@ func TestExchanged(t *testing.T) {
 	}
 }
 
-// Goal: working with paths, nothing is done without time for it but to tell which entry it is.
+// Goal: with paths and wait false, Find tells which entry it is, and nothing else is done.
 func TestPathsWithoutTime(t *testing.T) {
 	chdir(t)
 	h := open(t)
@@ -317,8 +317,8 @@ func TestPathsWithoutTime(t *testing.T) {
 	}
 }
 
-// Goal: nothing that a backend sends over a deaf connection is taken, nor what it passes; it is
-// told.
+// Goal: a deaf connection takes nothing that a backend sends or passes, and the backend gets an
+// error.
 func TestDeaf(t *testing.T) {
 	for _, w := range ways(t) {
 		t.Run(w.name, func(t *testing.T) {

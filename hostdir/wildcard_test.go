@@ -43,10 +43,9 @@ func reached(t *testing.T, all []site) string {
 	return strings.Join(names, " and ")
 }
 
+// Goal: the entry of its own name serves a host, or else the wildcard with an asterisk for its
+// first label, or else *. The entry * also serves clients that name no host.
 func TestDialWildcard(t *testing.T) {
-	// Goal: a name is served by the entry of that name or, if there is none, by the wildcard that
-	// has an asterisk for its first label or, if there is none either, by *, which also has the
-	// clients without a name.
 	eachWay(t, func(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {
 		all := sites(t, "a.example.com", "*.example.com", "*.com")
 		words := map[string]string{
@@ -81,9 +80,8 @@ func TestDialWildcard(t *testing.T) {
 	})
 }
 
+// Goal: there is no fallback from an entry that counts but cannot serve, and no descriptor is lost.
 func TestDialWildcardDown(t *testing.T) {
-	// Goal: there is no fallback from an entry that counts but cannot serve, and no descriptor is
-	// lost.
 	eachWay(t, func(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {
 		all := sites(t, "*.good.example", "*")
 		bad := map[string]failure{
@@ -143,9 +141,9 @@ func TestDialWildcardDown(t *testing.T) {
 	})
 }
 
+// Goal: the markers are those of the entry that serves the name. Version 2 of the PROXY protocol
+// overrides version 1.
 func TestDialMarkers(t *testing.T) {
-	// Goal: the markers are those of the entry that serves the name; version 2 of the PROXY
-	// protocol is preferred.
 	eachWay(t, func(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {
 		all := sites(t, "a.example", "*.example", "*")
 		for entry, markers := range map[string][]string{
@@ -170,9 +168,9 @@ func TestDialMarkers(t *testing.T) {
 	})
 }
 
+// Goal: a wildcard counts only if the entry itself belongs to root or to the owner of the hosts
+// directory. Others are passed over, and if nothing else serves the name the error says so.
 func TestDialWildcardOwner(t *testing.T) {
-	// Goal: a wildcard counts only if the entry itself belongs to the owner of the hosts directory
-	// or to root; one that does not is passed over, and if nothing follows the error says so.
 	hostdirtest.NeedRoot(t)
 	const owner, other = 65533, 65532
 	eachWay(t, func(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {

@@ -177,8 +177,7 @@ func get(header []byte) (string, error) {
 	return string(page), err
 }
 
-// Goal: a parser in Go that is not ours reads what was written, to the byte: thousands of headers
-// that follow one another without anything between them.
+// Goal: a Go parser of somebody else reads thousands of headers, one behind the other, to the byte.
 func TestV2GoProxyproto(t *testing.T) {
 	const (
 		module  = "github.com/pires/go-proxyproto"

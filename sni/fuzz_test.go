@@ -10,8 +10,8 @@ import (
 	"sniproxy/sni/snitest"
 )
 
-// Property: no panic; a name is canonical; the answer is stable under longer input, and does not
-// depend on how the stream is cut.
+// Goal: no panic; a name is canonical; the answer is stable under longer input, and does not depend
+// on how the stream is cut.
 //
 // For an input in testdata/fuzz its file's name says, up to the dot, what the answer to its stream
 // is: "name", "nameless", "pending", or the alert.
@@ -68,7 +68,7 @@ func answerWord(p *Parser) string {
 	return "name"
 }
 
-// Property: the answer does not depend on how a message is put into records.
+// Goal: the answer does not depend on how a message is put into records.
 func FuzzResplit(f *testing.F) {
 	for _, c := range captures(f) {
 		f.Add(snitest.Payload(c.stream), []byte{1, 99, 2})
@@ -94,7 +94,7 @@ func FuzzResplit(f *testing.F) {
 	})
 }
 
-// Property: a hello is nameless exactly if it is, read as a whole, complete and valid and without a
+// Goal: a hello is nameless exactly if it is, read as a whole, complete and valid and without a
 // host name; and it is not before its last byte has come.
 func FuzzNameless(f *testing.F) {
 	for _, c := range captures(f) {
@@ -122,7 +122,7 @@ func FuzzNameless(f *testing.F) {
 	})
 }
 
-// Property: where crypto/tls accepts a hello, the name is the same, or it is nameless to both.
+// Goal: where crypto/tls accepts a hello, the name is the same, or it is nameless to both.
 func FuzzCryptoTLS(f *testing.F) {
 	for _, c := range captures(f) {
 		f.Add(snitest.Payload(c.stream))
@@ -135,8 +135,8 @@ func FuzzCryptoTLS(f *testing.F) {
 	f.Fuzz(checkAgainstCryptoTLS)
 }
 
-// Property: the canonical form is canonical by the rule said another way, is its own canonical
-// form, and differs from the name in the case of ASCII letters only; and what is refused has none.
+// Goal: the canonical form is canonical by the rule said another way, is its own canonical form,
+// and differs from the name in the case of ASCII letters only; and what is refused has none.
 func FuzzCanonical(f *testing.F) {
 	for _, name := range []string{"example.com", "A_b-.EXAMPLE", "a..b", "-a", "a.", "\u212a", longest, longest + "d", ""} {
 		f.Add([]byte(name))

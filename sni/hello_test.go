@@ -24,7 +24,7 @@ func ordinary(name string) *snitest.Message {
 // longest is a name of MaxName bytes.
 var longest = strings.Repeat("a.", MaxName/2-1) + "bc"
 
-// Goal: the name is found, in canonical form, wherever the grammar lets it be.
+// Goal: the name is found, in canonical form, wherever the grammar allows it.
 func TestName(t *testing.T) {
 	for _, c := range []struct {
 		what  string
@@ -78,7 +78,7 @@ func TestName(t *testing.T) {
 	}
 }
 
-// Goal: each mistake in a handshake message has the alert that it should have.
+// Goal: each mistake in a handshake message gives the right alert.
 func TestMessageAlerts(t *testing.T) {
 	type row struct {
 		what  string
@@ -171,8 +171,7 @@ func TestMessageAlerts(t *testing.T) {
 	}
 }
 
-// Goal: each mistake in the record layer has the alert that it should have, and is found at the
-// byte that shows it.
+// Goal: each mistake in the record layer gives the right alert, at the byte that shows it.
 func TestRecordAlerts(t *testing.T) {
 	msg := ordinary("example.com").Bytes
 	// after has a good first record, of the message's first three bytes, and then these bytes.
@@ -222,8 +221,8 @@ func TestRecordVersionIsIgnored(t *testing.T) {
 	}
 }
 
-// Goal: a length that lies is never believed. Every length of a ClientHello up to the name's is
-// changed.
+// Goal: a wrong length is never believed. The test changes every length of a ClientHello up to that
+// of the name.
 func TestLengthsPerturbed(t *testing.T) {
 	newHello := func() *snitest.Message {
 		return snitest.ClientHello{SessionID: 32, CipherSuites: 6, Extensions: func(m *snitest.Message) {
@@ -280,8 +279,8 @@ func TestLengthsPerturbed(t *testing.T) {
 	}
 }
 
-// Goal: a ClientHello that says itself that it ends within a field, or between two, is a
-// decode_error; but it may have no extensions.
+// Goal: a ClientHello whose own length ends it inside a field, or between two, is a decode_error;
+// but it may have no extensions.
 func TestMessageEnds(t *testing.T) {
 	whole := ordinary("example.com")
 	length := whole.Lengths[0]
@@ -302,8 +301,8 @@ func TestMessageEnds(t *testing.T) {
 	}
 }
 
-// Goal: a name whose last byte is byte 65536 of the stream is found, one that ends a byte later is
-// not, and the same holds for what a bad name is told.
+// Goal: a name whose last byte is byte 65536 of the stream is found, and one that ends a byte later
+// is not. The same holds for the alert of a bad name.
 func TestLimit(t *testing.T) {
 	// at returns a stream in which the last byte of the name is byte number end.
 	at := func(name string, end int) []byte {
@@ -357,7 +356,7 @@ func TestLimit(t *testing.T) {
 	}
 }
 
-// Goal: a ClientHello that claims 16 MiB is followed for 64 KiB and no further.
+// Goal: the parser follows a ClientHello that claims 16 MiB for 64 KiB and no further.
 func TestHugeClaim(t *testing.T) {
 	m := snitest.ClientHello{SessionID: 255, CipherSuites: 1<<16 - 4, Extensions: func(m *snitest.Message) {
 		m.ServerName(func() { m.Entry(snitest.HostName, "example.com") })
@@ -380,7 +379,7 @@ func TestHugeClaim(t *testing.T) {
 	checkMessage(t, m.Bytes, alertText(t, trailing, DecodeError))
 }
 
-// Goal: after an answer, Parse gives the same answer again, and reads nothing.
+// Goal: after an answer, Parse gives the same answer again and reads nothing.
 func TestAnswerStays(t *testing.T) {
 	for _, c := range []struct{ name, want string }{
 		{"example.com", "example.com"},
@@ -401,10 +400,9 @@ func TestAnswerStays(t *testing.T) {
 	}
 }
 
-// Goal: parsing costs linear time however the bytes come, shown without a clock: a Parser is a few
-// hundred bytes without pointers, and what it was given is overwritten after each call, so a call
-// can look at nothing but the new bytes and that small value. BenchmarkParseByteByByte has the
-// figures.
+// Goal: parsing takes linear time however the bytes come. The proof needs no clock: a Parser is a
+// few hundred bytes without pointers, and the test overwrites its input after each call, so a call
+// can look only at the new bytes and at that small value. BenchmarkParseByteByByte has the figures.
 func TestParserKeepsNothing(t *testing.T) {
 	var p Parser
 	if size := unsafe.Sizeof(p); size > MaxName+32 {
@@ -473,8 +471,8 @@ func TestNoAllocation(t *testing.T) {
 	}
 }
 
-// Goal: the real hellos among the tests' data yield the names that their clients were told to
-// connect to.
+// Goal: the captured hellos of real clients give the names that the clients were told to connect
+// to.
 func TestCaptured(t *testing.T) {
 	for _, c := range captures(t) {
 		t.Run(c.file, func(t *testing.T) {

@@ -10,8 +10,8 @@ import (
 	"sniproxy/hostdir/hostdirtest"
 )
 
-// Goal: the inputs that the targets begin with reach every statement of the parser and of the rule
-// for names, so that fuzzing begins at each of them.
+// Goal: the inputs that the fuzz targets begin with reach every statement of the parser and of the
+// rule for names.
 func TestFuzzInputsReachAll(t *testing.T) {
 	goTool := hostdirtest.Need(t, "go")
 	file := filepath.Join(t.TempDir(), "profile")

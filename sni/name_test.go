@@ -10,8 +10,8 @@ import (
 // canonicalName is the rule for canonical names, but for the length, said another way.
 var canonicalName = regexp.MustCompile(`^[a-z0-9_][a-z0-9_-]*(\.[a-z0-9_][a-z0-9_-]*)*$`)
 
-// Goal: names become canonical, and nothing else becomes a name; in place as well as behind what is
-// there already.
+// Goal: names become canonical, and nothing else becomes a name, in place as well as behind other
+// bytes.
 func TestAppendCanonical(t *testing.T) {
 	for _, c := range []struct {
 		name, want string
@@ -74,7 +74,7 @@ func TestAppendCanonical(t *testing.T) {
 	}
 }
 
-// Goal: of all single bytes, just those of the rule are names.
+// Goal: of all single bytes, exactly those of the rule are names.
 func TestCharacters(t *testing.T) {
 	for i := range 256 {
 		c := byte(i)

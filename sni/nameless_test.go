@@ -51,7 +51,7 @@ func namelessHellos() []namelessHello {
 	}
 }
 
-// Goal: that a valid hello has no name is said at its very last byte, however it is cut, and
+// Goal: a valid hello without a name is reported at its very last byte, however it is cut, and
 // whatever comes behind it.
 func TestNameless(t *testing.T) {
 	for _, c := range namelessHellos() {
@@ -77,8 +77,8 @@ func TestNameless(t *testing.T) {
 	}
 }
 
-// Goal: a hello that would have no name is not nameless if a mistake in the record layer comes
-// before its last byte.
+// Goal: a hello without a name is not nameless if a mistake in the record layer comes before its
+// last byte.
 func TestNamelessRecords(t *testing.T) {
 	for _, c := range namelessHellos() {
 		msg := c.hello.Bytes
@@ -102,8 +102,8 @@ func TestNamelessRecords(t *testing.T) {
 	}
 }
 
-// Goal: a hello without a name with a length that lies is a decode_error, never nameless, also
-// where the length stands behind all that could hold a name.
+// Goal: a hello without a name, with a wrong length, is a decode_error and never nameless, even if
+// the length stands behind everything that could hold a name.
 func TestNamelessLengthsPerturbed(t *testing.T) {
 	newHello := func() *snitest.Message {
 		return snitest.ClientHello{SessionID: 32, CipherSuites: 6, Extensions: func(m *snitest.Message) {
@@ -182,7 +182,8 @@ func TestNamelessCaptured(t *testing.T) {
 	}
 }
 
-// Goal: a nameless hello of 64 KiB is nameless, one of a byte more is too late.
+// Goal: a nameless hello of 64 KiB is nameless; with one byte more the alert is that the name comes
+// too late.
 func TestNamelessLimit(t *testing.T) {
 	for beyond, want := range []string{
 		alertText(t, noServerName, UnrecognizedName),

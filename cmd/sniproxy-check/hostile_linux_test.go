@@ -22,8 +22,7 @@ func forbidUnshare() {
 	}
 }
 
-// Goal: where unshare(2) is forbidden that is said once, and hosts whose names are too long are
-// told of.
+// Goal: where unshare(2) is forbidden, one line says so, and names that are too long are a problem.
 func TestUnshareForbidden(t *testing.T) {
 	t.Parallel()
 	hosts := hostdirtest.Dir(t)
@@ -45,8 +44,8 @@ func TestUnshareForbidden(t *testing.T) {
 	}
 }
 
-// Goal: in a user namespace that does not know the owner of the hosts directory that is said, and
-// so is it of entries.
+// Goal: in a user namespace that does not know the owner of the hosts directory a line says so, and
+// so does the remark about an entry with such an owner.
 func TestUserNamespace(t *testing.T) {
 	hostdirtest.NeedRoot(t)
 	t.Parallel()
@@ -75,8 +74,8 @@ func TestUserNamespace(t *testing.T) {
 	}
 }
 
-// Goal: however many hosts lead to a file system that does not answer, not each is waited for ten
-// seconds, and most are not waited for at all. All is over at once then.
+// Goal: however many hosts lead to a file system that does not answer, only some get ten seconds,
+// and most get none. All of it ends then.
 func TestManyStuck(t *testing.T) {
 	t.Parallel()
 	hostdirtest.OwnMounts(t)
@@ -101,7 +100,7 @@ func TestManyStuck(t *testing.T) {
 	expectShortened(t, stdout, many, "does not answer")
 }
 
-// Goal: an endless hosts directory is not read to its end, which is said.
+// Goal: an endless hosts directory is not read to its end, and a line says so.
 func TestEndless(t *testing.T) {
 	t.Parallel()
 	hostdirtest.OwnMounts(t)

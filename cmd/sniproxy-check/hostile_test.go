@@ -15,8 +15,8 @@ import (
 	"sniproxy/hostdir/hostdirtest"
 )
 
-// Goal: of entries that are no hosts, not more than some have a line; that others have none is
-// said, and is a fault. Every host has a line.
+// Goal: only some of the entries that are no hosts have a line. That others have none is said and
+// is a fault. Every host has a line.
 func TestStrangers(t *testing.T) {
 	t.Parallel()
 	hosts := hostdirtest.Dir(t)
@@ -34,8 +34,8 @@ func TestStrangers(t *testing.T) {
 	}
 }
 
-// Goal: of a hosts directory with more entries than there can be hosts, only some are looked at,
-// and that is said.
+// Goal: if the hosts directory has more entries than there can be hosts, only some are looked at,
+// and a line says so.
 func TestManyEntries(t *testing.T) {
 	t.Parallel()
 	hosts := hostdirtest.Dir(t)
@@ -60,8 +60,8 @@ func TestManyEntries(t *testing.T) {
 	}
 }
 
-// Goal: in a host's directory with any number of files not all are looked at, and not about all is
-// something said.
+// Goal: in a host's directory with any number of files only some are looked at, and only some get a
+// remark.
 func TestManyFiles(t *testing.T) {
 	t.Parallel()
 	hosts := hostdirtest.Dir(t)
@@ -131,7 +131,7 @@ func TestManyFull(t *testing.T) {
 // lastEntry is the name of an entry that comes behind all others.
 var lastEntry = map[bool]string{false: "zzz", true: "zzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzw"}[hostdir.Hashed]
 
-// Goal: nothing that backends send is taken, nor what they pass, which may be dangerous to close.
+// Goal: nothing is taken that backends send, or pass, which could be dangerous to close.
 func TestDeafDialer(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("other systems let a message in until the connection is made")
@@ -169,8 +169,8 @@ func TestDeafDialer(t *testing.T) {
 	}
 }
 
-// Goal: a wildcard that is neither a directory nor a symlink does not count, which is a remark and
-// no fault: about the entry itself, and about the names that it seems to be for.
+// Goal: a wildcard that is neither a directory nor a symlink does not count. That is a remark and
+// no fault, about the entry itself and about the names that it seems to serve.
 func TestOddWildcard(t *testing.T) {
 	t.Parallel()
 	hosts := hostdirtest.Dir(t)

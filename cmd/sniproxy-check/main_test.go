@@ -124,9 +124,8 @@ func check(t *testing.T, u user, dir string, args ...string) (stdout, stderr str
 // entryOf returns the name of the directory of a host.
 func entryOf(name string) string { return hostdirtest.Entry(name) }
 
-// Goal: an option, of which there are none, gives the usage, on stderr, and exit status 2. The
-// usage says that backends are connected to; that of a hashed build, and only that, says what it
-// is.
+// Goal: any option gives the usage on stderr and exit status 2. The usage says that backends are
+// connected to, and only in a hashed build that it is one.
 func TestUsage(t *testing.T) {
 	for _, arg := range []string{"-h", "--help", "-"} {
 		stdout, stderr, status := check(t, users()[0], "", arg)
@@ -142,7 +141,7 @@ func TestUsage(t *testing.T) {
 	}
 }
 
-// Goal: the hosts directory is the working directory by default; entries that begin with a dot are
+// Goal: the default hosts directory is the working directory; entries that begin with a dot are
 // passed over; the exit status is 0 if every host can be served, and 1 if one cannot.
 func TestDirectory(t *testing.T) {
 	hosts := hostdirtest.Dir(t)
@@ -167,7 +166,7 @@ func TestDirectory(t *testing.T) {
 	}
 }
 
-// Goal: an empty hosts directory is no failure, but is told of.
+// Goal: an empty hosts directory is no failure, but a line says so.
 func TestEmpty(t *testing.T) {
 	stdout, stderr, status := check(t, users()[0], "", hostdirtest.Dir(t))
 	if stdout != "" || !strings.HasPrefix(stderr, "sniproxy-check: there are no hosts in ") || status != 0 {
@@ -175,9 +174,9 @@ func TestEmpty(t *testing.T) {
 	}
 }
 
-// Goal: a hosts directory that cannot be entered or listed gives one line on stderr, which says
-// what is missing and where, and exit status 1. One that cannot be listed can be checked by name,
-// as sniproxy can serve it.
+// Goal: if the hosts directory cannot be entered or listed, one line on stderr says what is missing
+// and where, and the exit status is 1. A directory that cannot be listed can be checked by name,
+// since sniproxy can serve it.
 func TestDirectoryUnreadable(t *testing.T) {
 	u := users()[len(users())-1]
 	if u.uid == 0 {
@@ -218,8 +217,8 @@ func TestDirectoryUnreadable(t *testing.T) {
 	must(t, os.Chmod(hosts, 0o755))
 }
 
-// Goal: output that cannot be written is told on stderr and by exit status 1, so that no script
-// takes nothing for good.
+// Goal: output that cannot be written gives a line on stderr and exit status 1, so that no script
+// takes silence for good news.
 func TestOutputLost(t *testing.T) {
 	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
 	if err != nil {
@@ -237,8 +236,7 @@ func TestOutputLost(t *testing.T) {
 	}
 }
 
-// Goal: many hosts, some of which take their time, are told of in the order of their names, each
-// once.
+// Goal: many hosts, some of them slow, each have one line, in the order of the names.
 func TestOrder(t *testing.T) {
 	hosts := hostdirtest.Dir(t)
 	var names []string
@@ -262,9 +260,8 @@ func TestOrder(t *testing.T) {
 	}
 }
 
-// Goal: where no descriptor is left, sniproxy-check says so, and what to do, and does not say that
-// the host is good. Nor does it crash then, unless there is too little for Go's runtime to begin
-// with.
+// Goal: where no descriptor is left, sniproxy-check says so and what to do, and does not call the
+// host good. It does not crash, unless there are too few for Go's runtime to begin with.
 func TestNoRoom(t *testing.T) {
 	z := newZoo(t)
 	z.add(animal{name: "one.example", make: good(t)})
@@ -302,8 +299,8 @@ func TestNoRoom(t *testing.T) {
 	}
 }
 
-// Goal: while a host's directory is exchanged the look-up is made again, as that of sniproxy is; if
-// it is exchanged all the time, that is what is said, and not that a file system does not answer.
+// Goal: while a host's directory is exchanged the look-up is made again, as in sniproxy. If it is
+// exchanged all the time, that is the problem, and not that a file system does not answer.
 func TestExchanged(t *testing.T) {
 	t.Parallel()
 	times := 0
@@ -322,9 +319,9 @@ func TestExchanged(t *testing.T) {
 	}
 }
 
-// Goal: of the symlinks on a path, the one that fs.protected_symlinks keeps from being followed is
-// found: in a sticky directory of everybody's, and neither ours nor the owner's of the directory.
-// Whether that is set does not matter here.
+// Goal: of the symlinks on a path, the one is found that fs.protected_symlinks keeps from being
+// followed: in a sticky directory that everybody can write to, and owned neither by us nor by the
+// owner of the directory. It does not matter whether the setting is on.
 func TestUnprotected(t *testing.T) {
 	hostdirtest.NeedRoot(t)
 	dir := hostdirtest.Dir(t)

@@ -10,8 +10,7 @@ import (
 	"sniproxy/hostdir/hostdirtest"
 )
 
-// Goal: the same as that of TestZoo, for hosts on file systems that do not answer, or that are
-// gone.
+// Goal: the same as in TestZoo, for hosts on file systems that do not answer, or that are gone.
 func TestZooFileSystems(t *testing.T) {
 	t.Parallel()
 	hostdirtest.OwnMounts(t) // and those of the programs that this thread starts

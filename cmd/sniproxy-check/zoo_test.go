@@ -452,12 +452,12 @@ func (z *zoo) addClosed() {
 	)
 }
 
-// Goal: of every host and every name in a zoo of hosts directories, sniproxy-check says what
-// sniproxy does, in the words of its log, and whether it logs the connection: for each engine, and
-// whoever runs them. What it says of * is said of clients without a name as well. And it says why.
-// Every reason that sniproxy has for a refusal is there, but for those that say nothing of the
-// host: a hello that is not valid, or does not come, and too many look-ups. For the others see
-// TestZooFileSystems, TestNoRoom and TestExchanged.
+// Goal: for every host and name in a zoo of hosts directories, sniproxy-check says what sniproxy
+// does, in the words of its log, whether it logs the connection, and why: with each engine, and for
+// each user who runs them. What it says of * also holds for clients without a name. The zoo has
+// every reason for a refusal, except those that say nothing about the host: a hello that is not
+// valid or does not come, and too many look-ups. For the others see TestZooFileSystems, TestNoRoom
+// and TestExchanged.
 func TestZoo(t *testing.T) {
 	t.Parallel()
 	adds := []func(*zoo){(*zoo).addHosts, (*zoo).addOthers, (*zoo).addWildcards, (*zoo).addEverything, (*zoo).addDown, (*zoo).addDangling, (*zoo).addClosed}

@@ -61,8 +61,8 @@ var accepted = []struct{ arg, name, hash string }{
 	{"*." + strings.Repeat("a.", 126)[:251], "*." + strings.Repeat("a.", 126)[:251], "9vp3kFbyUjsuo-oZdH1C0fU1bAtlJOh89WGBv385uP4"},
 }
 
-// Goal: every kind of name that is accepted gives exactly the line that the proxy expects in this
-// build.
+// Goal: every kind of name that is accepted gives exactly the line that the proxy of this build
+// expects.
 func TestAccepted(t *testing.T) {
 	for _, c := range accepted {
 		want := c.name
@@ -125,8 +125,8 @@ var refused = []struct{ arg, reason string }{
 	{"*." + strings.Repeat("a", 64), "longer than 63 bytes"},
 }
 
-// Goal: every kind of name that is refused gives no directory name, one line that names the
-// program, the argument in a form that is safe to print and the reason, and exit status 1.
+// Goal: every kind of name that is refused gives no directory name, exit status 1, and one line
+// with the program, the argument in a form that is safe to print, and the reason.
 func TestRefused(t *testing.T) {
 	for _, c := range refused {
 		stdout, stderr, status := runProgram(t, c.arg)
@@ -146,8 +146,8 @@ func quoted(s string) string {
 	return `"` + strings.NewReplacer("\n", `\n`, "\xff", `\xff`, "\u202e", `\u202e`).Replace(s) + `"`
 }
 
-// Goal: a refused name among others keeps none of them from being printed, in order, and the exit
-// status tells of it.
+// Goal: a refused name does not keep the others from being printed, in order, and the exit status
+// is 1.
 func TestSeveral(t *testing.T) {
 	first, second := "a.example", "a.b.com"
 	if hostdir.Hashed {
@@ -165,8 +165,8 @@ func TestSeveral(t *testing.T) {
 	}
 }
 
-// Goal: without a name there is the usage, on stderr, and exit status 2; a hashed build, and only
-// that, says what it is.
+// Goal: without a name there is the usage on stderr, and exit status 2. Only a hashed build says
+// that it is one.
 func TestUsage(t *testing.T) {
 	stdout, stderr, status := runProgram(t)
 	if stdout != "" || status != 2 || !strings.HasPrefix(stderr, "usage: sniproxy-hostname NAME") {
@@ -177,8 +177,8 @@ func TestUsage(t *testing.T) {
 	}
 }
 
-// Goal: output that cannot be written is told on stderr and by exit status 1, so that no script
-// takes nothing for a name.
+// Goal: output that cannot be written gives a line on stderr and exit status 1, so that no script
+// takes an empty output for a name.
 func TestOutputLost(t *testing.T) {
 	outputs := map[string]func(t *testing.T) *os.File{
 		"not open for writing": func(t *testing.T) *os.File {
@@ -225,8 +225,8 @@ func open(t *testing.T, path string, flag int) *os.File {
 	return f
 }
 
-// Goal: whatever is printed is a name that the proxy looks up as it stands, and that gives itself
-// when it is fed in again.
+// Goal: whatever is printed is a name that the proxy looks up as it is, and gives itself when it is
+// the argument.
 func FuzzHostname(f *testing.F) {
 	for _, c := range accepted {
 		f.Add(c.arg)

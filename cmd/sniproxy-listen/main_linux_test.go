@@ -96,9 +96,9 @@ const inheritance = `echo $$; umask; pwd; ulimit -Sn; ulimit -Hn; env | sort
 	grep -E '^(Sig|Shd)(Pnd|Blk|Ign|Cgt)|^Cap|^NoNewPrivs|^Nice' /proc/self/status
 	ls /proc/self/fd; cat /proc/self/stat | cut -d' ' -f 5-8`
 
-// Goal: all that PROGRAM inherits is as if it were started without sniproxy-listen in between: the
-// pid, the limits, the signals, the descriptors and no others. Of ignored signals this holds for
-// SIGHUP and SIGINT, as the manual says.
+// Goal: PROGRAM inherits everything as if sniproxy-listen did not stand in between: the pid, the
+// limits, the signals, the descriptors and no others. Of ignored signals this holds for SIGHUP and
+// SIGINT, as the manual says.
 func TestInheritance(t *testing.T) {
 	r, w, err := os.Pipe()
 	if err != nil {
@@ -136,9 +136,9 @@ func TestInheritance(t *testing.T) {
 	}
 }
 
-// Goal: it is the process's first thread that executes PROGRAM, so that the signal at the death of
-// the parent, which Linux keeps for each thread, stays. Slow system calls in looking up a name are
-// what brings other threads in: without precaution the signal is lost in every second run.
+// Goal: the first thread of the process executes PROGRAM, so that the signal at the death of the
+// parent stays, which Linux keeps for each thread. Slow system calls in looking up a name bring
+// other threads in: without precaution the signal is lost in every second run.
 func TestFirstThread(t *testing.T) {
 	strace, setpriv := hostdirtest.Need(t, "strace"), hostdirtest.Need(t, "setpriv")
 	for range 5 {
@@ -182,8 +182,8 @@ func TestNotPermitted(t *testing.T) {
 		"net.ipv4.ip_unprivileged_port_start")
 }
 
-// Goal: sniproxy behind sniproxy-listen serves and stops, in the process that was started; also
-// with the programs in between that take privileges away, each of which does what it is for.
+// Goal: sniproxy behind sniproxy-listen serves and stops, in the process that was started. So it
+// does behind programs that take privileges away, and each of these does what it is for.
 func TestChain(t *testing.T) {
 	dir := hostdirtest.Dir(t)
 	sniproxy := hostdirtest.Program(t, dir, "sniproxy")

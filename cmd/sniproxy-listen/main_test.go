@@ -115,8 +115,8 @@ func given(t *testing.T, cmd *exec.Cmd) stdin {
 	return s
 }
 
-// Goal: every form of an address gives the socket that the manual says: its address and families,
-// listening, plain TCP, with SO_REUSEADDR, and blocking.
+// Goal: every form of an address gives the socket that the manual describes: its address and
+// families, listening, plain TCP, with SO_REUSEADDR, and blocking.
 func TestSocket(t *testing.T) {
 	for _, c := range []struct {
 		addr   string
@@ -157,8 +157,8 @@ func TestSocket(t *testing.T) {
 	}
 }
 
-// Goal: a port is taken as it is written, and a link-local address on the interface that is named
-// with it.
+// Goal: the port is the one that was given, and a link-local address is on the interface that was
+// named with it.
 func TestPortAndZone(t *testing.T) {
 	port := freePort(t)
 	if got := given(t, program(t, fmt.Sprintf("127.0.0.1:%d", port))).Addr.Port(); got != port {
@@ -246,7 +246,7 @@ func refused(t *testing.T, cmd *exec.Cmd, addr string, reasons ...string) {
 	}
 }
 
-// Goal: an address that is none is refused with the reason and an example.
+// Goal: what is no address is refused with the reason and an example.
 func TestBadAddress(t *testing.T) {
 	for _, c := range []struct {
 		addr    string
@@ -268,8 +268,8 @@ func TestBadAddress(t *testing.T) {
 	}
 }
 
-// Goal: a port that is in use is refused, also where it is just one of the families or one of the
-// addresses; the message says how to find out who has it.
+// Goal: a port in use is refused, even if only one family or one address is in use. The message
+// says how to find out who has it.
 func TestInUse(t *testing.T) {
 	l, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
@@ -282,8 +282,8 @@ func TestInUse(t *testing.T) {
 	}
 }
 
-// Goal: an address that this machine does not have, or not without its zone, is refused with what
-// to do.
+// Goal: an address that this machine does not have, or not without its zone, is refused, and the
+// message says what to do.
 func TestNotOurAddress(t *testing.T) {
 	refused(t, program(t), "192.0.2.1:0", "cannot assign requested address", "this machine does not have")
 	t.Run("zone", func(t *testing.T) {
@@ -331,8 +331,8 @@ func programs(t *testing.T) (dir, path string) {
 	return dir, strings.Join([]string{filepath.Join(dir, "none"), filepath.Join(dir, "file"), first, second}, ":")
 }
 
-// Goal: PROGRAM is found and run, or not, with the exit status of env(1), whichever way it is
-// named; and where it cannot be run there is one line that names it.
+// Goal: PROGRAM is found and run, or not, with the exit status of env(1), however it is named. If
+// it cannot be run, one line names it.
 func TestProgram(t *testing.T) {
 	env := hostdirtest.Need(t, "env")
 	dir, path := programs(t)
@@ -396,7 +396,7 @@ func TestProgram(t *testing.T) {
 	}
 }
 
-// Goal: what PROGRAM exits with is the exit status.
+// Goal: the exit status is that of PROGRAM.
 func TestExitStatus(t *testing.T) {
 	for _, want := range []int{0, 1, 7} {
 		cmd := program(t, "127.0.0.1:0", "sh", "-c", fmt.Sprintf("exit %d", want))
@@ -406,7 +406,7 @@ func TestExitStatus(t *testing.T) {
 	}
 }
 
-// Goal: a standard error that nobody reads any more does not change the exit status.
+// Goal: the exit status does not depend on whether anybody reads standard error.
 func TestNobodyReads(t *testing.T) {
 	for want, args := range map[int][]string{
 		1:   {"443", "true"},
