@@ -17,10 +17,9 @@ import (
 	"sniproxy/hostdir/hostdirtest"
 )
 
-// With reportOn the test binary prints what it finds for the names in its working directory, which
-// are separated by spaces, as a report. With forbidden as well, it first forbids itself what that
-// names. With noRoom it gets no more descriptors once it has opened the hosts directory, with
-// noOpening before.
+// With reportOn, names separated by spaces, the test binary looks them up in its working directory
+// and prints a report. With forbidden it first calls forbid with that. With noRoom it gets no
+// descriptor after it has opened the hosts directory, with noOpening none before.
 const (
 	reportOn      = "HOSTDIR_TEST_REPORT"
 	forbidden     = "HOSTDIR_TEST_FORBIDDEN"
@@ -31,7 +30,7 @@ const (
 
 // A report is what another process finds in a hosts directory.
 type report struct {
-	NoOpening         bool // Open has failed for lack of a descriptor
+	NoOpening         bool // Open failed for lack of a descriptor
 	Paths             bool
 	Refuses, Unmapped bool
 	LogAll            bool
@@ -39,7 +38,7 @@ type report struct {
 	Names             map[string]found
 }
 
-// found is what is found for a name: with no time for it, and with time.
+// found is the result for a name: with wait false, then with wait true.
 type found struct {
 	FindNow, ConnectNow, Problem failure
 	Entry                        string
@@ -130,8 +129,8 @@ func find(d *hostdir.Dialer, name string) (f found) {
 	return f
 }
 
-// elsewhere has another process report what it finds in the working directory. Change may change
-// how that is run.
+// elsewhere has another process report what it finds in the working directory. The function change
+// may change the command.
 func elsewhere(t *testing.T, names string, change func(*exec.Cmd)) (r report) {
 	t.Helper()
 	cmd := childCommand(t, names)

@@ -12,8 +12,8 @@ import (
 	"sniproxy/hostdir/hostdirtest"
 )
 
-// ownDirectories opens the hosts directory, where threads can have working directories of their
-// own.
+// ownDirectories opens the hosts directory. It skips the test where threads cannot have a working
+// directory of their own.
 func ownDirectories(t testing.TB) *hostdir.Hosts {
 	t.Helper()
 	h := open(t)
@@ -71,7 +71,7 @@ func TestDialNow(t *testing.T) {
 			"absent":           {noDirectory, noDirectory, 0},
 		} {
 			for range 2 {
-				// This comes first, as the first to follow a symlink has to note that.
+				// This comes first: the first who follows a symlink may have to wait.
 				b, err := dial(d, name, true)
 				if got := problem(err); got != want.later || got == 0 && b.Proxy != want.proxy {
 					t.Errorf("%s, with time: problem %d, %+v, want %+v", name, got, b, want)
@@ -181,7 +181,7 @@ func TestDialNowAgain(t *testing.T) {
 	move("gone", "a")
 	expect("a directory in place of it", "a", 0, none)
 
-	// One that is made anew often has the number of the one before.
+	// A new directory often has the inode number of the removed one.
 	for range 3 {
 		must(t, os.RemoveAll(a))
 		all = append(sites(t, "a"), all[1:]...)
@@ -201,7 +201,7 @@ func TestDialNowAgain(t *testing.T) {
 		}
 	})
 	expect("with nothing kept open", "a", 0, none)
-	// Who has no descriptor left for a socket needs that one.
+	// Without another descriptor for the socket, the one that is kept open must be given up.
 	do(func(d *hostdir.Dialer) {
 		var limit unix.Rlimit
 		must(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
@@ -232,7 +232,7 @@ func TestDialNowAgain(t *testing.T) {
 	expect("after it has left", "a", 0, none)
 	close(tasks)
 	<-done
-	// Of each of the three directories that were made anew there is a socket.
+	// Each of the three new directories has a socket.
 	if got := descriptors(t); got != base+3 {
 		t.Errorf("%d descriptors in the end, %d in the beginning", got, base)
 	}

@@ -17,8 +17,7 @@ import (
 	"sniproxy/hostdir/hostdirtest"
 )
 
-// A failure is what a look-up fails with, 0 if it does not: a Problem, or an Again as a negative
-// number.
+// A failure is a Problem, or an Again as a negative number; 0 is none.
 type failure int
 
 const (
@@ -35,7 +34,7 @@ const (
 	exchanged   = -failure(hostdir.Exchanged)
 )
 
-// problem returns what an error of a look-up says.
+// problem returns the failure in an error.
 func problem(err error) failure {
 	var again hostdir.Again
 	if errors.As(err, &again) {
@@ -214,7 +213,7 @@ func TestDialProblems(t *testing.T) {
 			if !errors.As(err, &errno) || errno == 0 {
 				t.Errorf("%s: no number of a system error in %v", name, err)
 			}
-			// The message is that of the problem and the system's; no two problems share it.
+			// The message has the problem and the error of the system. Each problem has its own.
 			text := strings.TrimSuffix(err.Error(), ": "+errno.Error())
 			if other, ok := seen[text]; text == "" || ok && other != want {
 				t.Errorf("%s: the message %q does not tell problem %d", name, err, want)
@@ -296,7 +295,7 @@ func TestDialNotPermitted(t *testing.T) {
 		must(t, os.Chmod(path, 0))
 	}
 
-	// To root nothing is forbidden.
+	// Root may do everything, so another user asks.
 	change := func(*exec.Cmd) {}
 	if os.Geteuid() == 0 {
 		change = func(cmd *exec.Cmd) {

@@ -208,7 +208,7 @@ func TestUserNamespace(t *testing.T) {
 				}
 				must(t, os.WriteFile(dirName("*")+"/log-connections", nil, 0o644))
 				must(t, os.Lchown(dirName("*")+"/log-connections", stranger, stranger))
-				cmd := childCommand(t, "") // makes what is run, before the namespace
+				cmd := childCommand(t, "") // copies the binary while we are still outside the namespace
 				r := elsewhere(t, "a.root a.owner a.stranger", func(child *exec.Cmd) {
 					mapping := []syscall.SysProcIDMap{{ContainerID: 0, HostID: 0, Size: 1}, {ContainerID: owner, HostID: owner, Size: 1}}
 					child.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWUSER, UidMappings: mapping, GidMappings: mapping}

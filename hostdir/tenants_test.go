@@ -215,7 +215,7 @@ func TestFindOwner(t *testing.T) {
 							if want.entry != "" {
 								entry = dirName(want.entry)
 							}
-							// With no time it need not be known where a symlink leads.
+							// With wait false Find need not know where a symlink leads.
 							if string(e.Name) != entry || e.Owner != want.owner || e.Administrators != want.admin ||
 								e.Foreign != want.foreign && (wait || !e.Foreign) || problem(err) != want.problem && (wait || want.entry == "") {
 								t.Errorf("%s, wait %t: %q %+v, %v; want %+v", name, wait, e.Name, e, err, want)
@@ -231,7 +231,7 @@ func TestFindOwner(t *testing.T) {
 	}
 }
 
-// letClockTick waits until nothing that is there was changed a moment ago.
+// letClockTick waits for a clock tick, so that no change before it is recent.
 func letClockTick(t *testing.T) {
 	t.Helper()
 	h := open(t)
@@ -281,7 +281,7 @@ func TestExchanged(t *testing.T) {
 				if !w.paths {
 					return
 				}
-				for range 1000 { // the moment may have passed
+				for range 1000 { // the tick may have passed
 					must(t, os.Symlink("away", dirName("link")))
 					_, err := d.Find([]byte("link"), true)
 					if problem(err) == exchanged {
@@ -343,7 +343,7 @@ func TestDeaf(t *testing.T) {
 				if err := unix.Sendto(peer, []byte("x"), unix.MSG_NOSIGNAL, nil); err != unix.EPIPE && runtime.GOOS == "linux" {
 					t.Errorf("a message: %v", err)
 				}
-				// The other way is open.
+				// The other direction is open.
 				_, err = unix.Write(b.FD, []byte("hello"))
 				must(t, err)
 				var got [5]byte

@@ -30,7 +30,7 @@ func sites(t *testing.T, names ...string) (s []site) {
 	return s
 }
 
-// reached returns the name of the site that has one connection waiting, which it takes.
+// reached takes the connections that wait, and returns the names of their sites.
 func reached(t *testing.T, all []site) string {
 	t.Helper()
 	var names []string
@@ -214,7 +214,7 @@ func TestDialWildcardOwner(t *testing.T) {
 				}
 				must(t, os.Rename(dirName("*"), entry))
 
-				// What is ignored leaves the name to a good *.
+				// A good * serves the names of a wildcard that does not count.
 				if !counts {
 					all = append(all, sites(t, "*")...)
 					check(uid, kind, "a."+kind+".example", "*", false)

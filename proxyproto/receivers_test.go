@@ -20,10 +20,10 @@ import (
 	"sniproxy/sni"
 )
 
-// A connection is what a header of version 2 is made of, and what a receiver reads in it.
+// A connection is what goes into a header of version 2, and what a receiver reads from it.
 type connection struct{ client, listener, authority, want string }
 
-// connections returns connections of each kind, those without and with long authorities included.
+// connections returns connections of each kind, also without and with a long authority.
 func connections() []connection {
 	long := strings.Repeat(strings.Repeat("a", 62)+".", 4) + "bc" // as long as can be
 	return []connection{
@@ -73,7 +73,7 @@ func TestV2Nginx(t *testing.T) {
 	if old(t, nginx) {
 		authority = ""
 	}
-	// It runs as one process, of the user that runs the test.
+	// One process, which belongs to the user who runs the test.
 	serve(t, `
 daemon off;
 master_process off;
@@ -103,8 +103,8 @@ http {
 	}
 }
 
-// old tells whether nginx is of a version before 1.23.2, the first that has variables for what
-// follows the addresses.
+// old reports whether nginx is older than 1.23.2, which is the first version with variables for
+// what follows the addresses.
 func old(t *testing.T, nginx string) bool {
 	t.Helper()
 	out, err := exec.Command(nginx, "-v").CombinedOutput()
@@ -191,7 +191,7 @@ func TestV2GoProxyproto(t *testing.T) {
 		}
 	}
 	t.Setenv("GOWORK", "off")
-	// The module is one of the test's, not of ours: it is fetched, or is not to be had.
+	// Only this test uses the module, so it is not in go.mod. It may not be available.
 	if out, err := exec.Command(goTool, "get", module+"@"+version).CombinedOutput(); err != nil {
 		t.Logf("%v: %s", err, out)
 		hostdirtest.Missing(t, module)

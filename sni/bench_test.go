@@ -7,8 +7,8 @@ import (
 	"sniproxy/sni/snitest"
 )
 
-// The time for a whole hello in one call: of 517 bytes, which many clients send; with post-quantum
-// key shares; and that in three records.
+// The time for a whole hello in one call: one of 517 bytes, which many clients send; one with
+// post-quantum key shares; and that in three records.
 func BenchmarkParse(b *testing.B) {
 	for _, c := range captures(b) {
 		switch c.file {

@@ -26,10 +26,10 @@ func give(p *Parser, b []byte) string {
 	return s
 }
 
-// nameless marks, in an answer as text, that Nameless says so.
+// nameless marks a text for which Nameless was true.
 const nameless = ", nameless"
 
-// text is what Parse returned as text.
+// text is the result of Parse as text.
 func text(name []byte, err error) string {
 	if err != nil {
 		return err.Error()
@@ -37,7 +37,7 @@ func text(name []byte, err error) string {
 	return string(name)
 }
 
-// parse is what a new Parser says of a stream, as text.
+// parse is the answer of a new Parser to a stream, as text.
 func parse(pieces ...[]byte) (s string) {
 	var p Parser
 	for _, b := range pieces {
@@ -69,8 +69,8 @@ func checkStream(t *testing.T, stream []byte, want string) (end int) {
 	}
 	var p Parser // given the bytes one by one
 	for i := range stream {
-		// Up to here in one call: the same state. The rest in one call: the same answer. So any
-		// cuts in between are of no matter either.
+		// Up to here in one call: the same state. The rest in one call: the same answer. So cuts in
+		// between make no difference either.
 		var whole Parser
 		if got := give(&whole, stream[:i]); got != "" || whole != p {
 			t.Fatalf("after %d bytes: got %q and\n%+v, byte by byte\n%+v", i, got, whole, p)
@@ -174,8 +174,8 @@ func (c streamConn) Read(b []byte) (int, error)  { return c.Reader.Read(b) }
 func (c streamConn) Write(b []byte) (int, error) { return len(b), nil }
 
 // checkAgainstCryptoTLS checks that where crypto/tls accepts a ClientHello, the Parser has found
-// the same name, or that it is nameless. But crypto/tls does not mind bounds of what stands before
-// the extensions.
+// the same name, or that it is nameless. But crypto/tls does not check the bounds of what stands
+// before the extensions.
 func checkAgainstCryptoTLS(t *testing.T, msg []byte) {
 	t.Helper()
 	stream := snitest.Records(msg, maxRecord)

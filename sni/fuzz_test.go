@@ -53,7 +53,7 @@ func FuzzParse(f *testing.F) {
 	})
 }
 
-// answerWord says of what kind a Parser's answer is, as the names of the files in testdata/fuzz do.
+// answerWord names the kind of a Parser's answer, like the files in testdata/fuzz.
 func answerWord(p *Parser) string {
 	name, err := p.Parse(nil)
 	var alert Alert

@@ -36,11 +36,11 @@ func TestName(t *testing.T) {
 		{"longest", ordinary(longest), longest},
 		{"one byte", ordinary("a"), "a"},
 		{"no session id", snitest.Named("a.example"), "a.example"},
-		// RFC 8446 allows 32 bytes; crypto/tls does not mind more.
+		// RFC 8446 allows 32 bytes; crypto/tls accepts more.
 		{"long session id", snitest.ClientHello{SessionID: 255, Extensions: func(m *snitest.Message) {
 			m.ServerName(func() { m.Entry(snitest.HostName, "a.example") })
 		}}.Build(), "a.example"},
-		// What is wrong with the next three is for the server to say.
+		// The next three are wrong, but a name comes: the server will refuse them.
 		{"no cipher suites", snitest.ClientHello{CipherSuites: -2, Extensions: func(m *snitest.Message) {
 			m.ServerName(func() { m.Entry(snitest.HostName, "a.example") })
 		}}.Build(), "a.example"},
@@ -174,7 +174,7 @@ func TestMessageAlerts(t *testing.T) {
 // Goal: each mistake in the record layer gives the right alert, at the byte that shows it.
 func TestRecordAlerts(t *testing.T) {
 	msg := ordinary("example.com").Bytes
-	// after has a good first record, of the message's first three bytes, and then these bytes.
+	// after puts b behind a good first record with the first three bytes of the message.
 	after := func(b ...byte) []byte { return append(snitest.Records(msg[:3], 3), b...) }
 
 	for description, rows := range map[Description][]struct {
@@ -234,8 +234,8 @@ func TestLengthsPerturbed(t *testing.T) {
 			m.Extension(snitest.Grease+0x1010, snitest.Fill(9))
 		}}.Build()
 	}
-	// All others are a decode_error. What follows a name that claims to be shorter is not looked
-	// at.
+	// All others are a decode_error. The parser does not look behind a name that claims to be
+	// shorter.
 	want := map[string]string{
 		"host name -1": "example.co",
 		"host name -4": "example",
@@ -343,8 +343,8 @@ func TestLimit(t *testing.T) {
 					t.Errorf("in pieces of %d bytes: got %s, want %s", size, got, c.want)
 				}
 			}
-			// All but the last byte that counts is not enough; a read that jumps over the limit is
-			// no different.
+			// Without the last byte there is no answer. A read that crosses the limit changes
+			// nothing.
 			last := min(c.end, MaxHello) - 1
 			if got := parse(b[:last]); got != "" {
 				t.Errorf("after %d bytes: got %s, want no answer", last, got)

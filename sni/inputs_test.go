@@ -28,8 +28,8 @@ func TestFuzzInputsReachAll(t *testing.T) {
 			t.Errorf("nothing of %s is in the profile\n%s", source, profile)
 		}
 	}
-	// Of alert.go a Parser has no use for Record, for user_canceled, and for descriptions without a
-	// name.
+	// A Parser does not use all of alert.go: not Record, not user_canceled, and no description
+	// without a name.
 	for line := range strings.Lines(string(profile)) {
 		if strings.HasSuffix(line, " 0\n") && !strings.Contains(line, "/alert.go:") {
 			t.Errorf("not reached: %s", line)

@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-// canonicalName is the rule for canonical names, but for the length, said another way.
+// canonicalName is the rule for canonical names, without the length, as a regular expression.
 var canonicalName = regexp.MustCompile(`^[a-z0-9_][a-z0-9_-]*(\.[a-z0-9_][a-z0-9_-]*)*$`)
 
 // Goal: names become canonical, and nothing else becomes a name, in place as well as behind other

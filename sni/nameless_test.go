@@ -209,7 +209,7 @@ func TestNamelessLimit(t *testing.T) {
 	}
 }
 
-// A reader takes a message apart that is there as a whole: the plain way, to compare with.
+// A reader takes a whole message apart, the simple way, to compare with the Parser.
 type reader struct {
 	b   []byte
 	bad bool
@@ -224,7 +224,7 @@ func (r *reader) take(n int) (b []byte) {
 	return b
 }
 
-// vector takes what stands behind its length in size bytes.
+// vector takes the bytes behind a length of size bytes.
 func (r *reader) vector(size int) *reader {
 	n := 0
 	for _, c := range r.take(size) {
@@ -233,8 +233,8 @@ func (r *reader) vector(size int) *reader {
 	return &reader{b: r.take(n)}
 }
 
-// readNameless tells whether msg begins with a complete and valid ClientHello without a host name,
-// and where its end is or, if it is cut short, would be within msg.
+// readNameless reports whether msg begins with a complete and valid ClientHello without a host
+// name, and where that ends, or would end if it is cut short.
 func readNameless(msg []byte) (end int, ok bool) {
 	r := reader{b: msg}
 	kind := r.take(1)

@@ -14,7 +14,8 @@ import (
 	"sniproxy/hostdir/hostdirtest"
 )
 
-// forbidUnshare has the system refuse this process unshare(2), as container engines do by default.
+// forbidUnshare has the kernel refuse unshare(2) to this process, as container engines do by
+// default.
 func forbidUnshare() {
 	if err := hostdirtest.Deny(unix.SYS_UNSHARE, nil, unix.EPERM); err != nil {
 		fmt.Fprintln(os.Stderr, err)

@@ -44,7 +44,7 @@ func TestManyEntries(t *testing.T) {
 	defer unix.Close(dir)
 	hostdirtest.Touch(t, filepath.Join(hosts, "file"))
 	for i := range entriesMost {
-		// A link takes less than a file.
+		// A link is cheaper than a file.
 		must(t, unix.Linkat(dir, "file", dir, fmt.Sprintf("file-%d", i), 0))
 		if i%30000 == 29999 { // file systems have a limit
 			must(t, os.Remove(filepath.Join(hosts, "file")))
@@ -79,22 +79,22 @@ func TestManyFiles(t *testing.T) {
 	}
 }
 
-// expectShortened expects of hosts that keep a look-up waiting, whose entries have one owner, that
-// only the first are waited for as long as sniproxy waits.
+// expectShortened checks the lines about hosts of one owner that keep look-ups waiting: only the
+// first get as long as sniproxy gives them.
 func expectShortened(t *testing.T, stdout string, hosts int, ten string) {
 	t.Helper()
 	long := len(regexp.MustCompile(`(?m)`+ten+`$`).FindAllString(stdout, -1))
 	short := strings.Count(stdout, " for a second, and is not waited for any longer")
 	rest := hosts - long - short
-	// Those that are looked up at the same time do not know of each other.
+	// Look-ups that are made at the same time do not know of each other.
 	if long < ownerShort || long >= ownerShort+atOnce || long+short < ownerNone || long+short >= ownerNone+atOnce ||
 		strings.Count(stdout, ", as many others have kept this waiting\n") != short+rest {
 		t.Errorf("of %d hosts %d are waited for ten seconds, %d for one", hosts, long, short)
 	}
 }
 
-// Goal: however many hosts have a backend that accepts nobody, not each is waited for ten seconds;
-// those of somebody else still are.
+// Goal: however many hosts have a backend that accepts nobody, only some get ten seconds; those of
+// another owner still do.
 func TestManyFull(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("other systems do not tell a full backlog apart")
@@ -128,7 +128,7 @@ func TestManyFull(t *testing.T) {
 	expectShortened(t, stdout, many, "has accepted nobody for ten seconds")
 }
 
-// lastEntry is the name of an entry that comes behind all others.
+// lastEntry is the name of an entry that sorts behind all others.
 var lastEntry = map[bool]string{false: "zzz", true: "zzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzw"}[hostdir.Hashed]
 
 // Goal: nothing is taken that backends send, or pass, which could be dangerous to close.

@@ -71,8 +71,8 @@ func build(t *testing.T, program, engine string) string {
 	return built[key]
 }
 
-// self returns the path of this test binary, which is sniproxy-check when it is run by command,
-// with the race detector if the test has it.
+// self returns a path of this test binary where every user may execute it. As sniproxy-check it has
+// the race detector if the test has.
 func self(t *testing.T) string {
 	t.Helper()
 	path := filepath.Join(workspace, "self")
@@ -92,7 +92,7 @@ func self(t *testing.T) string {
 // A user is who runs a program.
 type user struct{ uid int }
 
-// users returns those that the test can be.
+// users returns those that the test can run a program as.
 func users() []user {
 	if os.Geteuid() == 0 {
 		return []user{{0}, {65534}}
@@ -100,7 +100,7 @@ func users() []user {
 	return []user{{os.Geteuid()}}
 }
 
-// command returns a program that is to be run by a user.
+// command returns a program that this user will run.
 func (u user) command(path string, args ...string) *exec.Cmd {
 	cmd := exec.Command(path, args...)
 	cmd.Dir = "/"
@@ -244,7 +244,7 @@ func TestOrder(t *testing.T) {
 		name := fmt.Sprintf("host%02d.example", i)
 		names = append(names, name)
 		if i == 7 {
-			continue // which is told of soonest
+			continue // the fastest answer
 		}
 		serve(t, filepath.Join(hosts, entryOf(name)))
 	}
@@ -288,7 +288,7 @@ func TestNoRoom(t *testing.T) {
 			case strings.HasPrefix(trace, "sniproxy-check: cannot open the hosts directory") && strings.HasSuffix(trace, ": raise the limit (ulimit -n)\n") && out == "" && !said:
 			case strings.Contains(trace, "netpollinit") && !strings.Contains(trace, "main.(*worker)") && !said && n < 100:
 				// It has not begun: without these descriptors Go's runtime ends every program that
-				// waits for a timer.
+				// starts a timer.
 			default:
 				t.Fatalf("engine %q, with %d descriptors: %q, %.100q, %v", engine, n, out, trace, err)
 			}

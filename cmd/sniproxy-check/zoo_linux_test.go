@@ -13,13 +13,13 @@ import (
 // Goal: the same as in TestZoo, for hosts on file systems that do not answer, or that are gone.
 func TestZooFileSystems(t *testing.T) {
 	t.Parallel()
-	hostdirtest.OwnMounts(t) // and those of the programs that this thread starts
+	hostdirtest.OwnMounts(t) // the programs that this thread starts see them too
 	z := newZoo(t)
 	mount := func(name string) *hostdirtest.UserFS {
 		dir := filepath.Join(z.others, name)
 		must(t, os.Mkdir(dir, 0o755))
-		// The kernel has to ask for the permissions of the root, before anything else. Of several
-		// processes that look for the same file in it, all but the first could not even be killed.
+		// With default_permissions the kernel first asks for the permissions of the root. If
+		// several processes waited for the same file in it instead, only the first could be killed.
 		return hostdirtest.MountUserFS(t, dir, unix.S_IFDIR, "default_permissions")
 	}
 	stuck, broken := mount("stuck"), mount("broken")

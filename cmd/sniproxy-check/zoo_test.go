@@ -24,8 +24,8 @@ import (
 	"sniproxy/sni/snitest"
 )
 
-// serve makes a host with a backend, which tells each client the name of the directory and the
-// version of the PROXY protocol of the header that it got.
+// serve makes a host with a backend that tells each client the version of the PROXY header that
+// came, 0 for none, and the name of the directory.
 func serve(t *testing.T, dir string) {
 	t.Helper()
 	hostdirtest.Serve(t, dir, func(c *net.UnixConn) {
@@ -34,7 +34,7 @@ func serve(t *testing.T, dir string) {
 		version := 0
 		switch {
 		case err != nil:
-			return // sniproxy-check, which says nothing
+			return // sniproxy-check sends nothing
 		case bytes.HasPrefix(b[:n], []byte("PROXY ")):
 			version = 1
 		case bytes.HasPrefix(b[:n], []byte("\r\n\r\n\x00\r\nQUIT\n")):
@@ -44,31 +44,31 @@ func serve(t *testing.T, dir string) {
 	})
 }
 
-// An animal is a host with some oddity, or a name that is asked for.
+// An animal is a host with some oddity, or a name to ask for.
 type animal struct {
 	name string // canonical, or a wildcard, if make makes something
 	make func(dir string)
 	says finding
 
-	forbidden finding // the same if somebody else than root asks
-	asked     finding // the same of the name, if that is something else than what is said of the entry
-	asIf      string  // what sniproxy does, if that is something else: what serves the clients
+	forbidden finding // the same if an ordinary user asks, if that differs
+	asked     finding // the same of the name, if that differs from the entry
+	asIf      string  // what sniproxy does for clients, if that differs
 
 	entry bool // name is the name of the entry, whatever that is, and no client can ask for it
-	bad   bool // name is none
+	bad   bool // name is no host name
 }
 
-// A finding is what must be said of a host. In it ENTRY stands for the entry, UID for the user who
-// asks, and OWNER for the one who owns what the zoo has made.
+// A finding is what sniproxy-check must say of a host. In it ENTRY stands for the entry, UID for
+// the user who asks, and OWNER for the user who has made the zoo.
 type finding struct {
-	what     string   // the problem in the words of sniproxy, or "ok" and the facts: what comes first
-	mentions []string // paths, users and the like: words that must follow it, in this order
+	what     string   // what comes first: the problem in the words of sniproxy, or "ok" and the facts
+	mentions []string // words that must follow, in this order: paths, users, modes
 }
 
 func is(what string, mentions ...string) finding { return finding{what, mentions} }
 
-// has reports whether a line, without its label, is the finding. Behind "ok" nothing follows that
-// need not be mentioned.
+// has reports whether a line, without its label, is the finding. Behind "ok" nothing may follow if
+// there is nothing to mention.
 func (f finding) has(line string, names *strings.Replacer) bool {
 	rest, ok := strings.CutPrefix(line, names.Replace(f.what))
 	if !ok || rest != "" && !strings.HasPrefix(rest, ": ") && !strings.HasPrefix(rest, "; ") {
@@ -133,7 +133,7 @@ func (a animal) entryName() string {
 	return entryOf(a.name)
 }
 
-// makeSocket makes something in the place of a socket.
+// makeSocket makes something in place of a socket.
 func makeSocket(t *testing.T, do func(path string) error) func(string) {
 	return func(dir string) {
 		must(t, os.Mkdir(dir, 0o755))
@@ -170,7 +170,7 @@ func (z *zoo) addOthers() {
 	z.add(absent)
 }
 
-// addHosts adds all that can be the matter with a host itself.
+// addHosts adds hosts with everything that can be wrong with one.
 func (z *zoo) addHosts() {
 	t := z.t
 	long := strings.Repeat("long-name.", 15) + "example"
@@ -298,10 +298,10 @@ func (z *zoo) addEntries() {
 	}
 }
 
-// absent is what there is to be said of * where there is none.
+// absent is the wildcard * where it does not exist.
 var absent = animal{name: "*", says: is(noDirectory)}
 
-// addNames adds names that are none.
+// addNames adds what are no names.
 func (z *zoo) addNames() {
 	for name, reason := range map[string]string{
 		"":                        "server name is empty",
@@ -316,7 +316,7 @@ func (z *zoo) addNames() {
 	}
 }
 
-// addWildcards adds wildcards, and names that they are for.
+// addWildcards adds wildcards, and names that they serve.
 func (z *zoo) addWildcards() {
 	t := z.t
 	z.add(
@@ -344,7 +344,7 @@ func (z *zoo) addWildcards() {
 		absent,
 	)
 	if os.Geteuid() != 0 {
-		return // who cannot give anything away has nothing of somebody else's
+		return // only root can give files away
 	}
 	must(t, os.Chown(z.hosts, 500, 500))
 	z.add(
@@ -403,8 +403,7 @@ func (z *zoo) addNobodys() {
 	)
 }
 
-// addLinked adds a directory * that is a symlink to somebody else's, who cannot have all
-// connections logged.
+// addLinked adds a symlink * to a directory of somebody who cannot have all connections logged.
 func (z *zoo) addLinked() {
 	t := z.t
 	tenants := filepath.Join(z.others, "tenants")
@@ -416,7 +415,7 @@ func (z *zoo) addLinked() {
 	)
 }
 
-// addDown adds a directory * that cannot serve, but has the connections of all hosts logged.
+// addDown adds a directory * that cannot serve. Still the connections of all hosts are logged.
 func (z *zoo) addDown() {
 	t := z.t
 	z.add(
@@ -431,7 +430,7 @@ func (z *zoo) addDown() {
 	)
 }
 
-// addDangling adds a directory * that is a symlink, and leads nowhere.
+// addDangling adds a symlink * that leads nowhere.
 func (z *zoo) addDangling() {
 	z.add(
 		animal{name: "*", make: symlink(z.t, "nowhere"), says: is(noDirectory, "nowhere", "nowhere")},
@@ -464,7 +463,7 @@ func TestZoo(t *testing.T) {
 	if os.Geteuid() == 0 {
 		adds = append(adds, (*zoo).addNobodys, (*zoo).addLinked)
 	}
-	// Not all in one: of refusals sniproxy has lines for no more than 50 at once.
+	// Not all in one: sniproxy writes no more than 50 lines about refusals at once.
 	var zoos []*zoo
 	for _, add := range adds {
 		z := newZoo(t)
@@ -487,8 +486,8 @@ func TestZoo(t *testing.T) {
 		noDirectory, noSocket, strings.Replace(notPermitted, "UID", "65534", 1), nobodyListens, notStream, pathTooLong, notCounted, backlogFull)
 }
 
-// visitAll has each user visit each zoo, and returns all reasons for which sniproxy refused
-// somebody.
+// visitAll has each user visit each zoo, and returns all reasons for which sniproxy refused a
+// client.
 func visitAll(zoos ...*zoo) (reasons []string) {
 	var visits []*visit
 	for _, z := range zoos {
@@ -508,12 +507,12 @@ func expectReasons(t *testing.T, reasons []string, want ...string) {
 	t.Helper()
 	for _, reason := range want {
 		if !slices.Contains(reasons, reason) {
-			t.Errorf("sniproxy has refused nobody with the reason %q", reason)
+			t.Errorf("sniproxy refused no client with the reason %q", reason)
 		}
 	}
 }
 
-// A visit is that of a user to a zoo, with the programs that were built for an engine.
+// A visit is a user in a zoo, with the programs of an engine.
 type visit struct {
 	*zoo
 	engine string
@@ -529,12 +528,12 @@ type visit struct {
 
 // An outcome is what sniproxy does for a client.
 type outcome struct {
-	text   string // "ok" and the facts, in the words of sniproxy-check, or the reason for which it refuses the client
-	by     string // what follows behind ", logged": which directory serves the client, if it is not the host's own
-	client string // in the words of the log: its address, and the name that it asked for, if it did
+	text   string // "ok" and the facts, in the words of sniproxy-check, or the reason for the refusal
+	by     string // what follows ", logged": which directory serves the client, if not the host's own
+	client string // in the words of the log: its address, and the name that it asked for
 }
 
-// visit begins a visit. The programs are started here, since the mounts are those of this thread.
+// visit begins a visit. It starts the programs itself, since only this thread may have the mounts.
 func (z *zoo) visit(engine string, u user) *visit {
 	t := z.t
 	v := &visit{zoo: z, engine: engine, user: u, outcomes: make([][]outcome, len(z.animals))}
@@ -594,8 +593,7 @@ type hello struct {
 	asks  string // " for NAME", or " without a name"
 }
 
-// hellos returns those of the clients that a host is for. The first has a name; others have none,
-// and are for *.
+// hellos returns hellos of clients of a host. The first has a name. Others, for *, have none.
 func (a animal) hellos() []hello {
 	name := strings.Replace(a.name, "*", "any-label", 1)
 	hellos := []hello{{snitest.Named(name).Stream(), " for " + name}}
@@ -643,10 +641,9 @@ func (v *visit) ask(a animal, h hello) outcome {
 	return outcome{text, v.servedBy(a, entry), c.LocalAddr().String() + h.asks}
 }
 
-// servedBy returns what is to be said of it that the backend in an entry serves the clients of a
-// host.
+// servedBy says which entry serves the clients of a host, "" if it is the host's own.
 func (v *visit) servedBy(a animal, entry string) string {
-	// Which directory a symlink leads to is its own business.
+	// The backend of a symlink says the name of the target, which may be any.
 	if info, err := os.Lstat(filepath.Join(v.hosts, a.entryName())); err == nil && (info.Mode()&os.ModeSymlink != 0 || entry == a.entryName()) {
 		return ""
 	}
@@ -661,8 +658,8 @@ func (v *visit) servedBy(a animal, entry string) string {
 	return ", served by " + entry
 }
 
-// addLogged adds to the outcomes which of them sniproxy has a line in its log about. All lines are
-// there when it has ended.
+// addLogged adds to the outcomes whether sniproxy has logged them. The log is complete once
+// sniproxy has ended.
 func (v *visit) addLogged() {
 	v.end(unix.SIGTERM)
 	log, logged := v.log.String(), 0
@@ -681,7 +678,8 @@ func (v *visit) addLogged() {
 	}
 }
 
-// compare compares, and returns all reasons for which sniproxy refused somebody.
+// compare compares what both programs say, and returns all reasons for which sniproxy refused a
+// client.
 func (v *visit) compare() (reasons []string) {
 	t := v.t
 	v.done.Wait()
@@ -727,7 +725,7 @@ func (v *visit) compare() (reasons []string) {
 			if !ok {
 				t.Errorf("%s: no line among the entries", where)
 			}
-			// What the hash in a hashed build is of nobody can tell.
+			// Nobody can tell that a hash is that of a wildcard.
 			if !hostdir.Hashed || !strings.HasPrefix(a.name, "*.") {
 				lines = append(lines, line)
 			}
@@ -752,22 +750,22 @@ func (v *visit) compare() (reasons []string) {
 	return reasons
 }
 
-// ofNameless makes of what sniproxy-check says of * what that means for clients without a name:
-// where no directory is for them, sniproxy does not say that of a directory, which nobody has asked
-// for, but that there is no name.
+// ofNameless turns what sniproxy-check says of * into what it means for clients without a name. If
+// no directory serves them, sniproxy does not speak of a directory, which they have not asked for,
+// but says that there is no name.
 var ofNameless = strings.NewReplacer(
 	"no directory, and the wildcard for it belongs", "no server name, and the directory * belongs",
 	"no directory", "no server name",
 )
 
-// agree tells whether what sniproxy-check says of a host is what sniproxy does.
+// agree reports whether sniproxy does what sniproxy-check says of a host.
 func agree(a animal, line, answer string) bool {
 	head, _, _ := strings.Cut(line, "; ")
 	switch {
 	case a.asIf != "":
 		return answer == a.asIf
 	case a.entry && hostdir.Hashed:
-		return true // who knows
+		return true // nobody can tell
 	case a.entry:
 		return !strings.HasPrefix(answer, "ok")
 	case a.bad:
@@ -779,7 +777,7 @@ func agree(a animal, line, answer string) bool {
 	return ok && (rest == "" || strings.HasPrefix(rest, ": ") || strings.HasPrefix(rest, "; "))
 }
 
-// byLabel returns the lines by what they begin with.
+// byLabel returns the lines by their labels.
 func byLabel(text string) map[string]string {
 	lines := map[string]string{}
 	for line := range strings.Lines(text) {

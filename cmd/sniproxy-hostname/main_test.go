@@ -141,7 +141,7 @@ func TestRefused(t *testing.T) {
 	}
 }
 
-// quoted escapes what a terminal must not be sent; every other character stands for itself.
+// quoted escapes what could harm a terminal; every other character stands for itself.
 func quoted(s string) string {
 	return `"` + strings.NewReplacer("\n", `\n`, "\xff", `\xff`, "\u202e", `\u202e`).Replace(s) + `"`
 }
@@ -239,7 +239,7 @@ func FuzzHostname(f *testing.F) {
 		if err != nil {
 			return
 		}
-		// The proxy looks a wildcard up for a name that has another label in place of the asterisk.
+		// A wildcard serves names that have another label in place of the asterisk.
 		host := bytes.Replace(name, []byte("*"), []byte("a"), 1)
 		if onWire, err := sni.AppendCanonical(nil, host); err != nil || !bytes.Equal(onWire, host) {
 			t.Errorf("%q gives %q; the proxy takes %q for %q, %v", arg, name, host, onWire, err)

@@ -26,8 +26,7 @@ import (
 	"sniproxy/sni/snitest"
 )
 
-// With this in its environment the test binary takes IPv6 away from itself, and executes its
-// arguments.
+// With this in its environment the test binary gives up IPv6 and executes its arguments.
 const runWithoutIPv6 = "SNIPROXY_LISTEN_RUN_WITHOUT_IPV6"
 
 func init() {
@@ -77,7 +76,7 @@ func TestBacklog(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// ss is the PROGRAM: it lists the socket that it has itself.
+	// PROGRAM is ss, which lists its own socket.
 	cmd := program(t, "127.0.0.1:0", ss, "-ltnpH")
 	stdout, _, _ := hostdirtest.Run(t, cmd)
 	for line := range strings.Lines(stdout) {
@@ -265,7 +264,7 @@ func TestChain(t *testing.T) {
 	}
 }
 
-// echo has the proxy at addr take a hello to the backend of name, and back.
+// echo sends a hello for name to the proxy at addr, and expects it back from the backend.
 func echo(t *testing.T, addr, name string) {
 	t.Helper()
 	hello := snitest.Hello(name)

@@ -17,8 +17,8 @@ import (
 	"sniproxy/hostdir/hostdirtest"
 )
 
-// With the first of these in its environment the test binary is sniproxy-listen, and with the
-// second, which comes before the other, it is a PROGRAM that reports what its standard input is.
+// With the first of these in its environment the test binary is sniproxy-listen. With the second,
+// which overrides the first, it is a PROGRAM that reports what its standard input is.
 const (
 	runMain   = "SNIPROXY_LISTEN_RUN_MAIN"
 	runReport = "SNIPROXY_LISTEN_RUN_REPORT"
@@ -103,7 +103,7 @@ func program(t *testing.T, args ...string) *exec.Cmd {
 
 func environ() []string { return hostdirtest.Environ(runMain + "=1") }
 
-// given returns what PROGRAM finds on descriptor 0 when cmd has its arguments yet to come.
+// given appends a PROGRAM to cmd, and returns what that finds on descriptor 0.
 func given(t *testing.T, cmd *exec.Cmd) stdin {
 	t.Helper()
 	cmd.Args = append(cmd.Args, "env", runReport+"=1", self(t))
@@ -148,7 +148,7 @@ func TestSocket(t *testing.T) {
 				t.Error("the port is 0")
 			}
 			want.Addr = netip.AddrPortFrom(netip.MustParseAddr(c.want), got.Addr.Port())
-			// Systems other than Linux give the option's bit in place of 1.
+			// Other systems than Linux return the bit of the option instead of 1.
 			got.Listens, got.ReuseAddr = min(got.Listens, 1), min(got.ReuseAddr, 1)
 			if got != want {
 				t.Errorf("got %+v, want %+v", got, want)
@@ -225,8 +225,8 @@ func TestUsage(t *testing.T) {
 	}
 }
 
-// refused runs sniproxy-listen, which must give one line that names addr and the reasons, and exit
-// status 1, and run nothing.
+// refused runs sniproxy-listen, which must print one line with addr and the reasons, run nothing,
+// and exit with status 1.
 func refused(t *testing.T, cmd *exec.Cmd, addr string, reasons ...string) {
 	t.Helper()
 	cmd.Args = append(cmd.Args, addr, "echo", "run")

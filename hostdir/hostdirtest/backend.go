@@ -18,8 +18,8 @@ import (
 // The functions below make the directory of a host, dir, if it does not exist, and a socket in it
 // that every user may connect to.
 
-// Bind makes a socket that does not listen, as long as the test runs. The kind is unix.SOCK_STREAM
-// or another. The path may be longer than the address of a socket.
+// Bind makes a socket that does not listen, and closes it at the end of the test. The kind is
+// unix.SOCK_STREAM or another. The path may be longer than the address of a socket.
 func Bind(t testing.TB, dir string, kind int) (fd int) {
 	t.Helper()
 	fd = bind(t, dir, kind)
@@ -87,8 +87,8 @@ func Abandon(t testing.TB, dir string) {
 	must(t, unix.Close(fd))
 }
 
-// FillBacklog makes a socket that listens and has no room for another connection. Only Linux
-// reports that to who connects.
+// FillBacklog makes a socket that listens and whose backlog is full. Only Linux reports that to
+// clients.
 func FillBacklog(t testing.TB, dir string) {
 	t.Helper()
 	must(t, unix.Listen(Bind(t, dir, unix.SOCK_STREAM), 0))
@@ -117,7 +117,7 @@ func Touch(t testing.TB, paths ...string) {
 }
 
 // Greet is a backend that reads a ClientHello, answers "this is NAME" with the server name in it,
-// and closes. The name that it finds must be the one that the proxy has routed by.
+// and closes. The proxy must have routed the client by that name.
 func Greet(c *net.UnixConn) {
 	name, _, err := ReadHello(c)
 	if err != nil {

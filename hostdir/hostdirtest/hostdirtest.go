@@ -1,5 +1,6 @@
-// Package hostdirtest has what tests around a hosts directory need: the directory itself, backends
-// good and bad, a file system that does not answer, and what the machine must offer.
+// Package hostdirtest has what tests around a hosts directory need: the directory itself, good and
+// bad backends, file systems that do not answer, system calls that fail, programs that run to their
+// end.
 //
 // Only tests import it.
 package hostdirtest

@@ -52,7 +52,7 @@ const (
 	clientHello  = 1 // HandshakeType
 )
 
-// Record returns one TLS record.
+// Record returns a TLS record.
 func Record(contentType byte, content ...byte) []byte {
 	b := []byte{contentType, 3, 1}
 	b = binary.BigEndian.AppendUint16(b, uint16(len(content)))
@@ -176,7 +176,7 @@ const (
 	Grease  = 0x0a0a // an extension that nobody knows: RFC 8701
 
 	HostName  = 0
-	OtherName = 1 // no type that is in use
+	OtherName = 1 // a type that nobody uses
 )
 
 // Extension appends an extension.
