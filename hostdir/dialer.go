@@ -6,8 +6,11 @@ import "golang.org/x/sys/unix"
 //
 // On Linux its thread has a working directory of its own, and the Dialer makes each host's
 // directory that working directory. So all that it looks at is in one directory, whatever takes the
-// place of that meanwhile, and the path of the socket is short: a name of any length fits. Where
-// threads cannot have that, it works with paths: see [Hosts.PathsOnly].
+// place of that meanwhile, and the path of the socket is short: a name of any length fits.
+//
+// Where threads cannot have that, on other systems and where a container engine forbids unshare(2),
+// it works with paths. Then the address of a socket limits the length of names, and it makes no
+// connection without waiting.
 type Dialer struct {
 	// Deaf connections take nothing that a backend sends or passes: they are shut down for reading
 	// before they are made, or at once afterwards where the system allows only that.

@@ -98,7 +98,7 @@ func (d *Dialer) isOpen(wildcard bool) (bool, error) {
 // countsDirectory is counts for an entry that is a directory on the file system of the hosts
 // directory.
 func (d *Dialer) countsDirectory(st *unix.Statx_t, wildcard bool) error {
-	if wildcard && !d.hosts.Administrator(st.Uid) {
+	if wildcard && !d.hosts.isAdministrator(st.Uid) {
 		return untrusted
 	}
 	d.found.Owner = st.Uid
@@ -333,7 +333,7 @@ func (d *Dialer) readMarkers(b *Backend) unix.Errno {
 	b.Proxy = w.markers.proxy
 	if w.markers.log {
 		st, errno := stat(here, logConnections, w.slow)
-		b.Log = errno == 0 && d.hosts.Administrator(st.Uid)
+		b.Log = errno == 0 && d.hosts.isAdministrator(st.Uid)
 	}
 	return 0
 }

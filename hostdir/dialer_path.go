@@ -84,7 +84,7 @@ func (d *Dialer) connectTo(fd int, dir string) (Backend, error) {
 		}
 	}
 	there, owner, err := exists(dir + "/log-connections")
-	b.Log = there && d.hosts.Administrator(owner)
+	b.Log = there && d.hosts.isAdministrator(owner)
 	return b, err
 }
 

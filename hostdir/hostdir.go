@@ -72,10 +72,10 @@ type Again uint8
 
 // What the caller can do about each of them.
 const (
-	MayWait     Again = iota + 1 // a file system may keep the look-up waiting: have a thread that has the time do it
+	MayWait     Again = iota + 1 // a file system may keep the look-up waiting: use a thread that may wait
 	NoRoom                       // no descriptor is left: close one
 	BacklogFull                  // the backlog of the backend's socket is full: try later
-	Exchanged                    // another directory took the host's place meanwhile: find it anew, after a pause
+	Exchanged                    // another directory took the host's place: find it anew after a pause
 )
 
 func (a Again) Error() string {

@@ -17,7 +17,7 @@ const nobody = 65534
 type Hosts struct {
 	directory        // as the system opens it
 	overflow  uint32 // the overflow uid
-	paths     error  // why dialers work with paths; nil if they need not
+	paths     error  // why dialers work with paths, nil if they need not; on Linux from unshare(2)
 	refuses   bool   // the kernel has SO_PASSRIGHTS
 	lastOwner atomic.Uint32
 }
@@ -38,21 +38,9 @@ func Open() (*Hosts, error) {
 // Close closes the directory. No dialer may be used after it.
 func (h *Hosts) Close() { h.close() }
 
-// PathsOnly returns why dialers work with paths, nil if they need not. Then the address of a socket
-// limits the length of names, and each look-up may wait. On Linux it is the error of unshare(2),
-// which container engines forbid.
-func (h *Hosts) PathsOnly() error { return h.paths }
-
 // RefusesDescriptors reports whether the kernel refuses descriptors that backends pass (SCM_RIGHTS)
 // over connections of a Dialer.
 func (h *Hosts) RefusesDescriptors() bool { return h.refuses }
-
-// Unmapped reports whether the hosts directory belongs to the overflow uid. Then only root's
-// wildcards count.
-func (h *Hosts) Unmapped() bool {
-	owner, err := h.owner()
-	return err == nil && h.Overflow(owner)
-}
 
 // Remarks says what is unusual about the hosts directory or the system.
 func (h *Hosts) Remarks() (lines []string) {
@@ -65,9 +53,9 @@ func (h *Hosts) Remarks() (lines []string) {
 	return lines
 }
 
-// Administrator reports whether a user is root or owns the hosts directory now. The overflow uid is
-// never the administrator.
-func (h *Hosts) Administrator(uid uint32) bool {
+// isAdministrator reports whether a user is root or owns the hosts directory now. The overflow uid
+// is never the administrator.
+func (h *Hosts) isAdministrator(uid uint32) bool {
 	if h.Overflow(uid) {
 		return false
 	}
@@ -78,7 +66,7 @@ func (h *Hosts) Administrator(uid uint32) bool {
 	return err == nil && uid == owner
 }
 
-// seems is Administrator without a system call: it goes by the owner that the hosts directory had
+// seems is isAdministrator without a system call: it goes by the owner that the hosts directory had
 // when it was last asked for. What must be safe from tenants does not depend on it.
 func (h *Hosts) seems(uid uint32) bool {
 	return !h.Overflow(uid) && (uid == 0 || uid == h.lastOwner.Load())
@@ -118,7 +106,7 @@ func (h *Hosts) administrators(path []byte) (bool, error) {
 	if err == unix.ENOENT || err == unix.ENOTDIR {
 		return false, nil
 	}
-	return err == nil && h.Administrator(st.owner), err
+	return err == nil && h.isAdministrator(st.owner), err
 }
 
 // A status is what lstat(2) tells about an entry of the hosts directory.
@@ -180,7 +168,7 @@ func (h *Hosts) counts(st status, wildcard bool) error {
 	switch {
 	case wildcard && !isDirectory:
 		return odd
-	case wildcard && !st.unsure && !h.Administrator(st.owner): // if unsure, the caller finds out
+	case wildcard && !st.unsure && !h.isAdministrator(st.owner): // if unsure, the caller finds out
 		return untrusted
 	case !isDirectory:
 		return &Error{Problem: NoDirectory, Errno: unix.ENOTDIR}

@@ -13,7 +13,7 @@ type directory struct {
 	fd     uintptr
 	device device
 	cached bool // openat2(2) has RESOLVE_CACHED: the kernel can tell whether a look-up may wait
-	local  bool // the hosts directory is in memory or on a disk, so it keeps nobody waiting for long
+	local  bool // the hosts directory is in memory or on a disk: it keeps nobody waiting for long
 }
 
 // A device is what a file system is on. Its major number is 0 unless it is a block device.

@@ -65,7 +65,7 @@ func (d *Dialer) Release() bool { return false }
 // Leave does nothing, since there is nothing to leave.
 func (d *Dialer) Leave() {}
 
-// The rest is never called, since PathsOnly is never nil.
+// The rest is never called, since Hosts.paths is never nil.
 
 type workdir struct{}
 

@@ -13,7 +13,7 @@ const (
 	lookupLimit = 10 * time.Second // as in sniproxy
 	shortLimit  = time.Second
 
-	ownerShort, ownerNone = 8, 64    // after so many hosts of one owner the others get shortLimit, or none
+	ownerShort, ownerNone = 8, 64    // so many hosts of one owner; the others get shortLimit, or none
 	allShort, allNone     = 128, 256 // the same for all owners together
 )
 
