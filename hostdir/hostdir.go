@@ -13,12 +13,12 @@
 // where REST is the name without its first label, or else by the entry *. The entry * also serves
 // clients that name no host.
 //
-// A wildcard speaks for names that have no owner yet, so only the administrator may make one. It
-// counts only if it belongs to root or to the owner of the hosts directory, and if it is a
-// directory or a symlink. A symlink may lead to a directory of anybody. A file never counts:
-// tenants can rename root's files in directories of their own, but not root's directories. The
+// The administrator is root or the owner of the hosts directory. A wildcard speaks for names of
+// others, so it counts only if it is the administrator's, and if it is a directory or a symlink. A
+// symlink may lead to a directory of anybody. A file never counts: a tenant can move a file of
+// root's from a directory of his own to the hosts directory, but not a directory of root's. A
 // look-up passes over a wildcard that does not count. There is no fallback from an entry that
-// exists but cannot serve.
+// counts but cannot serve.
 //
 // A user namespace shows all users that it does not know as one, the overflow uid. The overflow uid
 // is never the administrator.
