@@ -103,7 +103,7 @@ func (c *checker) newWorker() *worker {
 		for h := range w.next {
 			if err != nil {
 				w.limit <- 0
-				w.said <- verdict{line: fmt.Sprintf("%s: %v", h.label, err)}
+				w.said <- h.verdict(false, err.Error())
 				continue
 			}
 			w.said <- w.look(d, h)
@@ -115,11 +115,11 @@ func (c *checker) newWorker() *worker {
 // judge returns the verdict on a host, and whether the worker is stuck.
 func (w *worker) judge(h host) (v verdict, stuck bool) {
 	if h.wrong != "" {
-		return verdict{line: h.label + ": " + h.wrong}, false
+		return h.verdict(false, h.wrong), false
 	}
 	const hangs = "the look-up has waited for a file system until the time limit: "
 	if w.checker.dead.Load() {
-		return verdict{line: h.label + ": " + hangs + "the hosts directory does not answer"}, false
+		return h.verdict(false, hangs+"the hosts directory does not answer"), false
 	}
 	w.next <- h
 	limit := lookupLimit
@@ -127,7 +127,7 @@ func (w *worker) judge(h host) (v verdict, stuck bool) {
 	case limit = <-w.limit:
 	case <-time.After(lookupLimit):
 		w.checker.dead.Store(true)
-		return verdict{line: h.label + ": " + hangs + "the hosts directory does not answer"}, true
+		return h.verdict(false, hangs+"the hosts directory does not answer"), true
 	}
 	select {
 	case v := <-w.said:
@@ -138,7 +138,7 @@ func (w *worker) judge(h host) (v verdict, stuck bool) {
 		if limit != lookupLimit {
 			text += " " + limitWords(limit)
 		}
-		return verdict{line: h.label + ": " + hangs + text}, true
+		return h.verdict(false, hangs+text), true
 	}
 }
 
@@ -159,7 +159,7 @@ func (w *worker) look(d *hostdir.Dialer, h host) verdict {
 	w.limit <- limit
 
 	if own := string(h.entry); h.listed && slices.Contains(passedOver, own) && odd(own) != "" {
-		return verdict{h.label + ": " + discounted(c.hosts, own), true}
+		return h.verdict(true, discounted(c.hosts, own))
 	}
 	elsewhere := limit > 0 && onAnother(entry)
 	b, slow, err := dial(d, h, limit)
@@ -167,26 +167,23 @@ func (w *worker) look(d *hostdir.Dialer, h host) verdict {
 	if isWaiting(err) && limit > 0 {
 		c.allowance.spent(w.owner)
 	}
+	if limit == 0 && err != nil { // finding out why may wait as well
+		return h.verdict(false, unwaited(err))
+	}
 	var remarks []string
 	remark := func(format string, args ...any) { remarks = append(remarks, fmt.Sprintf(format, args...)) }
-	say := func(ok bool, text string) verdict {
-		return verdict{h.label + ": " + strings.Join(append([]string{text}, remarks...), "; "), ok}
-	}
-	if limit == 0 && err != nil { // finding out why may wait as well
-		return say(false, unwaited(err))
-	}
 	if entry != "" {
 		remarks = misspelt(entry)
 		if c.hosts.Overflow(found.Owner) {
 			remark("it cannot be told whose it is (uid %d), and it shares its limits with all such entries", found.Owner)
 		}
 	}
-
 	if err != nil {
-		return say(false, explain(c.hosts, entry, passedOver, limit, err))
+		return h.verdict(false, explain(c.hosts, entry, passedOver, limit, err), remarks...)
 	}
 	if own := string(h.entry); slices.Contains(passedOver, own) && odd(own) == "" {
-		return say(false, fmt.Sprintf("it does not count, %s serves its clients: %s", starred(h, entry), chown(c.hosts, own)))
+		text := fmt.Sprintf("it does not count, %s serves its clients: %s", starred(h, entry), chown(c.hosts, own))
+		return h.verdict(false, text, remarks...)
 	}
 	for _, e := range passedOver {
 		remark("%s %s", starred(h, e), discounted(c.hosts, e))
@@ -207,7 +204,12 @@ func (w *worker) look(d *hostdir.Dialer, h host) verdict {
 	if entry != string(h.entry) && entry != "" {
 		text += ", served by " + starred(h, entry)
 	}
-	return say(true, text)
+	return h.verdict(true, text, remarks...)
+}
+
+// verdict returns the line about a host.
+func (h host) verdict(ok bool, text string, remarks ...string) verdict {
+	return verdict{h.label + ": " + strings.Join(append([]string{text}, remarks...), "; "), ok}
 }
 
 // discounted says why a wildcard does not count.
