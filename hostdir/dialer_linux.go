@@ -102,7 +102,7 @@ func (d *Dialer) countsDirectory(st *unix.Statx_t, wildcard bool) error {
 		return untrusted
 	}
 	d.found.Owner = st.Uid
-	d.found.Administrators = d.hosts.seems(st.Uid)
+	d.found.Administrators = d.hosts.wasAdministrator(st.Uid)
 	d.found.Foreign = !d.found.Administrators
 	return nil
 }
@@ -216,7 +216,7 @@ func (d *Dialer) counts(st status, err error, wildcard bool) error {
 	if err != nil {
 		return enterError(err)
 	}
-	d.found.Owner, d.found.Administrators = st.owner, d.hosts.seems(st.owner)
+	d.found.Owner, d.found.Administrators = st.owner, d.hosts.wasAdministrator(st.owner)
 	return d.hosts.counts(st, wildcard)
 }
 
@@ -247,7 +247,7 @@ func (d *Dialer) open(dir uintptr, path []byte, wait bool) (uintptr, error) {
 		closeRaw(fd)
 		return fd, MayWait
 	}
-	d.found.Foreign = !h.seems(st.Uid)
+	d.found.Foreign = !h.wasAdministrator(st.Uid)
 	return fd, nil
 }
 

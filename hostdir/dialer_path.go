@@ -39,7 +39,7 @@ func (d *Dialer) identify() error {
 	case (id.link || wildcard) && id.recent():
 		return Exchanged
 	}
-	d.found.Foreign = !d.hosts.seems(id.dirOwner)
+	d.found.Foreign = !d.hosts.wasAdministrator(id.dirOwner)
 	return nil
 }
 

@@ -66,9 +66,9 @@ func (h *Hosts) isAdministrator(uid uint32) bool {
 	return err == nil && uid == owner
 }
 
-// seems is isAdministrator without a system call: it goes by the owner that the hosts directory had
-// when it was last asked for. What must be safe from tenants does not depend on it.
-func (h *Hosts) seems(uid uint32) bool {
+// wasAdministrator is isAdministrator without a system call: it goes by the owner that the hosts
+// directory had when it was last asked for. Nothing that keeps tenants apart depends on it.
+func (h *Hosts) wasAdministrator(uid uint32) bool {
 	return !h.Overflow(uid) && (uid == 0 || uid == h.lastOwner.Load())
 }
 
@@ -88,7 +88,7 @@ func (h *Hosts) owner() (uint32, error) {
 // log-connections in it exist and are the administrator's. An error means that this could not be
 // found out. It may wait for a file system.
 func (h *Hosts) LogAll() (bool, error) {
-	if _, err := h.owner(); err != nil { // also renews what seems goes by
+	if _, err := h.owner(); err != nil { // also for wasAdministrator
 		return false, err
 	}
 	var buf [MaxName + len("/log-connections\x00")]byte
@@ -156,7 +156,7 @@ func (h *Hosts) find(entry []byte, wildcard, wait bool) (Entry, error) {
 	if err := h.counts(st, wildcard); err != nil {
 		return e, err
 	}
-	e.Administrators = h.seems(st.owner)
+	e.Administrators = h.wasAdministrator(st.owner)
 	e.Foreign = st.kind != unix.S_IFDIR || !e.Administrators
 	return e, nil
 }
