@@ -67,7 +67,8 @@ func (h *Hosts) isAdministrator(uid uint32) bool {
 }
 
 // wasAdministrator is isAdministrator without a system call: it goes by the owner that the hosts
-// directory had when it was last asked for. Nothing that keeps tenants apart depends on it.
+// directory had when it was last asked for. That is good enough for limits, and for who makes a
+// look-up, but never for whether an entry or a marker counts.
 func (h *Hosts) wasAdministrator(uid uint32) bool {
 	return !h.Overflow(uid) && (uid == 0 || uid == h.lastOwner.Load())
 }
