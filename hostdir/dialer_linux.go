@@ -273,12 +273,12 @@ func (d *Dialer) connectOnce(wait bool) (Backend, error) {
 		return none, systemError(err)
 	}
 	if errno := connectSocket(uintptr(fd)); errno != 0 {
-		unix.Close(fd)
+		closeRaw(uintptr(fd))
 		return none, connectError(".", errno)
 	}
 	b := Backend{FD: fd}
 	if errno := d.readMarkers(&b); errno != 0 {
-		unix.Close(fd)
+		closeRaw(uintptr(fd))
 		return none, lookError(errno)
 	}
 	return b, nil
