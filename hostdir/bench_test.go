@@ -11,8 +11,8 @@ import (
 	"sniproxy/hostdir"
 )
 
-// The time to look a host up and connect to it: again and again, in turn with another one, and by its path.
-// The backend's side, accept and close, is part of it.
+// The time to find a host and connect to it: the same again and again, two in turn, and by path.
+// The backend's accept and close are part of it.
 func BenchmarkDial(b *testing.B) {
 	b.Chdir(b.TempDir())
 	names := []string{"www.example.com", "example.com"}
@@ -58,7 +58,7 @@ func BenchmarkDial(b *testing.B) {
 						b.Error(err)
 						return
 					}
-					// Package unix would allocate for the address, which is not asked for.
+					// Package unix would allocate the address, which is not needed.
 					peer, _, errno := unix.Syscall6(unix.SYS_ACCEPT4, uintptr(listeners[n]), 0, 0, unix.SOCK_CLOEXEC, 0, 0)
 					if errno != 0 {
 						b.Error(errno)

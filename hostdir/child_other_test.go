@@ -2,5 +2,5 @@
 
 package hostdir_test
 
-// forbid does nothing, as there is nothing that it could forbid.
+// forbid does nothing: what it forbids exists only on Linux.
 func forbid(string) {}

@@ -14,11 +14,12 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sniproxy/hostdir"
+	"sniproxy/hostdir/hostdirtest"
 )
 
-// With reportOn the test binary prints what it finds for the names in its working directory, which are separated by
-// spaces, as a report. With forbidden as well, it first forbids itself what that names. With noRoom it gets no
-// more descriptors once it has opened the hosts directory, with noOpening before.
+// With reportOn, names separated by spaces, the test binary looks them up in its working directory
+// and prints a report. With forbidden it first calls forbid with that. With noRoom it gets no
+// descriptor after it has opened the hosts directory, with noOpening none before.
 const (
 	reportOn      = "HOSTDIR_TEST_REPORT"
 	forbidden     = "HOSTDIR_TEST_FORBIDDEN"
@@ -29,7 +30,7 @@ const (
 
 // A report is what another process finds in a hosts directory.
 type report struct {
-	NoOpening         bool // Open has failed for lack of a descriptor
+	NoOpening         bool // Open failed for lack of a descriptor
 	Paths             bool
 	Refuses, Unmapped bool
 	LogAll            bool
@@ -37,9 +38,9 @@ type report struct {
 	Names             map[string]found
 }
 
-// found is what is found for a name: with no time for it, and with time.
+// found is the result for a name: with wait false, then with wait true.
 type found struct {
-	FindNow, ConnectNow, Problem hostdir.Problem
+	FindNow, ConnectNow, Problem failure
 	Entry                        string
 	Owner                        uint32
 	Administrators, Foreign      bool
@@ -128,45 +129,34 @@ func find(d *hostdir.Dialer, name string) (f found) {
 	return f
 }
 
-// elsewhere has another process report what it finds in the working directory. Change may change how that is run.
+// elsewhere has another process report what it finds in the working directory. The function change
+// may change the command.
 func elsewhere(t *testing.T, names string, change func(*exec.Cmd)) (r report) {
 	t.Helper()
 	cmd := childCommand(t, names)
 	if change != nil {
 		change(cmd)
 	}
-	out, err := cmd.Output()
-	if err != nil {
-		t.Fatalf("%v: %s", err, childStderr(err))
+	stdout, stderr, status := hostdirtest.Run(t, cmd)
+	if err := json.Unmarshal([]byte(stdout), &r); err != nil || status != 0 {
+		t.Fatalf("%v, exit status %d: %s", err, status, stderr)
 	}
-	must(t, json.Unmarshal(out, &r))
 	return r
 }
 
 func childCommand(t *testing.T, names string) *exec.Cmd {
 	t.Helper()
-	self, err := os.Executable()
-	must(t, err)
+	cmd := hostdirtest.Command(t, reportOn+"="+names)
 	if os.Geteuid() == 0 { // it is where only root can enter
-		binary, err := os.ReadFile(self)
+		binary, err := os.ReadFile(cmd.Path)
 		must(t, err)
-		self, err = filepath.Abs(".self")
+		cmd.Path, err = filepath.Abs(".self")
 		must(t, err)
-		if _, err := os.Lstat(self); err != nil {
-			must(t, os.WriteFile(self, binary, 0o755))
+		if _, err := os.Lstat(cmd.Path); err != nil {
+			must(t, os.WriteFile(cmd.Path, binary, 0o755))
 		}
 	}
-	cmd := exec.Command(self)
-	// The race detector would let each run sleep for a second at its end.
-	cmd.Env = append(os.Environ(), reportOn+"="+names, "GORACE=atexit_sleep_ms=0")
 	return cmd
-}
-
-func childStderr(err error) string {
-	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
-		return string(exit.Stderr)
-	}
-	return ""
 }
 
 // with sets a variable in the environment of a process.

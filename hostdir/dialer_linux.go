@@ -2,323 +2,122 @@ package hostdir
 
 import (
 	"bytes"
-	"runtime"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// A place is the hosts directory, and what is known of the system that it is on.
-type place struct {
-	fd     uintptr
-	device device
-	cached bool // the system can tell whether a look-up may wait
-	local  bool // the directory is in memory, or on a disk: nothing else keeps waiting there
+// This file is how a Dialer works from inside the host's directory: it makes that the working
+// directory of its thread. It keeps the directory open as well, since the next client often comes
+// for the same host.
+
+// A workdir is the working directory of a thread, and what is known of it.
+type workdir struct {
+	away bool // it is that of a host, not the hosts directory
+	slow bool // system calls of this look-up may wait for more than a disk
+
+	// Of the directory that is kept open, if it is an entry itself, not behind a symlink or mount.
+	kept    bool
+	dir     uintptr
+	entry   []byte // its entry, with a zero at its end
+	buf     [nameMax + 1]byte
+	inode   inode
+	changed unix.StatxTimestamp // its ctime at the last look
+	known   bool                // markers holds what is in it since then
+	markers markers
 }
 
-// A device is what a file system is on. Its major number is 0 unless it is on a block device.
-type device struct{ major, minor uint32 }
-
-// An inode tells a directory that is open from all others.
-type inode struct {
-	device device
-	number uint64
-}
-
-func (h *Hosts) open() error {
-	fd, err := unix.Open(".", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return err
-	}
-	h.fd = uintptr(fd)
-	if err := h.probe(); err != nil {
-		h.close()
-		return err
-	}
-	return nil
-}
-
-func (h *Hosts) close() { closeRaw(h.fd) }
-
-// probe finds out what the system can do.
-func (h *Hosts) probe() (err error) {
-	if h.overflow, err = overflowUID(); err != nil {
-		return err
-	}
-	st, errno := stat(h.fd, empty, true)
-	if errno != 0 {
-		return errno
-	}
-	h.device = deviceOf(&st)
-	h.local = h.device.major != 0 || inMemory(h.fd)
-	// Linux has openat2(2) since 5.6, RESOLVE_CACHED since 5.12.
-	fd, errno := openat2(h.fd, &dot[0], &cachedDirectory, true)
-	switch errno {
-	case 0:
-		closeRaw(fd)
-		h.cached = true
-	case unix.EMFILE, unix.ENFILE:
-		return errno
-	}
-	// Linux has SO_PASSRIGHTS since 6.16.
-	s, errno := socket()
-	if errno != 0 {
-		return errno
-	}
-	h.refuses = setInt(s, soPassRights, 0) == 0
-	closeRaw(s)
-	onThread(func() { h.paths = unix.Unshare(unix.CLONE_FS) })
-	return nil
-}
-
-// overflowUID returns the user as which the system shows those that it has no number for.
-func overflowUID() (uint32, error) {
-	fd, err := unix.Open("/proc/sys/kernel/overflowuid", unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err == unix.EMFILE || err == unix.ENFILE {
-		return 0, err
-	}
-	if err != nil {
-		return nobody, nil
-	}
-	defer unix.Close(fd)
-	var text [16]byte
-	n, _ := unix.Read(fd, text[:])
-	uid := uint32(0)
-	for _, digit := range bytes.TrimSpace(text[:max(n, 0)]) {
-		uid = 10*uid + uint32(digit-'0')
-	}
-	if n <= 0 {
-		uid = nobody
-	}
-	return uid, nil
-}
-
-// inMemory tells whether a directory is on a file system that is nowhere but in memory.
-func inMemory(dir uintptr) bool {
-	var fs unix.Statfs_t
-	err := unix.Fstatfs(int(dir), &fs)
-	return err == nil && (uint32(fs.Type) == unix.TMPFS_MAGIC || uint32(fs.Type) == unix.RAMFS_MAGIC)
-}
-
-// onThread calls do on a thread that ends after it, and is not the main thread, which would not end.
-func onThread(do func()) {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		runtime.LockOSThread()
-		if unix.Gettid() == unix.Getpid() {
-			onThread(do)
-			runtime.UnlockOSThread()
-			return
-		}
-		do()
-	}()
-	<-done
-}
-
-// ask asks for the owner of the hosts directory.
-func (h *Hosts) ask() (uint32, error) {
-	st, errno := stat(h.fd, empty, false)
-	if errno != 0 {
-		return 0, errno
-	}
-	return st.Uid, nil
-}
-
-// lstat tells about an entry of the hosts directory, whose name ends in a zero.
-func (h *Hosts) lstat(entry []byte, wait bool) (status, error) {
-	st, errno := stat(h.fd, entry, wait || !h.local)
-	if errno != 0 {
-		return status{}, errno
-	}
-	is := h.status(&st)
-	if !is.unsure || !wait {
-		return is, nil
-	}
-	fd, errno := openat(h.fd, &entry[0], unix.O_NOFOLLOW)
-	if errno != 0 {
-		return status{}, errno
-	}
-	defer closeRaw(fd)
-	return h.opened(fd, true)
-}
-
-// opened tells about an entry that is open.
-func (h *Hosts) opened(fd uintptr, wait bool) (status, error) {
-	st, errno := stat(fd, empty, wait)
-	if errno != 0 {
-		return status{}, errno
-	}
-	is := h.status(&st)
-	if is.unsure && wait {
-		var fs unix.Statfs_t
-		is.unsure = false
-		if err := unix.Fstatfs(int(fd), &fs); err == nil && uint32(fs.Type) != unix.FUSE_SUPER_MAGIC {
-			is.owner = st.Uid
-		}
-	}
-	return is, nil
-}
-
-// status returns what the system tells of an entry. A user may mount a FUSE on his directory
-// (fusermount), and it can say that it belongs to anybody, such as root. It is on no block device.
-func (h *Hosts) status(st *unix.Statx_t) status {
-	is := status{owner: st.Uid, kind: uint32(st.Mode) & unix.S_IFMT}
-	on := deviceOf(st)
-	mounted := st.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0 || st.Attributes_mask&unix.STATX_ATTR_MOUNT_ROOT == 0
-	if mounted && on.major == 0 && on != h.device {
-		is.owner, is.unsure = nobody, true
-	}
-	return is
-}
-
-func deviceOf(st *unix.Statx_t) device { return device{st.Dev_major, st.Dev_minor} }
-
-func inodeOf(st *unix.Statx_t) inode { return inode{deviceOf(st), st.Ino} }
-
-func (h *Hosts) socket(deaf bool) (int, error) {
-	s, errno := h.newSocket(deaf)
-	if errno != 0 {
-		return -1, errno
-	}
-	return int(s), nil
-}
-
-// newSocket returns a socket to which no backend can pass descriptors, as far as the system can
-// refuse them. Where it cannot, a backend must at least not have the system drop them in the middle of a
-// loop: that is what happens to those of an out-of-band byte which reading passes over.
-func (h *Hosts) newSocket(deaf bool) (uintptr, unix.Errno) {
-	s, errno := socket()
-	if errno != 0 {
-		return s, errno
-	}
-	if h.refuses {
-		errno = setInt(s, soPassRights, 0)
-	} else {
-		errno = setInt(s, unix.SO_OOBINLINE, 1)
-	}
-	if errno == 0 && deaf {
-		errno = shutdown(s)
-	}
-	if errno != 0 {
-		closeRaw(s)
-	}
-	return s, errno
-}
-
-// connect connects a socket to a path. If it is to be deaf it is already.
-func connect(fd int, path string, _ bool) error {
-	return unix.Connect(fd, &unix.SockaddrUnix{Name: path})
-}
-
-// A thread is what a Dialer has if its thread has a working directory of its own.
-type thread struct {
-	away  bool // it is that of a host
-	waits bool // the look-up that is made may wait for more than a disk
-	kept  bool // the directory of a host is open: the next client often comes for the same
-	dir   uintptr
-	entry []byte // that it is, with a zero
-	buf   [nameMax + 1]byte
-	inode inode // its own
-
-	changed unix.StatxTimestamp // when the directory was changed last, as far as is known
-	known   bool                // which markers there were since
-	marks   marks
-}
-
-// marks tells which markers are in a directory.
-type marks struct {
+// markers tells which markers are in a directory.
+type markers struct {
 	proxy uint8 // the version of the PROXY protocol
-	log   bool  // there is a log-connections, whoever it belongs to
+	log   bool  // there is a log-connections, whoever owns it
 }
 
-// begin gives the calling thread a working directory of its own, which takes no privilege.
-func (t *thread) begin() error { return unix.Unshare(unix.CLONE_FS) }
+// ownWorkdir gives the calling thread a working directory of its own, which takes no privilege.
+func ownWorkdir() error { return unix.Unshare(unix.CLONE_FS) }
 
-// Release closes the descriptor that is kept open for the next look-up, and reports whether there was
-// one. It is still the working directory.
+// Release closes the descriptor that is kept open for the next look-up, and reports whether there
+// was one. The directory is still the working directory.
 func (d *Dialer) Release() bool {
-	t := &d.own
-	if !t.kept {
+	w := &d.workdir
+	if !w.kept {
 		return false
 	}
-	closeRaw(t.dir)
-	t.kept, t.entry, t.known = false, nil, false
+	closeRaw(w.dir)
+	w.kept, w.entry, w.known = false, nil, false
 	return true
 }
 
-// Leave makes the hosts directory the working directory again. That of a host, if it is used
-// for long, keeps what it is on from being unmounted. Nothing is found any more.
+// Leave makes the hosts directory the working directory again: a working directory keeps its file
+// system from being unmounted. Connect needs another Find then.
 func (d *Dialer) Leave() {
-	if d.own.away {
+	if d.workdir.away {
 		d.Release()
-		d.own.away = unix.Fchdir(int(d.hosts.fd)) != nil
-		d.err = errAbsent
+		d.workdir.away = unix.Fchdir(int(d.hosts.fd)) != nil
+		d.err = notFound(false)
 	}
 }
 
-// enterOwn makes the directory of the entry the working directory, if it is not that already.
-func (d *Dialer) enterOwn(general, wait bool) error {
-	t := &d.own
-	t.waits = wait || !d.hosts.local
+// enter makes the directory of the candidate the working directory, if it serves the host.
+func (d *Dialer) enter(wildcard, wait bool) error {
+	d.workdir.slow = wait || !d.hosts.local
 	d.found = Entry{Name: d.entry[:len(d.entry)-1], Owner: nobody, Foreign: true}
-	if in, err := d.isIn(general); in {
+	if is, err := d.isOpen(wildcard); is {
 		return err
 	}
-	err := d.change(general, wait)
-	if isProblem(err, NoRoom) {
-		if d.Release() {
-			err = d.change(general, wait)
-		}
-		if isProblem(err, NoRoom) { // whose it is can be told all the same
-			if e, looked := d.hosts.find(d.entry, general, false); looked == nil {
-				d.found = e
-			} else if isNone(looked) {
-				err = looked
-			}
+	err := d.change(wildcard, wait)
+	if err == NoRoom && d.Release() {
+		err = d.change(wildcard, wait)
+	}
+	if err == NoRoom { // the owner can be found all the same
+		if e, looked := d.hosts.find(d.entry, wildcard, false); looked == nil {
+			d.found = e
+		} else if isSkip(looked) {
+			err = looked
 		}
 	}
 	return err
 }
 
-// isIn tells whether the entry is the directory that is open. No other one can have the number of
-// its inode meanwhile.
-func (d *Dialer) isIn(general bool) (bool, error) {
-	t := &d.own
-	if !bytes.Equal(d.entry, t.entry) {
+// isOpen reports whether the candidate is the directory that is kept open, and whether it counts.
+// No other directory can have the inode number of one that is open.
+func (d *Dialer) isOpen(wildcard bool) (bool, error) {
+	w := &d.workdir
+	if !bytes.Equal(d.entry, w.entry) {
 		return false, nil
 	}
-	st, errno := stat(d.hosts.fd, d.entry, t.waits)
-	if errno != 0 || inodeOf(&st) != t.inode {
+	st, errno := stat(d.hosts.fd, d.entry, w.slow)
+	if errno != 0 || inodeOf(&st) != w.inode {
 		return false, nil
 	}
-	t.known = t.known && st.Ctime == t.changed
-	t.changed = st.Ctime
-	return true, d.plain(&st, general)
+	w.known = w.known && st.Ctime == w.changed
+	w.changed = st.Ctime
+	return true, d.countsDirectory(&st, wildcard)
 }
 
-// plain tells whether an entry that is a directory, and no mount, counts.
-func (d *Dialer) plain(st *unix.Statx_t, general bool) error {
-	if general && !d.hosts.Administrator(st.Uid) {
-		return errIgnored
+// countsDirectory is counts for an entry that is a directory on the file system of the hosts
+// directory.
+func (d *Dialer) countsDirectory(st *unix.Statx_t, wildcard bool) error {
+	if wildcard && !d.hosts.isAdministrator(st.Uid) {
+		return untrusted
 	}
 	d.found.Owner = st.Uid
-	d.found.Administrators = d.hosts.seems(st.Uid)
+	d.found.Administrators = d.hosts.wasAdministrator(st.Uid)
 	d.found.Foreign = !d.found.Administrators
 	return nil
 }
 
-// change opens the directory of the entry, makes it the working directory, and closes the one that
-// was open.
-func (d *Dialer) change(general, wait bool) error {
-	h, t := d.hosts, &d.own
-	fd, errno := h.openPlain(d.entry, t.waits)
+// change makes another directory the working directory. It is kept open, unless it is behind a
+// symlink or a mount.
+func (d *Dialer) change(wildcard, wait bool) error {
+	h, w := d.hosts, &d.workdir
+	fd, errno := h.openDirectory(d.entry, w.slow)
 	switch errno {
 	case 0:
 	case unix.ENOENT:
-		return errAbsent
+		return absent
 	case unix.ENOTDIR, unix.EXDEV: // a symlink, or a mount
-		return d.follow(general, wait)
+		return d.follow(wildcard, wait)
 	default:
 		return enterError(errno)
 	}
@@ -329,61 +128,62 @@ func (d *Dialer) change(general, wait bool) error {
 	}
 	if !h.cached && (h.status(&st).unsure || deviceOf(&st) != h.device) {
 		closeRaw(fd)
-		return d.follow(general, wait)
+		return d.follow(wildcard, wait)
 	}
-	err := d.plain(&st, general)
+	err := d.countsDirectory(&st, wildcard)
 	if err == nil {
-		err = d.goTo(fd)
+		err = d.chdir(fd)
 	}
 	if err != nil {
 		closeRaw(fd)
 		return err
 	}
-	t.kept, t.dir = true, fd
-	t.entry = append(t.buf[:0], d.entry...)
-	t.inode, t.changed = inodeOf(&st), st.Ctime
+	w.kept, w.dir = true, fd
+	w.entry = append(w.buf[:0], d.entry...)
+	w.inode, w.changed = inodeOf(&st), st.Ctime
 	return nil
 }
 
-// goTo makes a directory the working directory. The one that was open is closed.
-func (d *Dialer) goTo(fd uintptr) error {
-	if errno := fchdir(fd, d.own.waits); errno != 0 {
+// chdir makes a directory the working directory, and closes the one that was kept open.
+func (d *Dialer) chdir(fd uintptr) error {
+	if errno := fchdir(fd, d.workdir.slow); errno != 0 {
 		return enterError(errno)
 	}
-	d.own.away = true
+	d.workdir.away = true
 	d.Release()
 	return nil
 }
 
-// openPlain opens an entry that is a directory on the file system of the hosts directory. It does not wait for
-// another one.
-func (h *Hosts) openPlain(entry []byte, waits bool) (uintptr, unix.Errno) {
+// openDirectory opens an entry that is a directory on the file system of the hosts directory, so
+// that it waits for no other.
+func (h *Hosts) openDirectory(entry []byte, slow bool) (uintptr, unix.Errno) {
 	if h.cached {
-		return openat2(h.fd, &entry[0], &ownDirectory, waits)
+		return openat2(h.fd, &entry[0], &ownDirectory, slow)
 	}
+	// Before openat2(2) a mount can be told only once it is open.
 	return openat(h.fd, &entry[0], unix.O_DIRECTORY|unix.O_NOFOLLOW)
 }
 
-// follow goes to the directory that a symlink leads to, or that is mounted. If the entry is a general
-// one, it is opened before its owner is asked for, so it does not matter what takes its place meanwhile.
-func (d *Dialer) follow(general, wait bool) error {
+// follow goes to the directory that a symlink leads to, or that is mounted. A wildcard is opened
+// before its owner is asked for, so that nothing can take its place in between.
+func (d *Dialer) follow(wildcard, wait bool) error {
 	h := d.hosts
 	dir, path := h.fd, d.entry
-	if general {
+	if wildcard {
 		link, errno := openat(h.fd, &d.entry[0], unix.O_NOFOLLOW)
 		if errno == unix.ENOENT {
-			return errAbsent
+			return absent
 		}
 		if errno != 0 {
 			return enterError(errno)
 		}
 		defer closeRaw(link)
-		st, err := h.opened(link, wait)
-		if err := d.counts(st, err, general); err != nil {
+		st, err := h.fstat(link, wait)
+		if err := d.counts(st, err, wildcard); err != nil {
 			return err
 		}
-		if st.unsure { // whether it counts takes time to find out
-			return &Error{Problem: MayWait}
+		if st.unsure { // to find out whether it counts takes time
+			return MayWait
 		}
 		if dir, path = link, dot; st.kind == unix.S_IFLNK {
 			var target [unix.PathMax]byte
@@ -395,7 +195,7 @@ func (d *Dialer) follow(general, wait bool) error {
 		}
 	} else {
 		st, err := h.lstat(d.entry, wait)
-		if err := d.counts(st, err, general); err != nil {
+		if err := d.counts(st, err, wildcard); err != nil {
 			return err
 		}
 	}
@@ -403,25 +203,26 @@ func (d *Dialer) follow(general, wait bool) error {
 	if err != nil {
 		return err
 	}
-	defer closeRaw(fd) // what has led here cannot be told again by its name
-	d.own.waits = true
-	return d.goTo(fd)
+	defer closeRaw(fd) // not kept: the same name may lead elsewhere next time
+	d.workdir.slow = true
+	return d.chdir(fd)
 }
 
-// counts fills in what is known of the entry, and tells whether it counts.
-func (d *Dialer) counts(st status, err error, general bool) error {
+// counts notes the owner of an entry, and tells whether it counts.
+func (d *Dialer) counts(st status, err error, wildcard bool) error {
 	if err == unix.ENOENT {
-		return errAbsent
+		return absent
 	}
 	if err != nil {
 		return enterError(err)
 	}
-	d.found.Owner, d.found.Administrators = st.owner, d.hosts.seems(st.owner)
-	return d.hosts.counts(st, general)
+	d.found.Owner, d.found.Administrators = st.owner, d.hosts.wasAdministrator(st.owner)
+	return d.hosts.counts(st, wildcard)
 }
 
-// open opens the directory at a path in another one. If it must not wait, it does not follow where it might have to, nor does it open
-// what may have a permission check of its own for those who enter it. File systems on block devices have none.
+// open opens the directory at a path in another one. If it must not wait, it neither follows where
+// it might have to, nor opens what may check permissions itself when somebody enters it. File
+// systems on block devices do not.
 func (d *Dialer) open(dir uintptr, path []byte, wait bool) (uintptr, error) {
 	h := d.hosts
 	var fd uintptr
@@ -444,51 +245,51 @@ func (d *Dialer) open(dir uintptr, path []byte, wait bool) (uintptr, error) {
 	}
 	if on := deviceOf(&st); !wait && on.major == 0 && on != h.device {
 		closeRaw(fd)
-		return fd, &Error{Problem: MayWait}
+		return fd, MayWait
 	}
-	d.found.Foreign = !h.seems(st.Uid)
+	d.found.Foreign = !h.wasAdministrator(st.Uid)
 	return fd, nil
 }
 
-// connectOwn connects to the tls-socket in the working directory.
-func (d *Dialer) connectOwn(wait bool) (Backend, error) {
-	none := Backend{FD: -1}
-	d.own.waits = d.own.waits || wait
+// connectInside connects to the tls-socket in the working directory. For lack of a descriptor it
+// gives up the one that is kept open, so that the next try has that.
+func (d *Dialer) connectInside(wait bool) (Backend, error) {
+	b, err := d.connectOnce(wait)
+	if err == NoRoom {
+		d.Release()
+	}
+	return b, err
+}
+
+func (d *Dialer) connectOnce(wait bool) (Backend, error) {
+	d.workdir.slow = d.workdir.slow || wait
 	if !wait {
 		if err := d.checkSocket(); err != nil {
-			return none, d.room(err)
+			return none, err
 		}
 	}
-	s, errno := d.hosts.newSocket(d.Deaf)
-	if errno != 0 {
-		return none, d.room(socketError(errno))
+	fd, err := d.hosts.socket(d.Deaf)
+	if err != nil {
+		return none, systemError(err)
 	}
-	if errno = connectHere(s); errno != 0 {
-		closeRaw(s)
-		return none, d.room(connectError(".", errno))
+	if errno := connectSocket(uintptr(fd)); errno != 0 {
+		closeRaw(uintptr(fd))
+		return none, connectError(".", errno)
 	}
-	b := Backend{FD: int(s)}
-	if errno = d.markers(&b); errno != 0 {
-		closeRaw(s)
+	b := Backend{FD: fd}
+	if errno := d.readMarkers(&b); errno != 0 {
+		closeRaw(uintptr(fd))
 		return none, lookError(errno)
 	}
 	return b, nil
 }
 
-// room releases the descriptor that is kept open if it may be the one that there is no room for.
-func (d *Dialer) room(err error) error {
-	if isProblem(err, NoRoom) {
-		d.Release()
-	}
-	return err
-}
-
-// checkSocket sees to it that connecting to tls-socket does not wait, wherever that leads.
+// checkSocket makes sure that connecting to tls-socket does not wait, wherever that leads.
 func (d *Dialer) checkSocket() error {
 	if !d.hosts.cached {
-		st, errno := stat(here, tlsSocket, d.own.waits)
+		st, errno := stat(here, tlsSocket, d.workdir.slow)
 		if errno == 0 && (st.Mode&unix.S_IFMT == unix.S_IFLNK || deviceOf(&st) != d.hosts.device) {
-			return &Error{Problem: MayWait}
+			return MayWait
 		}
 		return nil
 	}
@@ -498,45 +299,46 @@ func (d *Dialer) checkSocket() error {
 		case 0: // a directory, which connect(2) has an error for
 			closeRaw(fd)
 			return nil
-		case unix.ENOTDIR: // it was found, and it is none
+		case unix.ENOTDIR: // it was found, and is no directory
 			return nil
 		case unix.EXDEV:
-			return &Error{Problem: MayWait, Errno: errno}
+			return MayWait
 		case unix.EAGAIN:
 		default:
 			return connectError(".", errno)
 		}
-		// Now it will be in the cache, unless it is a symlink that leads elsewhere.
+		// This brings tls-socket into the cache, though not what it leads to if it is a symlink.
 		var link [1]byte
-		if _, errno := readlink(here, tlsSocket, link[:], d.own.waits); errno != 0 && errno != unix.EINVAL {
+		if _, errno := readlink(here, tlsSocket, link[:], d.workdir.slow); errno != 0 && errno != unix.EINVAL {
 			return connectError(".", errno)
 		}
 	}
-	return &Error{Problem: MayWait, Errno: unix.EAGAIN}
+	return MayWait
 }
 
-// markers finds out what the markers say. Which there are is known from the look-up before, if the directory
-// has not changed since. The system proves that: it tells when a directory was changed, by a clock that had gone on
-// before the markers were looked at. Who owns a marker is no change of the directory.
-func (d *Dialer) markers(b *Backend) unix.Errno {
-	t := &d.own
-	if !t.known {
-		sure := t.kept && !t.waits && time.Since(time.Unix(t.changed.Sec, int64(t.changed.Nsec))) > clockTick
+// readMarkers finds out what the markers say. Which ones exist is known from the look-up before, if
+// the directory has not changed since. The kernel proves that: it notes each change by a clock, and
+// that clock had ticked before the markers were looked at. A new owner of a marker is no change of
+// the directory, so it is asked for each time.
+func (d *Dialer) readMarkers(b *Backend) unix.Errno {
+	w := &d.workdir
+	if !w.known {
+		settled := w.kept && !w.slow && time.Since(time.Unix(w.changed.Sec, int64(w.changed.Nsec))) > clockTick
 		var errno unix.Errno
-		if t.marks, errno = d.lookForMarkers(); errno != 0 {
+		if w.markers, errno = d.lookForMarkers(); errno != 0 {
 			return errno
 		}
-		t.known = sure
+		w.known = settled
 	}
-	b.Proxy = t.marks.proxy
-	if t.marks.log {
-		st, errno := stat(here, logConnections, t.waits)
-		b.Log = errno == 0 && d.hosts.Administrator(st.Uid)
+	b.Proxy = w.markers.proxy
+	if w.markers.log {
+		st, errno := stat(here, logConnections, w.slow)
+		b.Log = errno == 0 && d.hosts.isAdministrator(st.Uid)
 	}
 	return 0
 }
 
-func (d *Dialer) lookForMarkers() (m marks, errno unix.Errno) {
+func (d *Dialer) lookForMarkers() (m markers, errno unix.Errno) {
 	there, errno := d.has(sendProxyV2)
 	if there {
 		m.proxy = 2
@@ -551,10 +353,11 @@ func (d *Dialer) lookForMarkers() (m marks, errno unix.Errno) {
 	return m, errno
 }
 
-// has tells whether there is something in the working directory.
+// has reports whether the working directory has something with that name. A symlink counts as it
+// is.
 func (d *Dialer) has(name []byte) (bool, unix.Errno) {
 	var link [1]byte
-	switch _, errno := readlink(here, name, link[:], d.own.waits); errno {
+	switch _, errno := readlink(here, name, link[:], d.workdir.slow); errno {
 	case 0, unix.EINVAL:
 		return true, 0
 	case unix.ENOENT:
@@ -562,9 +365,4 @@ func (d *Dialer) has(name []byte) (bool, unix.Errno) {
 	default:
 		return false, errno
 	}
-}
-
-func isProblem(err error, p Problem) bool {
-	e, ok := err.(*Error)
-	return ok && e.Problem == p
 }

@@ -9,9 +9,11 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sniproxy/hostdir"
+	"sniproxy/hostdir/hostdirtest"
 )
 
-// ownDirectories opens the hosts directory, where threads can have working directories of their own.
+// ownDirectories opens the hosts directory. It skips the test where threads cannot have a working
+// directory of their own.
 func ownDirectories(t testing.TB) *hostdir.Hosts {
 	t.Helper()
 	h := open(t)
@@ -21,10 +23,10 @@ func ownDirectories(t testing.TB) *hostdir.Hosts {
 	return h
 }
 
+// Goal: with wait false, hosts on the file system of the hosts directory are connected to. For a
+// symlink to a file system that is not on a block device, the error is MayWait. With wait true all
+// are connected to. No descriptor is left.
 func TestDialNow(t *testing.T) {
-	// Goal: hosts on the file system of the hosts directory are connected to at once; of
-	// those that a symlink leads from there to one that is not on a block device, it is only
-	// said that it may take time. With time all are connected to, without a descriptor left.
 	chdir(t)
 	var here, there unix.Stat_t
 	must(t, unix.Stat(".", &here))
@@ -36,11 +38,6 @@ func TestDialNow(t *testing.T) {
 		t.Skip(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(elsewhere) })
-	listenAt := func(path string) {
-		fd := socket(t, unix.SOCK_STREAM)
-		must(t, unix.Bind(fd, &unix.SockaddrUnix{Name: path}))
-		must(t, unix.Listen(fd, 100))
-	}
 	listen(t, "plain", 100)
 	must(t, os.Symlink(dirName("plain"), dirName("link")))
 	must(t, os.Mkdir(dirName("socket-link"), 0o755))
@@ -48,7 +45,7 @@ func TestDialNow(t *testing.T) {
 	long := strings.Repeat("a", 254)
 	must(t, os.Symlink(dirName("plain"), dirName(long)))
 
-	listenAt(elsewhere + "/tls-socket")
+	must(t, unix.Listen(hostdirtest.Bind(t, elsewhere, unix.SOCK_STREAM), 100))
 	must(t, os.WriteFile(elsewhere+"/send-proxy-v1", nil, 0o644))
 	must(t, os.Symlink(elsewhere, dirName("elsewhere")))
 	must(t, os.Mkdir(dirName("socket-elsewhere"), 0o755))
@@ -61,20 +58,20 @@ func TestDialNow(t *testing.T) {
 	base := descriptors(t)
 	withDialer(t, h, func(d *hostdir.Dialer) {
 		for name, want := range map[string]struct {
-			now, later hostdir.Problem
+			now, later failure
 			proxy      uint8
 		}{
 			"plain":            {0, 0, 0},
 			"link":             {0, 0, 0},
 			"socket-link":      {0, 0, 0},
 			long:               {0, 0, 0},
-			"elsewhere":        {hostdir.MayWait, 0, 1},
-			"socket-elsewhere": {hostdir.MayWait, 0, 0},
+			"elsewhere":        {mayWait, 0, 1},
+			"socket-elsewhere": {mayWait, 0, 0},
 			"marker-elsewhere": {0, 0, 1},
-			"absent":           {hostdir.NoDirectory, hostdir.NoDirectory, 0},
+			"absent":           {noDirectory, noDirectory, 0},
 		} {
 			for range 2 {
-				// This comes first, as the first to follow a symlink has to note that.
+				// This comes first: the first who follows a symlink may have to wait.
 				b, err := dial(d, name, true)
 				if got := problem(err); got != want.later || got == 0 && b.Proxy != want.proxy {
 					t.Errorf("%s, with time: problem %d, %+v, want %+v", name, got, b, want)
@@ -98,10 +95,10 @@ func TestDialNow(t *testing.T) {
 	}
 }
 
+// Goal: a host that is looked up again and again is found as it is each time, whatever has replaced
+// its directory, its socket or its markers. No descriptor is left once the Dialer has left or is
+// closed.
 func TestDialNowAgain(t *testing.T) {
-	// Goal: a host that is looked up again and again is found as it is each time, whatever has
-	// taken the place of its directory, its socket or its markers; and when the Dialer has left,
-	// or is closed, no descriptor is left.
 	chdir(t)
 	all := sites(t, "a", "b", "c", "d")
 	h := ownDirectories(t)
@@ -121,14 +118,14 @@ func TestDialNowAgain(t *testing.T) {
 		<-done
 	}
 	none := hostdir.Backend{}
-	expect := func(what, name string, problemWanted hostdir.Problem, wanted hostdir.Backend) {
+	expect := func(what, name string, problemWanted failure, wanted hostdir.Backend) {
 		t.Helper()
 		for range 3 {
 			var b hostdir.Backend
 			var err error
 			do(func(d *hostdir.Dialer) {
 				b, err = dial(d, "a", false)
-				if problem(err) == hostdir.MayWait { // a symlink that is followed for the first time
+				if problem(err) == mayWait { // a symlink that is followed for the first time
 					b, err = dial(d, "a", true)
 				}
 				if err == nil {
@@ -152,7 +149,7 @@ func TestDialNowAgain(t *testing.T) {
 
 	expect("at first", "a", 0, none)
 	move("a", "gone")
-	expect("without a directory", "", hostdir.NoDirectory, none)
+	expect("without a directory", "", noDirectory, none)
 	move("b", "a")
 	expect("another directory", "b", 0, none)
 	move("a", "b")
@@ -167,7 +164,7 @@ func TestDialNowAgain(t *testing.T) {
 	must(t, os.Remove(a+"/send-proxy-v2"))
 	expect("without markers", "a", 0, none)
 	must(t, os.Rename(a+"/tls-socket", a+"/closed"))
-	expect("without a socket", "", hostdir.NoSocket, none)
+	expect("without a socket", "", noSocket, none)
 	must(t, os.Rename(a+"/closed", a+"/tls-socket"))
 	expect("with the socket", "a", 0, none)
 
@@ -184,7 +181,7 @@ func TestDialNowAgain(t *testing.T) {
 	move("gone", "a")
 	expect("a directory in place of it", "a", 0, none)
 
-	// One that is made anew often has the number of the one before.
+	// A new directory often has the inode number of the removed one.
 	for range 3 {
 		must(t, os.RemoveAll(a))
 		all = append(sites(t, "a"), all[1:]...)
@@ -193,7 +190,7 @@ func TestDialNowAgain(t *testing.T) {
 	if os.Geteuid() == 0 {
 		do(func(*hostdir.Dialer) { must(t, unix.Setfsuid(65534)) }) // of that thread alone
 		must(t, os.Chmod(a, 0o700))
-		expect("a directory that is closed now", "", hostdir.NotPermitted, none)
+		expect("a directory that is closed now", "", notPermitted, none)
 		do(func(*hostdir.Dialer) { must(t, unix.Setfsuid(0)) })
 		expect("as root", "a", 0, none)
 	}
@@ -204,7 +201,7 @@ func TestDialNowAgain(t *testing.T) {
 		}
 	})
 	expect("with nothing kept open", "a", 0, none)
-	// Who has no descriptor left for a socket needs that one.
+	// Without another descriptor for the socket, the one that is kept open must be given up.
 	do(func(d *hostdir.Dialer) {
 		var limit unix.Rlimit
 		must(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
@@ -215,7 +212,7 @@ func TestDialNowAgain(t *testing.T) {
 		e, findErr := d.Find([]byte("a"), false)
 		_, err = d.Connect(false)
 		must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &limit))
-		if findErr != nil || string(e.Name) != a || problem(err) != hostdir.NoRoom || d.Release() {
+		if findErr != nil || string(e.Name) != a || problem(err) != withoutRoom || d.Release() {
 			t.Errorf("without room: %q, %v, %v, or the directory stayed open", e.Name, findErr, err)
 		}
 		b, err := d.Connect(false)
@@ -235,14 +232,15 @@ func TestDialNowAgain(t *testing.T) {
 	expect("after it has left", "a", 0, none)
 	close(tasks)
 	<-done
-	// Of each of the three directories that were made anew there is a socket.
+	// Each of the three new directories has a socket.
 	if got := descriptors(t); got != base+3 {
 		t.Errorf("%d descriptors in the end, %d in the beginning", got, base)
 	}
 }
 
-// Goal: a marker that was made, removed, replaced or given away a moment ago counts as it is for the next look-up, also when
-// the directory had been the same for long before, so that its markers were not looked for again.
+// Goal: a marker that was made, removed, replaced or given away a moment ago counts at the next
+// look-up, even if the directory had not changed for so long that its markers were no longer looked
+// for.
 func TestMarkersAtOnce(t *testing.T) {
 	chdir(t)
 	unix.Close(listen(t, "b", 8)) // another host

@@ -11,7 +11,8 @@ import (
 	"sniproxy/hostdir"
 )
 
-// Goal: the Hosts name the entry that a Dialer goes by, for names and for wildcards, and those that do not count.
+// Goal: Hosts.Find names the same entry as a Dialer, for names and for wildcards, and the wildcards
+// that do not count.
 func TestFind(t *testing.T) { eachWay(t, testFind) }
 
 func testFind(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {
@@ -56,10 +57,10 @@ func testFind(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {
 	}
 	must(t, os.RemoveAll(everything))
 	for _, name := range []string{"x.example", "*.x.example", "*", ""} {
-		if e, ignored, err := h.Find([]byte(name)); e.Name != nil || ignored != nil || problem(err) != hostdir.NoDirectory {
+		if e, ignored, err := h.Find([]byte(name)); e.Name != nil || ignored != nil || problem(err) != noDirectory {
 			t.Errorf("%s: %s, ignored %s, error %v; want none", name, e.Name, ignored, err)
 		}
-		if _, err := dial(name); problem(err) != hostdir.NoDirectory {
+		if _, err := dial(name); problem(err) != noDirectory {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -80,14 +81,14 @@ func TestFindEntry(t *testing.T) {
 		withDialer(t, h, func(d *hostdir.Dialer) {
 			for _, c := range []struct {
 				entry   string
-				problem hostdir.Problem
+				problem failure
 				proxy   uint8
 			}{
 				{dirName("a.example"), 0, 1},
 				{dirName("*"), 0, 0},
-				{dirName("b.example"), hostdir.NoSocket, 0},
-				{dirName("c.example"), hostdir.NoDirectory, 0},
-				{strings.Repeat("a", 256), hostdir.NoDirectory, 0},
+				{dirName("b.example"), noSocket, 0},
+				{dirName("c.example"), noDirectory, 0},
+				{strings.Repeat("a", 256), noDirectory, 0},
 			} {
 				wait := w.name != "now"
 				b, err := again(d, wait, func() (hostdir.Entry, error) { return d.FindEntry([]byte(c.entry), wait) })

@@ -4,24 +4,24 @@ package hostdir_test
 
 import (
 	"math/rand"
-	"os"
 	"os/exec"
 	"strings"
 	"testing"
 
 	"sniproxy/hostdir"
+	"sniproxy/hostdir/hostdirtest"
 )
 
+// Goal: directory names are those of an independent implementation, python3:
+//
+//	import base64, hashlib
+//	digest = hashlib.blake2s(name.encode()).digest()
+//	print(base64.urlsafe_b64encode(digest).decode().rstrip("="))
+//
+// and, to the same result, OpenSSL:
+//
+//	printf %s NAME | openssl dgst -blake2s256 -binary | base64 | tr +/ -_ | tr -d =
 func TestHash(t *testing.T) {
-	// Goal: directory names are those of an independent implementation, python3:
-	//
-	//	import base64, hashlib
-	//	digest = hashlib.blake2s(name.encode()).digest()
-	//	print(base64.urlsafe_b64encode(digest).decode().rstrip("="))
-	//
-	// and, to the same result, OpenSSL:
-	//
-	//	printf %s NAME | openssl dgst -blake2s256 -binary | base64 | tr +/ -_ | tr -d =
 	label := strings.Repeat("a", 63)
 	for name, want := range map[string]string{
 		"a":                "Sg0SmHNAMDfCzZuQSCA2h_YjP7ZziVbgNJvUMg_sPpA",
@@ -39,15 +39,9 @@ func TestHash(t *testing.T) {
 	}
 }
 
+// Goal: the same for 100 random names of 1 to 254 bytes, which python3 computes now.
 func TestHashPython(t *testing.T) {
-	// Goal: the same for 100 random names of 1 to 254 bytes, python3 computing now.
-	python, err := exec.LookPath("python3")
-	if err != nil {
-		if os.Getenv("SNIPROXY_TEST_REQUIRE") != "" {
-			t.Fatalf("%s is not installed, and SNIPROXY_TEST_REQUIRE is set", "python3")
-		}
-		t.Skipf("%s is not installed", "python3")
-	}
+	python := hostdirtest.Need(t, "python3")
 	const letters = "abcdefghijklmnopqrstuvwxyz0123456789-_."
 	var names, dirs []string
 	for range 100 {

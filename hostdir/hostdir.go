@@ -1,31 +1,34 @@
-// Package hostdir finds the backend of a host in the hosts directory, which is the
-// working directory of the process, and connects to it.
+// Package hostdir finds the backend of a host in the hosts directory, which is the working
+// directory of the process, and connects to it.
 //
-// A host is a directory in it. The directory has the canonical name of the host or,
+// The hosts directory has a directory for each host. Its name is the canonical name of the host or,
 // with the build tag hashed, a hash of that name. In it are:
 //
-//	tls-socket       a Unix stream socket that the backend listens on
-//	send-proxy-v2    if this exists, connections begin with a PROXY protocol header of version 2
-//	send-proxy-v1    the same of version 1, if there is no send-proxy-v2
-//	log-connections  if this exists, and is the administrator's, connections are logged
+//	tls-socket       a Unix stream socket on which the backend listens
+//	send-proxy-v2    a marker: connections begin with a PROXY protocol header of version 2
+//	send-proxy-v1    the same for version 1; send-proxy-v2 overrides it
+//	log-connections  a marker: connections are logged; it counts only if it is the administrator's
 //
-// If there is nothing with the name of a host, the directory *.REST counts, where REST is the
-// name without its first label; and if there is nothing with that name either, the directory *,
-// which also serves clients that name no host. Only the administrator can speak for others: an
-// entry *.REST or * counts only if it belongs to root or to the owner of the hosts directory, and
-// is a directory or a symlink. What a symlink leads to may be anybody's. A file never counts, since
-// tenants can rename root's files in their directories, but not root's directories. There is no
-// fallback from an entry that counts but cannot serve.
+// A host without an entry in the hosts directory is served by a wildcard: by the entry *.REST,
+// where REST is the name without its first label, or else by the entry *. The entry * also serves
+// clients that name no host.
 //
-// In a user namespace all users that it does not know look like one, the overflow uid. That one is
-// never the administrator.
+// The administrator is root or the owner of the hosts directory. A wildcard speaks for names of
+// others, so it counts only if it is the administrator's, and if it is a directory or a symlink. A
+// symlink may lead to a directory of anybody. A file never counts: a tenant can move a file of
+// root's from a directory of his own to the hosts directory, but not a directory of root's. A
+// look-up passes over a wildcard that does not count. There is no fallback from an entry that
+// counts but cannot serve.
 //
-// Everything is looked up anew for each connection. Only the markers of the directory of the look-up before are
-// not looked for again, if the system proves that it has not changed since. Symlinks are
-// followed wherever they lead: what may be reached is a matter of permissions.
+// A user namespace shows all users that it does not know as one, the overflow uid. The overflow uid
+// is never the administrator.
 //
-// A program opens [Hosts] once. Each thread that connects has a [Dialer]: its Find tells which
-// entry serves a name, and whose it is, and its Connect connects to the backend of that entry.
+// Every connection is looked up anew, with one exception: if the kernel proves that the directory
+// of the look-up before has not changed since, its markers are still known. Symlinks are followed
+// wherever they lead: permissions decide what can be reached.
+//
+// A program opens [Hosts] once. Each thread that connects has a [Dialer]: Find tells which entry
+// serves a name and who owns it, and Connect connects to the backend of that entry.
 package hostdir
 
 import (
@@ -35,59 +38,72 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// An Entry is what serves a name.
+// nameMax is the length in bytes of the longest name in a directory.
+const nameMax = 255
+
+// An Entry is the entry of the hosts directory that serves a name.
 type Entry struct {
-	// Name is that of the entry in the hosts directory. It is valid until the next Find of
-	// the Dialer that has returned it.
+	// Name is its name in the hosts directory. It is valid until the next Find of the Dialer that
+	// returned it.
 	Name []byte
 
-	// Owner is that of the entry itself: of the link, where it is a symlink. For the file system
-	// that is mounted on an entry, and that can say what it likes, it is the overflow uid.
+	// Owner is the owner of the entry itself: for a symlink, the owner of the link. It is the
+	// overflow uid where a file system is mounted on the entry that can claim any owner.
 	Owner uint32
 
-	// Administrators tells whether the owner is the administrator.
+	// Administrators reports whether the owner is the administrator.
 	Administrators bool
 
-	// Foreign is set if the directory that the entry is or leads to is not the administrator's,
-	// or it is not known whose it is.
+	// Foreign reports that the directory, which is the entry or its target, is not known to be the
+	// administrator's.
 	Foreign bool
 }
 
 // A Backend is a connection to a backend.
 type Backend struct {
-	FD    int   // non-blocking, closed on exec, the caller's to close; -1 if there is none
-	Proxy uint8 // the version of the PROXY protocol that the connection begins with, 0 for none
-	Log   bool  // the connection is logged
+	FD    int   // non-blocking, close-on-exec, the caller's to close; -1 if there is none
+	Proxy uint8 // the version of the PROXY protocol header to send, 0 for none
+	Log   bool  // the connection is to be logged
 }
 
-// A Problem is why a host cannot be connected to.
+// Again is an error that passes: the same look-up can succeed once what it names has been dealt
+// with. Comparing with == is enough. If it never passes, its text is a reason for people.
+type Again uint8
+
+// What the caller can do about each of them.
+const (
+	MayWait     Again = iota + 1 // a file system may keep the look-up waiting: use a thread that may wait
+	NoRoom                       // no descriptor is left: close one
+	BacklogFull                  // the backlog of the backend's socket is full: try later
+	Exchanged                    // another directory took the host's place: find it anew after a pause
+)
+
+func (a Again) Error() string {
+	switch a {
+	case MayWait:
+		return "the directory leads to another file system"
+	case NoRoom:
+		return "no descriptor is left to connect to tls-socket with"
+	case BacklogFull:
+		return "the backlog of tls-socket is full"
+	case Exchanged:
+		return "the directory was exchanged"
+	}
+	return fmt.Sprintf("hostdir.Again(%d)", uint8(a))
+}
+
+// A Problem is a reason, for people, why a host cannot be reached.
 type Problem uint8
 
 // The problems that are told apart.
 const (
-	// Reasons, for people.
-
 	NoDirectory   Problem = iota + 1 // the host has no directory
-	NoSocket                         // there is no tls-socket in it
-	NotPermitted                     // the directory or the socket is closed to this process
-	NobodyListens                    // the socket is there, and nobody listens on it
-	NotStream                        // tls-socket is something else than a stream socket
-	PathTooLong                      // the name does not fit into the address of a socket
-	Other                            // something else: see Errno
-
-	// What the caller may be able to do something about. If it goes on for too long these are
-	// reasons as well.
-
-	BacklogFull // the backend has as many connections waiting as it allows: try again later
-	NoRoom      // no descriptor is left: close one
-	Exchanged   // another directory took the place of the host's meanwhile: find it once more, after a pause
-	MayWait     // finding out may wait for a file system: let a thread do it that has the time
-
-	// What is said of an entry that is not the answer.
-
-	absent  // there is nothing with that name
-	ignored // what there is must not speak for others
-	odd     // what there is can speak for nobody, since it is neither a directory nor a symlink
+	NoSocket                         // the directory has no tls-socket
+	NotPermitted                     // this process may not enter the directory or use the socket
+	NobodyListens                    // nobody listens on tls-socket
+	NotStream                        // tls-socket is not a stream socket
+	PathTooLong                      // the path does not fit into the address of a socket
+	Other                            // another error of the system: see Errno
 )
 
 var problems = [...]string{
@@ -98,19 +114,15 @@ var problems = [...]string{
 	NotStream:     "tls-socket is not a stream socket",
 	PathTooLong:   "the path of tls-socket is too long for a socket address, use hashed names",
 	Other:         "cannot connect to tls-socket",
-	BacklogFull:   "the backlog of tls-socket is full",
-	NoRoom:        "no descriptor is left to connect to tls-socket with",
-	Exchanged:     "the directory was exchanged",
-	MayWait:       "the directory leads to another file system",
 }
 
-// An Error is what the functions of this package fail with if they have found a problem.
+// An Error is a Problem with its circumstances.
 type Error struct {
 	Problem Problem
-	Errno   unix.Errno // what the system said, 0 if it was not asked
+	Errno   unix.Errno // the error of the system, which Unwrap returns
 
-	// For NoDirectory: there is a wildcard for the name, or a directory *, that does not
-	// count, since it is not the administrator's.
+	// Ignored is for NoDirectory: there is a wildcard for the name, which does not count, since it
+	// is not the administrator's.
 	Ignored bool
 }
 
@@ -130,68 +142,55 @@ func (e *Error) Error() string {
 
 func (e *Error) Unwrap() error { return e.Errno }
 
-var (
-	errAbsent  error = &Error{Problem: absent}
-	errIgnored error = &Error{Problem: ignored}
-	errOdd     error = &Error{Problem: odd}
+// A skip is why a look-up passes over an entry and goes on to the next candidate. It is an error
+// only inside this package.
+type skip uint8
+
+const (
+	absent    skip = iota // there is no such entry
+	untrusted             // a wildcard that is not the administrator's
+	odd                   // a wildcard that is neither a directory nor a symlink
 )
 
-// isNone tells whether an entry is not the answer, so that the next one may be.
-func isNone(err error) bool { return err == errAbsent || err == errIgnored || err == errOdd }
+func (s skip) Error() string { return fmt.Sprintf("hostdir.skip(%d)", uint8(s)) }
 
-// A trial goes through the entries of the hosts directory that can serve a host, until there is
-// one that counts.
-type trial struct {
-	step    int
-	ignored bool // there was one that is not the administrator's
+func isSkip(err error) bool {
+	_, ok := err.(skip)
+	return ok
 }
 
-// next goes on to the next entry, if the last one, which gave err, is not the answer. Before the
-// first err is errAbsent.
-func (t *trial) next(err error) bool {
-	t.ignored = t.ignored || err == errIgnored
-	if !isNone(err) {
-		return false
-	}
-	t.step++
-	return t.step <= 3
+// notFound is the error when all candidates were passed over. Ignored reports that one was
+// untrusted.
+func notFound(ignored bool) error {
+	return &Error{Problem: NoDirectory, Errno: unix.ENOENT, Ignored: ignored}
 }
 
-// entry appends the name of the entry to dst. It returns nil if the name of the host allows none.
-// The name of the host may be a wildcard, which stands for those that it is meant for, and that
-// have no entry of their own.
-func (t *trial) entry(dst, name []byte) []byte {
-	var star [MaxName]byte
-	switch t.step {
-	case 1:
+// candidates is how many entries can serve a host. All but the first are wildcards.
+const candidates = 3
+
+// candidate appends to dst the name of the nth entry that can serve a host. It returns nil if this
+// host has no such candidate. The name may be a wildcard, which stands for any host that it serves.
+func candidate(dst, name []byte, n int) []byte {
+	var wildcard [nameMax + 1]byte
+	switch n {
+	case 0:
 		if len(name) == 0 || name[0] == '*' {
 			return nil
 		}
-	case 2:
+	case 1:
 		dot := bytes.IndexByte(name, '.')
 		if dot < 0 {
 			return nil
 		}
-		name = append(append(star[:0], '*'), name[dot:]...)
-	case 3:
-		name = append(star[:0], '*')
+		name = append(append(wildcard[:0], '*'), name[dot:]...)
+	case 2:
+		name = append(wildcard[:0], '*')
 	}
 	return AppendName(dst, name)
 }
 
-// general tells whether the entry is one that speaks for other names.
-func (t *trial) general() bool { return t.step > 1 }
-
-// outcome returns the error of the trial, whose last entry gave err.
-func (t *trial) outcome(err error) error {
-	if isNone(err) {
-		return &Error{Problem: NoDirectory, Errno: unix.ENOENT, Ignored: t.ignored}
-	}
-	return err
-}
-
-// lookError turns what looking for an entry, or for something in its directory, has failed with into
-// an Error. It is not for ENOENT.
+// lookError translates the error of looking at an entry, or at something in its directory. The
+// caller handles ENOENT.
 func lookError(err error) error {
 	switch err {
 	case nil:
@@ -201,37 +200,30 @@ func lookError(err error) error {
 	case unix.ENAMETOOLONG:
 		return &Error{Problem: NoDirectory, Errno: unix.ENAMETOOLONG}
 	}
-	return socketError(err)
+	return systemError(err)
 }
 
-// enterError is like lookError, but for a directory that is opened or entered.
+// enterError translates the error of opening or entering a directory.
 func enterError(err error) error {
 	switch err {
-	case unix.ENOENT, unix.ENOTDIR, unix.ELOOP: // the last comes from a symlink
+	case unix.ENOENT, unix.ENOTDIR, unix.ELOOP: // ELOOP: a symlink leads nowhere
 		return &Error{Problem: NoDirectory, Errno: errno(err)}
-	case unix.EAGAIN:
-		return &Error{Problem: MayWait, Errno: unix.EAGAIN}
+	case unix.EAGAIN: // openat2(2) with RESOLVE_CACHED
+		return MayWait
 	}
 	return lookError(err)
 }
 
-func socketError(err error) error {
-	switch err {
-	case unix.EMFILE, unix.ENFILE:
-		return &Error{Problem: NoRoom, Errno: errno(err)}
-	}
-	return &Error{Problem: Other, Errno: errno(err)}
-}
-
-// connectError finds out what is the matter with dir, or with its tls-socket, that
-// connect(2) failed with err.
+// connectError translates the error of connect(2) to the tls-socket in dir. It looks what is there.
 func connectError(dir string, err error) error {
 	problem := Other
 	var st unix.Stat_t
 	switch err {
+	case unix.EAGAIN:
+		return BacklogFull
 	case unix.ENOENT, unix.ENOTDIR, unix.ELOOP:
-		// ELOOP is a tenant's symlink that leads nowhere. For sniproxy-rs this, ENOTDIR,
-		// EPROTOTYPE and EINVAL are failures of its own (alert 80), not of the host.
+		// ELOOP is a tenant's symlink that leads nowhere. For sniproxy-rs this, ENOTDIR, EPROTOTYPE
+		// and EINVAL are failures of its own (alert 80), not of the host.
 		problem = NoSocket
 		if unix.Stat(dir, &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFDIR {
 			problem = NoDirectory
@@ -239,7 +231,7 @@ func connectError(dir string, err error) error {
 	case unix.EACCES, unix.EPERM:
 		problem = NotPermitted
 	case unix.ECONNREFUSED, unix.ENOTSOCK:
-		// Linux says ECONNREFUSED of what is no socket as well.
+		// Linux says ECONNREFUSED also where there is no socket.
 		problem = NobodyListens
 		if unix.Stat(dir+"/tls-socket", &st) == nil && st.Mode&unix.S_IFMT != unix.S_IFSOCK {
 			problem = NotStream
@@ -247,18 +239,25 @@ func connectError(dir string, err error) error {
 	case unix.EPROTOTYPE:
 		problem = NotStream
 	case unix.EINVAL, unix.ENAMETOOLONG:
-		// The dialled path is too long for sun_path. ENAMETOOLONG may also be said of
-		// a symlink on the way, which is no different for the client.
+		// The path is too long for sun_path. ENAMETOOLONG can also come from a symlink on the way,
+		// which makes no difference to the client.
 		problem = PathTooLong
-	case unix.EAGAIN:
-		problem = BacklogFull
-	case unix.EMFILE, unix.ENFILE:
-		problem = NoRoom
+	default:
+		return systemError(err)
 	}
 	return &Error{Problem: problem, Errno: errno(err)}
 }
 
-// errno returns the number behind an error of package unix.
+// systemError translates an error that says nothing about the host.
+func systemError(err error) error {
+	switch err {
+	case unix.EMFILE, unix.ENFILE:
+		return NoRoom
+	}
+	return &Error{Problem: Other, Errno: errno(err)}
+}
+
+// errno returns the number of an error of package unix.
 func errno(err error) unix.Errno {
 	e, _ := err.(unix.Errno)
 	return e

@@ -5,7 +5,6 @@ import (
 	"maps"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -15,13 +14,35 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sniproxy/hostdir"
+	"sniproxy/hostdir/hostdirtest"
 )
 
-// problem returns the problem in an error of Dial, 0 if there is none.
-func problem(err error) hostdir.Problem {
+// A failure is a Problem, or an Again as a negative number; 0 is none.
+type failure int
+
+const (
+	noDirectory   = failure(hostdir.NoDirectory)
+	noSocket      = failure(hostdir.NoSocket)
+	notPermitted  = failure(hostdir.NotPermitted)
+	nobodyListens = failure(hostdir.NobodyListens)
+	notStream     = failure(hostdir.NotStream)
+	pathTooLong   = failure(hostdir.PathTooLong)
+
+	mayWait     = -failure(hostdir.MayWait)
+	withoutRoom = -failure(hostdir.NoRoom)
+	backlogFull = -failure(hostdir.BacklogFull)
+	exchanged   = -failure(hostdir.Exchanged)
+)
+
+// problem returns the failure in an error.
+func problem(err error) failure {
+	var again hostdir.Again
+	if errors.As(err, &again) {
+		return -failure(again)
+	}
 	var e *hostdir.Error
 	if errors.As(err, &e) {
-		return e.Problem
+		return failure(e.Problem)
 	}
 	return 0
 }
@@ -29,64 +50,24 @@ func problem(err error) hostdir.Problem {
 // chdir makes a hosts directory the working directory of the test.
 func chdir(t *testing.T) {
 	t.Helper()
-	dir := t.TempDir()
-	// Others must be able to enter it, and what it is in.
-	for _, dir := range []string{dir, filepath.Dir(dir)} {
-		if err := os.Chmod(dir, 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
-	t.Chdir(dir)
+	t.Chdir(hostdirtest.Dir(t))
 }
 
 // dirName returns the path of the directory of a host.
-func dirName(name string) string { return string(hostdir.AppendName(nil, []byte(name))) }
+func dirName(name string) string { return hostdirtest.Entry(name) }
 
-// bind makes the directory of a host, and a socket in it.
+// bind makes a host with a socket that does not listen.
 func bind(t *testing.T, name string, kind int) (fd int) {
 	t.Helper()
-	if err := os.Mkdir(dirName(name), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	fd = socket(t, kind)
-	path := dirName(name) + "/tls-socket"
-	if err := unix.Bind(fd, &unix.SockaddrUnix{Name: path}); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Chmod(path, 0o777); err != nil {
-		t.Fatal(err)
-	}
-	return fd
+	return hostdirtest.Bind(t, dirName(name), kind)
 }
 
-func socket(t *testing.T, kind int) int {
-	t.Helper()
-	fd, err := unix.Socket(unix.AF_UNIX, kind, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { unix.Close(fd) })
-	return fd
-}
-
+// listen makes a host with a socket that listens.
 func listen(t *testing.T, name string, backlog int) (fd int) {
 	t.Helper()
 	fd = bind(t, name, unix.SOCK_STREAM)
-	if err := unix.Listen(fd, backlog); err != nil {
-		t.Fatal(err)
-	}
+	must(t, unix.Listen(fd, backlog))
 	return fd
-}
-
-// abandon makes a host whose backend has died.
-func abandon(t *testing.T, name string) {
-	t.Helper()
-	must(t, os.Mkdir(dirName(name), 0o755))
-	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM, 0)
-	must(t, err)
-	must(t, unix.Bind(fd, &unix.SockaddrUnix{Name: dirName(name) + "/tls-socket"}))
-	must(t, unix.Listen(fd, 1))
-	must(t, unix.Close(fd))
 }
 
 func must(t *testing.T, err error) {
@@ -106,9 +87,9 @@ func descriptors(t *testing.T) int {
 	return len(entries)
 }
 
+// Goal: dialing a host gives a descriptor that is non-blocking and closed on exec. A marker counts
+// whatever kind of file it is.
 func TestDial(t *testing.T) {
-	// Goal: a host that is there is connected to, with a descriptor that is non-blocking
-	// and closed on exec, and its marker is seen whatever it is.
 	eachWay(t, func(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {
 		for name, mark := range map[string]func(path string) error{
 			"none":      func(string) error { return nil },
@@ -150,9 +131,9 @@ func TestDial(t *testing.T) {
 	})
 }
 
+// Goal: symlinks are followed, to directories and to sockets. Markers are those of the target
+// directory.
 func TestDialSymlinks(t *testing.T) {
-	// Goal: symlinks are followed, to directories and sockets, and the marker is that of
-	// the directory that they lead to.
 	eachWay(t, func(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {
 		listen(t, "target", 8)
 		must(t, os.WriteFile(dirName("target")+"/send-proxy-v1", nil, 0))
@@ -173,9 +154,9 @@ func TestDialSymlinks(t *testing.T) {
 	})
 }
 
+// Goal: each way to fail has its own problem and message, keeps the error of the system, and leaves
+// no descriptor behind.
 func TestDialProblems(t *testing.T) {
-	// Goal: each way to fail is told apart, has a message, keeps what the system said, and
-	// leaves no descriptor behind.
 	eachWay(t, func(t *testing.T, w way, dial func(string) (hostdir.Backend, error)) {
 		in := func(name string, do func(path string) error) {
 			must(t, os.Mkdir(dirName(name), 0o755))
@@ -191,34 +172,34 @@ func TestDialProblems(t *testing.T) {
 		in("fifo", func(path string) error { return unix.Mkfifo(path, 0o777) })
 		in("directory", func(path string) error { return os.Mkdir(path, 0o777) })
 		bind(t, "bound", unix.SOCK_STREAM)
-		abandon(t, "abandoned")
+		hostdirtest.Abandon(t, dirName("abandoned"))
 		bind(t, "datagram", unix.SOCK_DGRAM)
-		tests := map[string]hostdir.Problem{
-			"absent":          hostdir.NoDirectory,
-			"file":            hostdir.NoDirectory,
-			"dangling":        hostdir.NoDirectory,
-			"loop":            hostdir.NoDirectory,
-			"empty":           hostdir.NoSocket,
-			"socket-dangling": hostdir.NoSocket,
-			"socket-loop":     hostdir.NoSocket,
-			"regular":         hostdir.NotStream,
-			"fifo":            hostdir.NotStream,
-			"directory":       hostdir.NotStream,
-			"datagram":        hostdir.NotStream,
-			"bound":           hostdir.NobodyListens,
-			"abandoned":       hostdir.NobodyListens,
+		tests := map[string]failure{
+			"absent":          noDirectory,
+			"file":            noDirectory,
+			"dangling":        noDirectory,
+			"loop":            noDirectory,
+			"empty":           noSocket,
+			"socket-dangling": noSocket,
+			"socket-loop":     noSocket,
+			"regular":         notStream,
+			"fifo":            notStream,
+			"directory":       notStream,
+			"datagram":        notStream,
+			"bound":           nobodyListens,
+			"abandoned":       nobodyListens,
 		}
 		if runtime.GOOS == "linux" {
 			bind(t, "seqpacket", unix.SOCK_SEQPACKET)
-			tests["seqpacket"] = hostdir.NotStream
+			tests["seqpacket"] = notStream
 		}
 		if !hostdir.Hashed && w.paths {
 			long := strings.Repeat("a", 254)
 			must(t, os.Mkdir(dirName(long), 0o755))
-			tests[long] = hostdir.PathTooLong
+			tests[long] = pathTooLong
 		}
 		base := descriptors(t)
-		seen := map[string]hostdir.Problem{}
+		seen := map[string]failure{}
 		for name, want := range tests {
 			b, err := dial(name)
 			if b != (hostdir.Backend{FD: -1}) {
@@ -232,7 +213,7 @@ func TestDialProblems(t *testing.T) {
 			if !errors.As(err, &errno) || errno == 0 {
 				t.Errorf("%s: no number of a system error in %v", name, err)
 			}
-			// The message is that of the problem and the system's; no two problems share it.
+			// The message has the problem and the error of the system. Each problem has its own.
 			text := strings.TrimSuffix(err.Error(), ": "+errno.Error())
 			if other, ok := seen[text]; text == "" || ok && other != want {
 				t.Errorf("%s: the message %q does not tell problem %d", name, err, want)
@@ -245,9 +226,9 @@ func TestDialProblems(t *testing.T) {
 	})
 }
 
+// Goal: a full backlog is reported at once, loses no descriptor, and is over when the backend
+// accepts.
 func TestDialBacklogFull(t *testing.T) {
-	// Goal: a full backlog is told at once, loses no descriptor, and passes when the backend
-	// accepts.
 	if runtime.GOOS != "linux" {
 		t.Skip("other systems do not tell a full backlog apart")
 	}
@@ -262,7 +243,7 @@ func TestDialBacklogFull(t *testing.T) {
 		}
 		base := descriptors(t)
 		for range 3 {
-			if _, err := dial("busy"); problem(err) != hostdir.BacklogFull {
+			if _, err := dial("busy"); problem(err) != backlogFull {
 				t.Errorf("got %v", err)
 			}
 		}
@@ -278,9 +259,9 @@ func TestDialBacklogFull(t *testing.T) {
 	})
 }
 
+// Goal: a process without free descriptors learns so when it opens the hosts directory, or for each
+// host that exists, of whatever kind. That a host does not exist needs no descriptor.
 func TestDialNoRoom(t *testing.T) {
-	// Goal: a process that has all the descriptors it may have is told so: as early as when it opens the hosts
-	// directory, or of each host, whatever it is. Of one that is not there it can be told without.
 	chdir(t)
 	listen(t, "good", 8)
 	listen(t, "*.wild", 8)
@@ -292,18 +273,18 @@ func TestDialNoRoom(t *testing.T) {
 	r := elsewhere(t, "good a.wild link a.link absent", with(noRoom, "1"))
 	for name, entry := range map[string]string{"good": "good", "a.wild": "*.wild", "link": "link", "a.link": "*.link"} {
 		got := r.Names[name]
-		if got.Problem != hostdir.NoRoom || got.Entry != dirName(entry) || got.Owner != uint32(os.Geteuid()) || !got.Administrators {
+		if got.Problem != withoutRoom || got.Entry != dirName(entry) || got.Owner != uint32(os.Geteuid()) || !got.Administrators {
 			t.Errorf("%s: %+v", name, got)
 		}
 	}
-	if got := r.Names["absent"]; got.Problem != hostdir.NoDirectory {
+	if got := r.Names["absent"]; got.Problem != noDirectory {
 		t.Errorf("absent: %+v", got)
 	}
 }
 
+// Goal: directories and sockets without permission are told apart from those that do not exist, and
+// once there is permission the host is connected to.
 func TestDialNotPermitted(t *testing.T) {
-	// Goal: directories and sockets without permission are told apart from those that are
-	// not there, and as soon as there is permission the host is connected to.
 	chdir(t)
 	for _, name := range []string{"good", "directory", "socket"} {
 		listen(t, name, 8)
@@ -314,14 +295,14 @@ func TestDialNotPermitted(t *testing.T) {
 		must(t, os.Chmod(path, 0))
 	}
 
-	// To root nothing is forbidden.
+	// Root may do everything, so another user asks.
 	change := func(*exec.Cmd) {}
 	if os.Geteuid() == 0 {
 		change = func(cmd *exec.Cmd) {
 			cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 		}
 	}
-	check := func(when string, want map[string]hostdir.Problem) {
+	check := func(when string, want map[string]failure) {
 		r := elsewhere(t, strings.Join(slices.Collect(maps.Keys(want)), " "), change)
 		for name, want := range want {
 			if got := r.Names[name]; got.Problem != want {
@@ -329,21 +310,21 @@ func TestDialNotPermitted(t *testing.T) {
 			}
 		}
 	}
-	check("", map[string]hostdir.Problem{
+	check("", map[string]failure{
 		"good":      0,
-		"directory": hostdir.NotPermitted,
-		"socket":    hostdir.NotPermitted,
-		"empty":     hostdir.NotPermitted,
-		"absent":    hostdir.NoDirectory,
+		"directory": notPermitted,
+		"socket":    notPermitted,
+		"empty":     notPermitted,
+		"absent":    noDirectory,
 	})
 	for _, path := range closed {
 		must(t, os.Chmod(path, 0o777))
 	}
-	check(", with permission", map[string]hostdir.Problem{"directory": 0, "socket": 0, "empty": hostdir.NoSocket})
+	check(", with permission", map[string]failure{"directory": 0, "socket": 0, "empty": noSocket})
 }
 
+// Goal: AppendName appends to what is there, and the directory name has at most MaxName bytes.
 func TestAppendName(t *testing.T) {
-	// Goal: the directory name is appended to what is there, and has at most MaxName bytes.
 	for _, name := range []string{"a", "a.example", strings.Repeat("a", 254)} {
 		dir := string(hostdir.AppendName(nil, []byte(name)))
 		if got := string(hostdir.AppendName([]byte("hosts/"), []byte(name))); got != "hosts/"+dir {

@@ -8,21 +8,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// nobody is the overflow uid unless somebody has changed it, and is never the administrator even then.
+// nobody is the usual overflow uid. It is never the administrator, even where that was changed.
 const nobody = 65534
 
-// Hosts is the hosts directory: the working directory of the process. It is opened once, at the
-// start, and shared by all dialers: no look-up needs a descriptor for it. Its methods, except Close,
-// may be called from any goroutine.
+// Hosts is the hosts directory: the working directory of the process. A program opens it once, at
+// the start; all dialers share it, so that no look-up needs a descriptor for it. Its methods,
+// except Close, may be called from any goroutine.
 type Hosts struct {
-	place            // the directory, as the system wants it
+	directory        // as the system opens it
 	overflow  uint32 // the overflow uid
-	paths     error  // why dialers work with paths
-	refuses   bool   // the system has SO_PASSRIGHTS
+	paths     error  // why dialers work with paths, nil if they need not; on Linux from unshare(2)
+	refuses   bool   // the kernel has SO_PASSRIGHTS
 	lastOwner atomic.Uint32
 }
 
-// Open opens the hosts directory, and finds out what the system can do for dialers.
+// Open opens the hosts directory and finds out what the system offers.
 func Open() (*Hosts, error) {
 	h := &Hosts{overflow: nobody}
 	if err := h.open(); err != nil {
@@ -38,23 +38,11 @@ func Open() (*Hosts, error) {
 // Close closes the directory. No dialer may be used after it.
 func (h *Hosts) Close() { h.close() }
 
-// PathsOnly returns why dialers work with paths, nil if they need not. Then the length of names is limited by the
-// address of a socket, and each look-up may wait. On Linux it is the error of unshare(2), which
-// container engines forbid.
-func (h *Hosts) PathsOnly() error { return h.paths }
-
-// RefusesDescriptors tells whether the system refuses the descriptors that backends pass
-// (SCM_RIGHTS) over connections that a Dialer has made.
+// RefusesDescriptors reports whether the kernel refuses descriptors that backends pass (SCM_RIGHTS)
+// over connections of a Dialer.
 func (h *Hosts) RefusesDescriptors() bool { return h.refuses }
 
-// Unmapped tells whether the hosts directory belongs to the overflow uid, as which a user namespace
-// shows all users that it does not know. Then only entries of root's can speak for others.
-func (h *Hosts) Unmapped() bool {
-	owner, err := h.owner()
-	return err == nil && h.Overflow(owner)
-}
-
-// Remarks says what is unusual about the hosts directory, or the system.
+// Remarks says what is unusual about the hosts directory or the system.
 func (h *Hosts) Remarks() (lines []string) {
 	if h.paths != nil && runtime.GOOS == "linux" {
 		lines = append(lines, fmt.Sprintf("the system forbids unshare(2) (%v), as container engines do: so hosts are looked up by path, away from the event loops, and a name that is too long for a socket address (sun_path) needs hashed names", h.paths))
@@ -65,39 +53,43 @@ func (h *Hosts) Remarks() (lines []string) {
 	return lines
 }
 
-// Administrator tells whether a user is root or the owner of the hosts directory, which is asked for
-// anew each time. The overflow uid never is.
-func (h *Hosts) Administrator(uid uint32) bool {
-	if uid == 0 || h.Overflow(uid) {
-		return !h.Overflow(uid)
+// isAdministrator reports whether a user is root or owns the hosts directory now. The overflow uid
+// is never the administrator.
+func (h *Hosts) isAdministrator(uid uint32) bool {
+	if h.Overflow(uid) {
+		return false
+	}
+	if uid == 0 {
+		return true
 	}
 	owner, err := h.owner()
 	return err == nil && uid == owner
 }
 
-// seems is like Administrator, but goes by the owner that the hosts directory had when it was last
-// asked for. It decides nothing that a tenant must not.
-func (h *Hosts) seems(uid uint32) bool {
+// wasAdministrator is isAdministrator without a system call: it goes by the owner that the hosts
+// directory had when it was last asked for. That is good enough for limits, and for who makes a
+// look-up, but never for whether an entry or a marker counts.
+func (h *Hosts) wasAdministrator(uid uint32) bool {
 	return !h.Overflow(uid) && (uid == 0 || uid == h.lastOwner.Load())
 }
 
-// Overflow tells whether a user is the overflow uid, as which a user namespace shows all users that it does not know.
+// Overflow reports whether a user is the overflow uid.
 func (h *Hosts) Overflow(uid uint32) bool { return uid == nobody || uid == h.overflow }
 
 // owner returns the owner of the hosts directory.
 func (h *Hosts) owner() (uint32, error) {
-	uid, err := h.ask()
+	uid, err := h.askOwner()
 	if err == nil {
 		h.lastOwner.Store(uid)
 	}
 	return uid, err
 }
 
-// LogAll tells whether the connections of all hosts are logged: whether there is a log-connections
-// in the directory *, and both are the administrator's. An error means that it could not be found
-// out. It may wait for a file system.
+// LogAll reports whether the connections of all hosts are logged: whether the entry * and a
+// log-connections in it exist and are the administrator's. An error means that this could not be
+// found out. It may wait for a file system.
 func (h *Hosts) LogAll() (bool, error) {
-	if _, err := h.owner(); err != nil { // for those, too, that go by the last answer
+	if _, err := h.owner(); err != nil { // also for wasAdministrator
 		return false, err
 	}
 	var buf [MaxName + len("/log-connections\x00")]byte
@@ -108,72 +100,78 @@ func (h *Hosts) LogAll() (bool, error) {
 	return h.administrators(append(star, "/log-connections\x00"...))
 }
 
-// administrators tells whether there is something at a path in the hosts directory, and it is the
+// administrators reports whether something exists at a path in the hosts directory and is the
 // administrator's.
 func (h *Hosts) administrators(path []byte) (bool, error) {
 	st, err := h.lstat(path, true)
 	if err == unix.ENOENT || err == unix.ENOTDIR {
 		return false, nil
 	}
-	return err == nil && h.Administrator(st.owner), err
+	return err == nil && h.isAdministrator(st.owner), err
 }
 
-// A status is what is known of an entry of the hosts directory by looking at it alone.
+// A status is what lstat(2) tells about an entry of the hosts directory.
 type status struct {
-	owner  uint32
-	kind   uint32 // S_IFDIR and the like
-	unsure bool   // a file system is mounted on it that may lie about the owner, who is not given
+	owner uint32
+	kind  uint32 // S_IFDIR and the like
+
+	// unsure: a file system is mounted on the entry that may lie about the owner, so owner is
+	// nobody.
+	unsure bool
 }
 
-// Find tells which entry serves a name, which may also be a wildcard, by looking at the entries alone: it
-// follows nothing, and so it waits for nothing but the file system of the hosts directory. Passed over
-// are the wildcards that do not count. The error is of type [*Error].
+// Find tells which entry serves a name, which may also be a wildcard, and which wildcards it passed
+// over because they do not count. It looks at the entries alone and follows nothing, so it waits
+// for no file system but that of the hosts directory. The error is [Again] or an [*Error].
 func (h *Hosts) Find(name []byte) (e Entry, passedOver []string, err error) {
 	h.owner()
-	var t trial
-	for err = errAbsent; t.next(err); {
-		entry := t.entry(nil, name)
+	ignored := false
+	for n := range candidates {
+		entry := candidate(nil, name, n)
 		if entry == nil {
 			continue
 		}
-		e, err = h.find(append(entry, 0), t.general(), false)
-		if err == errIgnored || err == errOdd {
+		e, err = h.find(append(entry, 0), n > 0, false)
+		if !isSkip(err) {
+			return e, passedOver, err
+		}
+		if err != absent {
 			passedOver = append(passedOver, string(entry))
 		}
+		ignored = ignored || err == untrusted
 	}
-	if isNone(err) {
-		e = Entry{}
-	}
-	return e, passedOver, t.outcome(err)
+	return Entry{}, passedOver, notFound(ignored)
 }
 
 // find looks at an entry, whose name ends in a zero.
-func (h *Hosts) find(entry []byte, general, wait bool) (Entry, error) {
+func (h *Hosts) find(entry []byte, wildcard, wait bool) (Entry, error) {
 	st, err := h.lstat(entry, wait)
 	if err == unix.ENOENT {
-		return Entry{}, errAbsent
+		return Entry{}, absent
 	}
 	e := Entry{Name: entry[:len(entry)-1], Owner: nobody, Foreign: true}
 	if err != nil {
 		return e, lookError(err)
 	}
 	e.Owner = st.owner
-	if err := h.counts(st, general); err != nil {
+	if err := h.counts(st, wildcard); err != nil {
 		return e, err
 	}
-	e.Administrators = h.seems(st.owner)
+	e.Administrators = h.wasAdministrator(st.owner)
 	e.Foreign = st.kind != unix.S_IFDIR || !e.Administrators
 	return e, nil
 }
 
-// counts tells whether an entry counts: nil, errIgnored, errOdd, or NoDirectory for what is none.
-func (h *Hosts) counts(st status, general bool) error {
+// counts returns nil if an entry counts, a skip if it does not, and NoDirectory for the entry of a
+// host that cannot be a directory.
+func (h *Hosts) counts(st status, wildcard bool) error {
+	isDirectory := st.kind == unix.S_IFDIR || st.kind == unix.S_IFLNK
 	switch {
-	case general && st.kind != unix.S_IFDIR && st.kind != unix.S_IFLNK:
-		return errOdd
-	case general && !st.unsure && !h.Administrator(st.owner): // that takes time to find out
-		return errIgnored
-	case st.kind != unix.S_IFDIR && st.kind != unix.S_IFLNK:
+	case wildcard && !isDirectory:
+		return odd
+	case wildcard && !st.unsure && !h.isAdministrator(st.owner): // if unsure, the caller finds out
+		return untrusted
+	case !isDirectory:
 		return &Error{Problem: NoDirectory, Errno: unix.ENOTDIR}
 	}
 	return nil

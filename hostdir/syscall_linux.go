@@ -7,12 +7,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The scheduler is told of system calls that may wait for a file system: a thread that waits without
-// its knowledge keeps others from running. That is dear, most of all because its monitor then looks
-// after the thread, so it is not told of those that wait for a local disk at most. A call that waits
-// can be interrupted, by a signal of the scheduler's, and is made again.
+// These system calls take a flag, slow: the call may wait for more than a local disk. Then the
+// scheduler must know of it, or goroutines behind the waiting thread do not run. Telling it is
+// expensive, mostly because its monitor then looks after the thread, so calls that are not slow do
+// not. A signal can interrupt a slow call, which is then made again.
 
-// What there is in a host's directory, as system calls want it.
+// The files in a host's directory, as system calls want their names.
 var (
 	tlsSocket      = []byte("tls-socket\x00")
 	sendProxyV2    = []byte("send-proxy-v2\x00")
@@ -27,35 +27,35 @@ var (
 	}{unix.AF_UNIX, [len("tls-socket\x00")]byte(tlsSocket)}
 )
 
-// here is AT_FDCWD, the working directory, in place of a descriptor.
+// here is AT_FDCWD: the working directory in place of a descriptor.
 const here = ^uintptr(-unix.AT_FDCWD - 1)
 
-// What package unix does not have.
+// What package unix does not have yet.
 const (
 	resolveCached = 0x20 // RESOLVE_CACHED of openat2(2)
 	soPassRights  = 83   // SO_PASSRIGHTS of unix(7)
 )
 
-// Ways to open what is at a path.
+// Ways to open a directory.
 var (
-	// A directory that is in the hosts directory itself.
+	// An entry of the hosts directory, no symlink and no mount.
 	ownDirectory = unix.OpenHow{
 		Flags:   unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC | unix.O_NOFOLLOW,
 		Resolve: unix.RESOLVE_NO_XDEV,
 	}
-	// One that a symlink or a mount leads to, without waiting.
+	// What a symlink or a mount leads to, if the kernel has it in its cache.
 	cachedDirectory = unix.OpenHow{
 		Flags:   unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC,
 		Resolve: resolveCached,
 	}
-	// One that is on the same mount as what it is in, without waiting.
+	// The same, if it is on the mount that the path begins on.
 	nearDirectory = unix.OpenHow{
 		Flags:   unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC,
 		Resolve: resolveCached | unix.RESOLVE_NO_XDEV,
 	}
 )
 
-// openat opens a directory, as a place to look things up in, or an entry of one.
+// openat opens a directory, or an entry of one, as a place only (O_PATH). It is always slow.
 func openat(dir uintptr, path *byte, flags uintptr) (uintptr, unix.Errno) {
 	for {
 		fd, _, errno := syscall.Syscall6(unix.SYS_OPENAT, dir, uintptr(unsafe.Pointer(path)), unix.O_PATH|unix.O_CLOEXEC|flags, 0, 0, 0)
@@ -65,8 +65,8 @@ func openat(dir uintptr, path *byte, flags uintptr) (uintptr, unix.Errno) {
 	}
 }
 
-func openat2(dir uintptr, path *byte, how *unix.OpenHow, waits bool) (uintptr, unix.Errno) {
-	if !waits {
+func openat2(dir uintptr, path *byte, how *unix.OpenHow, slow bool) (uintptr, unix.Errno) {
+	if !slow {
 		fd, _, errno := syscall.RawSyscall6(unix.SYS_OPENAT2, dir, uintptr(unsafe.Pointer(path)), uintptr(unsafe.Pointer(how)), unsafe.Sizeof(*how), 0, 0)
 		return fd, errno
 	}
@@ -78,12 +78,13 @@ func openat2(dir uintptr, path *byte, how *unix.OpenHow, waits bool) (uintptr, u
 	}
 }
 
-// stat tells about something in a directory, or about that itself if name is empty. It follows no
-// symlink, and takes what the system knows already of what is there; but to find it may have to wait.
-func stat(dir uintptr, name []byte, waits bool) (st unix.Statx_t, errno unix.Errno) {
+// stat tells about something in a directory, or about the directory itself if name is empty. It
+// follows no symlink and does not ask a network server again (AT_STATX_DONT_SYNC), but finding the
+// name may wait.
+func stat(dir uintptr, name []byte, slow bool) (st unix.Statx_t, errno unix.Errno) {
 	const flags = unix.AT_EMPTY_PATH | unix.AT_SYMLINK_NOFOLLOW | unix.AT_NO_AUTOMOUNT | unix.AT_STATX_DONT_SYNC
 	const mask = unix.STATX_TYPE | unix.STATX_UID | unix.STATX_INO | unix.STATX_CTIME
-	if !waits {
+	if !slow {
 		_, _, errno = syscall.RawSyscall6(unix.SYS_STATX, dir, uintptr(unsafe.Pointer(&name[0])), flags, mask, uintptr(unsafe.Pointer(&st)), 0)
 		return st, errno
 	}
@@ -95,10 +96,10 @@ func stat(dir uintptr, name []byte, waits bool) (st unix.Statx_t, errno unix.Err
 	}
 }
 
-// readlink is the shortest way to ask whether there is something in a directory, without
-// following a symlink: of what exists and is none, readlink(2) says EINVAL.
-func readlink(dir uintptr, name, link []byte, waits bool) (int, unix.Errno) {
-	if !waits {
+// readlink is the cheapest way to ask whether a name exists without following a symlink: for what
+// is not a symlink the error is EINVAL.
+func readlink(dir uintptr, name, link []byte, slow bool) (int, unix.Errno) {
+	if !slow {
 		n, _, errno := syscall.RawSyscall6(unix.SYS_READLINKAT, dir, uintptr(unsafe.Pointer(&name[0])), uintptr(unsafe.Pointer(&link[0])), uintptr(len(link)), 0, 0)
 		return int(n), errno
 	}
@@ -110,8 +111,8 @@ func readlink(dir uintptr, name, link []byte, waits bool) (int, unix.Errno) {
 	}
 }
 
-func fchdir(fd uintptr, waits bool) unix.Errno {
-	if !waits {
+func fchdir(fd uintptr, slow bool) unix.Errno {
+	if !slow {
 		_, _, errno := syscall.RawSyscall(unix.SYS_FCHDIR, fd, 0, 0)
 		return errno
 	}
@@ -140,8 +141,8 @@ func shutdown(s uintptr) unix.Errno {
 	return errno
 }
 
-// connectHere connects a socket to the tls-socket in the working directory.
-func connectHere(s uintptr) unix.Errno {
+// connectSocket connects a socket to the tls-socket in the working directory.
+func connectSocket(s uintptr) unix.Errno {
 	for {
 		_, _, errno := syscall.Syscall(unix.SYS_CONNECT, s, uintptr(unsafe.Pointer(&tlsSocketAddr)), unsafe.Sizeof(tlsSocketAddr))
 		if errno != unix.EINTR {

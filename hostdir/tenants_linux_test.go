@@ -1,13 +1,10 @@
 package hostdir_test
 
 import (
-	"bytes"
-	"encoding/binary"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -15,10 +12,11 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sniproxy/hostdir"
+	"sniproxy/hostdir/hostdirtest"
 )
 
-// Goal: a Dialer that is made without a descriptor is as good as any, and for lack of descriptors it says nothing else, for
-// whatever host, and with however many there are.
+// Goal: a Dialer that was made without a free descriptor works like any other. However many
+// descriptors are missing, and for whatever host, the error is NoRoom.
 func TestDialerWithoutRoom(t *testing.T) {
 	for _, w := range ways(t) {
 		t.Run(w.name, func(t *testing.T) {
@@ -54,7 +52,7 @@ func TestDialerWithoutRoom(t *testing.T) {
 							}
 							return
 						}
-						if problem(err) != hostdir.NoRoom || short > 8 {
+						if problem(err) != withoutRoom || short > 8 {
 							t.Errorf("%s, with %d descriptors: %v", name, short, err)
 							return
 						}
@@ -67,8 +65,8 @@ func TestDialerWithoutRoom(t *testing.T) {
 	}
 }
 
-// Goal: where the system can refuse what backends pass, a backend that passes a descriptor gets an error, and loses nothing
-// else.
+// Goal: where the kernel can refuse passed descriptors, a backend that passes one gets an error and
+// loses nothing else.
 func TestRefusesDescriptors(t *testing.T) {
 	for _, w := range ways(t) {
 		t.Run(w.name, func(t *testing.T) {
@@ -104,8 +102,8 @@ func TestRefusesDescriptors(t *testing.T) {
 	}
 }
 
-// Goal: where unshare(2) is forbidden, as by container engines, that is told, and hosts are found and connected to by
-// their paths, as long as these fit.
+// Goal: where unshare(2) is forbidden, as by container engines, PathsOnly says so, and hosts are
+// reached by their paths, as long as these fit into a socket address.
 func TestUnshareForbidden(t *testing.T) {
 	chdir(t)
 	long := strings.Repeat("a", 200)
@@ -117,18 +115,18 @@ func TestUnshareForbidden(t *testing.T) {
 	if !r.Paths {
 		t.Errorf("it works without paths: %+v", r)
 	}
-	tooLong := hostdir.NoSocket
+	tooLong := noSocket
 	if !hostdir.Hashed {
-		tooLong = hostdir.PathTooLong
+		tooLong = pathTooLong
 	}
 	for name, want := range map[string]struct {
-		now, connect, problem hostdir.Problem
+		now, connect, problem failure
 		proxy                 uint8
 	}{
-		"a":      {0, hostdir.MayWait, 0, 2},
-		"b.wild": {0, hostdir.MayWait, 0, 0},
-		"absent": {hostdir.NoDirectory, hostdir.NoDirectory, hostdir.NoDirectory, 0},
-		long:     {0, hostdir.MayWait, tooLong, 0},
+		"a":      {0, mayWait, 0, 2},
+		"b.wild": {0, mayWait, 0, 0},
+		"absent": {noDirectory, noDirectory, noDirectory, 0},
+		long:     {0, mayWait, tooLong, 0},
 	} {
 		got := r.Names[name]
 		if got.FindNow != want.now || got.ConnectNow != want.connect || got.Problem != want.problem || got.Proxy != want.proxy {
@@ -140,8 +138,8 @@ func TestUnshareForbidden(t *testing.T) {
 	}
 }
 
-// Goal: where there is no SO_PASSRIGHTS, that is told, and no byte that is out of band is passed over by reading, as the
-// system would drop what came with it.
+// Goal: without SO_PASSRIGHTS, RefusesDescriptors says so, and reading does not pass over an
+// out-of-band byte: the kernel would drop what came with it.
 func TestNoPassRights(t *testing.T) {
 	chdir(t)
 	listen(t, "a", 8)
@@ -159,8 +157,8 @@ func TestNoPassRights(t *testing.T) {
 	}
 }
 
-// Goal: kernels that cannot tell whether a look-up may wait are believed to wait wherever a symlink is followed, and
-// nowhere else.
+// Goal: a kernel that cannot tell whether a look-up may wait is taken to wait wherever a symlink is
+// followed, and nowhere else.
 func TestNoOpenat2(t *testing.T) {
 	chdir(t)
 	for _, name := range []string{"plain", "*.wild", "socket-link"} {
@@ -172,24 +170,25 @@ func TestNoOpenat2(t *testing.T) {
 	must(t, os.Rename(socket, socket+"-2"))
 	must(t, os.Symlink("tls-socket-2", socket))
 	r := elsewhere(t, "plain a.wild link a.link socket-link absent", with(forbidden, "openat2"))
-	for name, want := range map[string][3]hostdir.Problem{
+	for name, want := range map[string][3]failure{
 		"plain":       {0, 0, 0},
 		"a.wild":      {0, 0, 0},
-		"link":        {hostdir.MayWait, hostdir.MayWait, 0},
-		"a.link":      {hostdir.MayWait, hostdir.MayWait, 0},
-		"socket-link": {0, hostdir.MayWait, 0},
-		"absent":      {hostdir.NoDirectory, hostdir.NoDirectory, hostdir.NoDirectory},
+		"link":        {mayWait, mayWait, 0},
+		"a.link":      {mayWait, mayWait, 0},
+		"socket-link": {0, mayWait, 0},
+		"absent":      {noDirectory, noDirectory, noDirectory},
 	} {
-		if got := r.Names[name]; [3]hostdir.Problem{got.FindNow, got.ConnectNow, got.Problem} != want {
+		if got := r.Names[name]; [3]failure{got.FindNow, got.ConnectNow, got.Problem} != want {
 			t.Errorf("%s: %+v, want %v", name, got, want)
 		}
 	}
 }
 
-// Goal: in a user namespace those whom it does not know, who all look like the overflow uid, are not the administrator, be the
-// hosts directory one of theirs or not: they speak for nobody, and do not ask for the log.
+// Goal: in a user namespace the overflow uid stands for all users that it does not know. It is not
+// the administrator, even if it seems to own the hosts directory: its wildcards and its
+// log-connections do not count.
 func TestUserNamespace(t *testing.T) {
-	needRoot(t)
+	hostdirtest.NeedRoot(t)
 	for _, inside := range []bool{false, true} { // whether the namespace knows the owner of the hosts directory
 		for _, forbid := range []string{"", "unshare"} {
 			t.Run(fmt.Sprintf("known %t, without %q", inside, forbid), func(t *testing.T) {
@@ -209,7 +208,7 @@ func TestUserNamespace(t *testing.T) {
 				}
 				must(t, os.WriteFile(dirName("*")+"/log-connections", nil, 0o644))
 				must(t, os.Lchown(dirName("*")+"/log-connections", stranger, stranger))
-				cmd := childCommand(t, "") // makes what is run, before the namespace
+				cmd := childCommand(t, "") // copies the binary while we are still outside the namespace
 				r := elsewhere(t, "a.root a.owner a.stranger", func(child *exec.Cmd) {
 					mapping := []syscall.SysProcIDMap{{ContainerID: 0, HostID: 0, Size: 1}, {ContainerID: owner, HostID: owner, Size: 1}}
 					child.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWUSER, UidMappings: mapping, GidMappings: mapping}
@@ -236,24 +235,12 @@ func TestUserNamespace(t *testing.T) {
 	}
 }
 
-// onMounts has the rest of the test run where its mounts are seen by nobody else.
-func onMounts(t *testing.T) {
-	t.Helper()
-	needRoot(t)
-	runtime.LockOSThread() // for good, so that the thread ends with the test
-	err := unix.Unshare(unix.CLONE_NEWNS)
-	if err == nil {
-		err = unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
-	}
-	if err != nil {
-		t.Skipf("no mount namespace: %v", err)
-	}
-}
-
-// Goal: a file system that is mounted on an entry is followed only if there is time for it, and is believed whose it is only if
-// it is no FUSE: a tenant may mount that on his directory and have it say that it is root's.
+// Goal: a file system that is mounted on an entry is followed only with wait true, and its owner is
+// believed only if it is no FUSE. A tenant may mount a FUSE on his directory and have it say that
+// it is root's.
 func TestMountOwner(t *testing.T) {
-	onMounts(t)
+	hostdirtest.NeedRoot(t)
+	hostdirtest.OwnMounts(t)
 	chdir(t)
 	must(t, os.Chmod(".", 0o755))
 	for _, name := range []string{"memory", "*.memory", "fuse", "*.fuse"} {
@@ -261,26 +248,23 @@ func TestMountOwner(t *testing.T) {
 		path, err := filepath.Abs(dirName(name))
 		must(t, err)
 		if strings.HasSuffix(name, "memory") {
-			if err := unix.Mount("memory", path, "tmpfs", 0, "mode=755"); err != nil {
-				t.Skipf("no tmpfs: %v", err)
-			}
-			t.Cleanup(func() { unix.Unmount(path, unix.MNT_DETACH) })
-			fd := socket(t, unix.SOCK_STREAM)
-			must(t, unix.Bind(fd, &unix.SockaddrUnix{Name: dirName(name) + "/tls-socket"}))
-			must(t, unix.Listen(fd, 100))
-		} else {
-			mountFUSE(t, path)
+			hostdirtest.Mount(t, "memory", path, "tmpfs", 0, "mode=755")
+			listen(t, name, 100)
+			continue
 		}
+		// It says that it is root's, and that there is nothing in it.
+		fs := hostdirtest.MountUserFS(t, path, unix.S_IFDIR, fmt.Sprintf("user_id=%d", tenant))
+		fs.Serve(0)
 	}
 	listen(t, "*", 100)
 	r := elsewhere(t, "memory a.memory fuse a.fuse", nil)
 	p := elsewhere(t, "memory a.memory fuse a.fuse", with(forbidden, "unshare"))
 	const nobody = 65534
 	for name, want := range map[string]found{
-		"memory":   {FindNow: hostdir.MayWait, ConnectNow: hostdir.MayWait, Entry: "memory", Administrators: true},
-		"a.memory": {FindNow: hostdir.MayWait, ConnectNow: hostdir.MayWait, Entry: "*.memory", Administrators: true},
-		"fuse":     {FindNow: hostdir.MayWait, ConnectNow: hostdir.MayWait, Entry: "fuse", Owner: nobody, Problem: hostdir.NoSocket},
-		"a.fuse":   {FindNow: hostdir.MayWait, ConnectNow: hostdir.MayWait, Entry: "*", Administrators: true},
+		"memory":   {FindNow: mayWait, ConnectNow: mayWait, Entry: "memory", Administrators: true},
+		"a.memory": {FindNow: mayWait, ConnectNow: mayWait, Entry: "*.memory", Administrators: true},
+		"fuse":     {FindNow: mayWait, ConnectNow: mayWait, Entry: "fuse", Owner: nobody, Problem: noSocket},
+		"a.fuse":   {FindNow: mayWait, ConnectNow: mayWait, Entry: "*", Administrators: true},
 	} {
 		want.Entry = dirName(want.Entry)
 		check := func(how string, got found) {
@@ -293,67 +277,4 @@ func TestMountOwner(t *testing.T) {
 		want.FindNow = 0
 		check(", with paths", p.Names[name])
 	}
-}
-
-// mountFUSE mounts a file system that says that it is root's, and that there is nothing in it.
-func mountFUSE(t *testing.T, path string) {
-	t.Helper()
-	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
-	if err != nil {
-		t.Skipf("/dev/fuse: %v", err)
-	}
-	options := fmt.Sprintf("fd=%d,rootmode=40755,user_id=%d,group_id=0,allow_other", fd, tenant)
-	if err := unix.Mount("fuse", path, "fuse", unix.MS_NOSUID|unix.MS_NODEV, options); err != nil {
-		unix.Close(fd)
-		t.Skipf("mount of a file system in user space: %v", err)
-	}
-	dev := os.NewFile(uintptr(fd), "/dev/fuse")
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		// See linux/fuse.h: what is asked begins with length, number of the operation, and number of the request; the
-		// answer with length, error and that number.
-		request := make([]byte, 128<<10)
-		for {
-			n, err := dev.Read(request)
-			if err != nil {
-				return
-			}
-			var body []byte
-			errno := unix.Errno(0)
-			switch operation := binary.NativeEndian.Uint32(request[4:]); operation {
-			case 1: // FUSE_LOOKUP
-				errno = unix.ENOENT
-			case 3: // FUSE_GETATTR: the mode of a directory, and zeros
-				body = make([]byte, 104)
-				binary.NativeEndian.PutUint64(body[16:], 1)
-				binary.NativeEndian.PutUint32(body[16+60:], unix.S_IFDIR|0o755)
-				binary.NativeEndian.PutUint32(body[16+64:], 1)
-			case 17: // FUSE_STATFS
-				body = make([]byte, 80)
-			case 26: // FUSE_INIT: the version, and zeros
-				body = make([]byte, 64)
-				binary.NativeEndian.PutUint32(body, 7)
-				binary.NativeEndian.PutUint32(body[4:], 31)
-				binary.NativeEndian.PutUint32(body[20:], 4096)
-			case 2, 36, 42: // FUSE_FORGET, FUSE_INTERRUPT, FUSE_BATCH_FORGET want no answer
-				continue
-			default:
-				errno = unix.ENOSYS
-			}
-			var answer bytes.Buffer
-			binary.Write(&answer, binary.NativeEndian, uint32(16+len(body)))
-			binary.Write(&answer, binary.NativeEndian, -int32(errno))
-			answer.Write(request[8:16])
-			answer.Write(body)
-			if n >= 40 {
-				dev.Write(answer.Bytes())
-			}
-		}
-	}()
-	t.Cleanup(func() {
-		dev.Close()
-		<-done
-		unix.Unmount(path, unix.MNT_DETACH|unix.MNT_FORCE)
-	})
 }

@@ -10,20 +10,15 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sniproxy/hostdir"
+	"sniproxy/hostdir/hostdirtest"
 )
 
 // tenant is a user who is not the administrator.
 const tenant = 65532
 
-func needRoot(t *testing.T) {
-	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("only root can give files away")
-	}
-}
-
-// Goal: a general entry that is neither a directory nor a symlink does not count, whoever owns it: it is passed over
-// as if it were not there, and the Hosts name it. The entry of a host itself cannot serve then.
+// Goal: a wildcard that is neither a directory nor a symlink does not count, whoever owns it: the
+// look-up passes over it, and Hosts.Find names it. The entry of a host that is neither cannot
+// serve.
 func TestFindOdd(t *testing.T) {
 	eachWay(t, func(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {
 		h := open(t)
@@ -31,7 +26,10 @@ func TestFindOdd(t *testing.T) {
 		file := func(path string) error { return os.WriteFile(path, nil, 0o644) }
 		fifo := func(path string) error { return unix.Mkfifo(path, 0o644) }
 		socket := func(path string) error {
-			return unix.Bind(socket(t, unix.SOCK_STREAM), &unix.SockaddrUnix{Name: path})
+			fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM, 0)
+			must(t, err)
+			defer unix.Close(fd)
+			return unix.Bind(fd, &unix.SockaddrUnix{Name: path})
 		}
 		for what, put := range map[string]func(string) error{"file": file, "fifo": fifo, "socket": socket} {
 			must(t, put(dirName("*.example")))
@@ -46,10 +44,10 @@ func TestFindOdd(t *testing.T) {
 			if e, over, err := h.Find([]byte("a.example")); string(e.Name) != dirName("*") || !slices.Equal(over, []string{dirName("*.example")}) || err != nil {
 				t.Errorf("%s: %q, passed over %q, %v", what, e.Name, over, err)
 			}
-			if _, err := dial("own.example"); problem(err) != hostdir.NoDirectory {
+			if _, err := dial("own.example"); problem(err) != noDirectory {
 				t.Errorf("%s: %v", what, err)
 			}
-			if e, _, err := h.Find([]byte("own.example")); string(e.Name) != dirName("own.example") || problem(err) != hostdir.NoDirectory {
+			if e, _, err := h.Find([]byte("own.example")); string(e.Name) != dirName("own.example") || problem(err) != noDirectory {
 				t.Errorf("%s: %q, %v", what, e.Name, err)
 			}
 			must(t, os.Remove(dirName("*.example")))
@@ -64,10 +62,10 @@ func TestFindOdd(t *testing.T) {
 	})
 }
 
-// Goal: the overflow uid is never the administrator, not even as the owner of the hosts directory: neither its wildcards
-// nor its log markers count. Root's do.
+// Goal: the overflow uid is never the administrator, not even as the owner of the hosts directory:
+// neither its wildcards nor its log-connections count. Root's do.
 func TestOverflow(t *testing.T) {
-	needRoot(t)
+	hostdirtest.NeedRoot(t)
 	eachWay(t, func(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {
 		const nobody = 65534
 		must(t, os.Chown(".", nobody, nobody))
@@ -113,8 +111,9 @@ func logAll(t *testing.T, h *hostdir.Hosts, want bool) {
 	}
 }
 
-// Goal: all connections are logged if there is a marker in the directory *, and both are the administrator's, wherever
-// that leads. What cannot be found out is an error. No descriptor is needed.
+// Goal: all connections are logged if the directory * has a log-connections and both are the
+// administrator's, wherever they lead. What cannot be found out is an error. No descriptor is
+// needed.
 func TestLogAll(t *testing.T) {
 	chdir(t)
 	h := open(t)
@@ -154,10 +153,10 @@ func TestLogAll(t *testing.T) {
 	}
 }
 
-// Goal: it is known whose an entry is, a symlink's own owner as well, and whether what it leads to is somebody else's,
-// as far as that can be told.
+// Goal: Find tells who owns an entry, which for a symlink is the owner of the link, and whether the
+// target may be somebody else's.
 func TestFindOwner(t *testing.T) {
-	needRoot(t)
+	hostdirtest.NeedRoot(t)
 	for _, w := range ways(t) {
 		t.Run(w.name, func(t *testing.T) {
 			const owner = 65533
@@ -191,7 +190,7 @@ func TestFindOwner(t *testing.T) {
 						owner   uint32
 						admin   bool
 						foreign bool
-						problem hostdir.Problem
+						problem failure
 					}{
 						"root":           {"root", 0, true, false, 0},
 						"owner":          {"owner", owner, true, false, 0},
@@ -200,9 +199,9 @@ func TestFindOwner(t *testing.T) {
 						"root-to-tenant": {"root-to-tenant", 0, true, true, 0},
 						"tenant-to-root": {"tenant-to-root", tenant, false, false, 0},
 						"a.link":         {"*.link", 0, true, true, 0},
-						"dangling":       {"dangling", tenant, false, true, hostdir.NoDirectory},
-						"a.theirs":       {"", 0, false, false, hostdir.NoDirectory},
-						"absent":         {"", 0, false, false, hostdir.NoDirectory},
+						"dangling":       {"dangling", tenant, false, true, noDirectory},
+						"a.theirs":       {"", 0, false, false, noDirectory},
+						"absent":         {"", 0, false, false, noDirectory},
 					} {
 						check := func(wait bool) {
 							e, err := d.Find([]byte(name), wait)
@@ -216,7 +215,7 @@ func TestFindOwner(t *testing.T) {
 							if want.entry != "" {
 								entry = dirName(want.entry)
 							}
-							// With no time it need not be known where a symlink leads.
+							// With wait false Find need not know where a symlink leads.
 							if string(e.Name) != entry || e.Owner != want.owner || e.Administrators != want.admin ||
 								e.Foreign != want.foreign && (wait || !e.Foreign) || problem(err) != want.problem && (wait || want.entry == "") {
 								t.Errorf("%s, wait %t: %q %+v, %v; want %+v", name, wait, e.Name, e, err, want)
@@ -232,7 +231,7 @@ func TestFindOwner(t *testing.T) {
 	}
 }
 
-// letClockTick waits until nothing that is there was changed a moment ago.
+// letClockTick waits for a clock tick, so that no change before it is recent.
 func letClockTick(t *testing.T) {
 	t.Helper()
 	h := open(t)
@@ -240,7 +239,7 @@ func letClockTick(t *testing.T) {
 	must(t, os.Symlink(".", ".clock"))
 	withDialer(t, h, func(d *hostdir.Dialer) {
 		for {
-			if _, err := d.FindEntry([]byte(".clock"), true); problem(err) != hostdir.Exchanged {
+			if _, err := d.FindEntry([]byte(".clock"), true); problem(err) != exchanged {
 				break
 			}
 			runtime.Gosched()
@@ -249,9 +248,9 @@ func letClockTick(t *testing.T) {
 	must(t, os.Remove(".clock"))
 }
 
-// Goal: working with paths, a directory that is exchanged between finding it and connecting is told, and so is a symlink that
-// was made a moment ago, as nobody can tell whether it is exchanged again. Otherwise what was found
-// is connected to, with its own markers. Nothing is tried twice.
+// Goal: with paths, a directory that is exchanged between Find and Connect gives Exchanged, and so
+// does a symlink that was made a moment ago, since nobody can tell whether it is exchanged again.
+// Otherwise Connect reaches what Find found, with its markers. Nothing is tried twice.
 func TestExchanged(t *testing.T) {
 	for _, w := range ways(t) {
 		t.Run(w.name, func(t *testing.T) {
@@ -276,16 +275,16 @@ func TestExchanged(t *testing.T) {
 					unix.Close(b.FD)
 				}
 				got := reached(t, all)
-				if w.paths && problem(err) != hostdir.Exchanged || !w.paths && (err != nil || got != "a" || b.Proxy != 1) {
+				if w.paths && problem(err) != exchanged || !w.paths && (err != nil || got != "a" || b.Proxy != 1) {
 					t.Errorf("exchanged: reached %q, %+v, %v", got, b, err)
 				}
 				if !w.paths {
 					return
 				}
-				for range 1000 { // the moment may have passed
+				for range 1000 { // the tick may have passed
 					must(t, os.Symlink("away", dirName("link")))
 					_, err := d.Find([]byte("link"), true)
-					if problem(err) == hostdir.Exchanged {
+					if problem(err) == exchanged {
 						return
 					}
 					must(t, os.Remove(dirName("link")))
@@ -296,7 +295,7 @@ func TestExchanged(t *testing.T) {
 	}
 }
 
-// Goal: working with paths, nothing is done without time for it but to tell which entry it is.
+// Goal: with paths and wait false, Find tells which entry it is, and nothing else is done.
 func TestPathsWithoutTime(t *testing.T) {
 	chdir(t)
 	h := open(t)
@@ -308,7 +307,7 @@ func TestPathsWithoutTime(t *testing.T) {
 			if string(e.Name) != dirName(entry) || e.Owner != uint32(os.Geteuid()) || !e.Administrators || e.Foreign || err != nil {
 				t.Errorf("%s: %q %+v, %v", name, e.Name, e, err)
 			}
-			if b, err := d.Connect(false); problem(err) != hostdir.MayWait || b.FD != -1 {
+			if b, err := d.Connect(false); problem(err) != mayWait || b.FD != -1 {
 				t.Errorf("%s: %+v, %v", name, b, err)
 			}
 		}
@@ -318,7 +317,8 @@ func TestPathsWithoutTime(t *testing.T) {
 	}
 }
 
-// Goal: nothing that a backend sends over a deaf connection is taken, nor what it passes; it is told.
+// Goal: a deaf connection takes nothing that a backend sends or passes, and the backend gets an
+// error.
 func TestDeaf(t *testing.T) {
 	for _, w := range ways(t) {
 		t.Run(w.name, func(t *testing.T) {
@@ -343,7 +343,7 @@ func TestDeaf(t *testing.T) {
 				if err := unix.Sendto(peer, []byte("x"), unix.MSG_NOSIGNAL, nil); err != unix.EPIPE && runtime.GOOS == "linux" {
 					t.Errorf("a message: %v", err)
 				}
-				// The other way is open.
+				// The other direction is open.
 				_, err = unix.Write(b.FD, []byte("hello"))
 				must(t, err)
 				var got [5]byte

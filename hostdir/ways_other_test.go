@@ -2,5 +2,5 @@
 
 package hostdir_test
 
-// gettid returns no thread, as there is no need to know it.
+// gettid returns no thread: there is no need to know it.
 func gettid() int { return -1 }

@@ -26,7 +26,7 @@ func withDialer(t testing.TB, h *hostdir.Hosts, do func(*hostdir.Dialer)) {
 	t.Helper()
 	done := make(chan error, 1)
 	go func() {
-		runtime.LockOSThread() // for good, as the Dialer wants it
+		runtime.LockOSThread() // for good: the Dialer needs that
 		if unix.Getpid() == gettid() {
 			// The main thread does not end with its goroutine.
 			withDialer(t, h, do)
@@ -48,12 +48,12 @@ func withDialer(t testing.TB, h *hostdir.Hosts, do func(*hostdir.Dialer)) {
 	}
 }
 
-// dial finds a host and connects to it. While it is exchanged it tries again.
+// dial finds a host and connects to it. It tries again while the host is exchanged.
 func dial(d *hostdir.Dialer, name string, wait bool) (hostdir.Backend, error) {
 	return again(d, wait, func() (hostdir.Entry, error) { return d.Find([]byte(name), wait) })
 }
 
-// again finds and connects until nothing is exchanged meanwhile.
+// again finds and connects until nothing was exchanged in between.
 func again(d *hostdir.Dialer, wait bool, find func() (hostdir.Entry, error)) (b hostdir.Backend, err error) {
 	for deadline := time.Now().Add(10 * time.Second); ; runtime.Gosched() {
 		if _, err = find(); err == nil {
@@ -61,34 +61,34 @@ func again(d *hostdir.Dialer, wait bool, find func() (hostdir.Entry, error)) (b 
 		} else {
 			b.FD = -1
 		}
-		if problem(err) != hostdir.Exchanged || time.Now().After(deadline) {
+		if problem(err) != exchanged || time.Now().After(deadline) {
 			return b, err
 		}
 	}
 }
 
-// A way is one to connect to a host.
+// A way is a way to connect to a host: with paths or not, with wait or not.
 type way struct {
 	name  string
 	paths bool
 	dial  func(d *hostdir.Dialer, name string) (hostdir.Backend, error)
 }
 
-// ways returns those that the system has.
+// ways returns the ways that the system has.
 func ways(t *testing.T) []way {
 	t.Helper()
 	later := func(d *hostdir.Dialer, name string) (hostdir.Backend, error) { return dial(d, name, true) }
 	now := func(d *hostdir.Dialer, name string) (hostdir.Backend, error) {
 		b, err := dial(d, name, false)
-		if problem(err) == hostdir.MayWait { // as of a symlink that is followed for the first time
+		if problem(err) == mayWait { // a symlink that is followed for the first time
 			return dial(d, name, true)
 		}
 		return b, err
 	}
-	// found at once, and connected to with time for it
+	// Find with wait false, Connect with wait true.
 	both := func(d *hostdir.Dialer, name string) (hostdir.Backend, error) {
 		b, err := again(d, true, func() (hostdir.Entry, error) { return d.Find([]byte(name), false) })
-		if problem(err) == hostdir.MayWait {
+		if problem(err) == mayWait {
 			return dial(d, name, true)
 		}
 		return b, err
@@ -100,7 +100,7 @@ func ways(t *testing.T) []way {
 	return all
 }
 
-// eachWay runs a test with each way to connect to a host that the system has, in a hosts directory of its own.
+// eachWay runs a test for each way, in a hosts directory of its own.
 func eachWay(t *testing.T, test func(t *testing.T, w way, dial func(name string) (hostdir.Backend, error))) {
 	for _, w := range ways(t) {
 		t.Run(w.name, func(t *testing.T) {
@@ -122,7 +122,7 @@ func eachWay(t *testing.T, test func(t *testing.T, w way, dial func(name string)
 	}
 }
 
-// marks returns what the markers say.
+// marks returns what the markers say, without the descriptor.
 func marks(b hostdir.Backend) hostdir.Backend {
 	b.FD = 0
 	return b

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sniproxy/hostdir"
+	"sniproxy/hostdir/hostdirtest"
 )
 
 // A site is a host that tells who was connected to.
@@ -29,7 +30,7 @@ func sites(t *testing.T, names ...string) (s []site) {
 	return s
 }
 
-// reached returns the name of the site that has one connection waiting, which it takes.
+// reached takes the connections that wait, and returns the names of their sites.
 func reached(t *testing.T, all []site) string {
 	t.Helper()
 	var names []string
@@ -42,10 +43,9 @@ func reached(t *testing.T, all []site) string {
 	return strings.Join(names, " and ")
 }
 
+// Goal: the entry of its own name serves a host, or else the wildcard with an asterisk for its
+// first label, or else *. The entry * also serves clients that name no host.
 func TestDialWildcard(t *testing.T) {
-	// Goal: a name is served by the entry of that name or, if there is none, by the wildcard that
-	// has an asterisk for its first label or, if there is none either, by *, which also has the
-	// clients without a name.
 	eachWay(t, func(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {
 		all := sites(t, "a.example.com", "*.example.com", "*.com")
 		words := map[string]string{
@@ -80,13 +80,13 @@ func TestDialWildcard(t *testing.T) {
 	})
 }
 
+// Goal: there is no fallback from an entry that counts but cannot serve, and no descriptor is lost.
 func TestDialWildcardDown(t *testing.T) {
-	// Goal: there is no fallback from an entry that counts but cannot serve, and no descriptor is lost.
 	eachWay(t, func(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {
 		all := sites(t, "*.good.example", "*")
-		bad := map[string]hostdir.Problem{
-			"file": hostdir.NoDirectory, "dangling": hostdir.NoDirectory, "loop": hostdir.NoDirectory,
-			"empty": hostdir.NoSocket, "abandoned": hostdir.NobodyListens,
+		bad := map[string]failure{
+			"file": noDirectory, "dangling": noDirectory, "loop": noDirectory,
+			"empty": noSocket, "abandoned": nobodyListens,
 		}
 		put := func(what, entry string) {
 			t.Helper()
@@ -101,7 +101,7 @@ func TestDialWildcardDown(t *testing.T) {
 			case "empty":
 				must(t, os.Mkdir(path, 0o755))
 			case "abandoned":
-				abandon(t, entry)
+				hostdirtest.Abandon(t, path)
 			}
 		}
 		base := descriptors(t)
@@ -141,9 +141,9 @@ func TestDialWildcardDown(t *testing.T) {
 	})
 }
 
+// Goal: the markers are those of the entry that serves the name. Version 2 of the PROXY protocol
+// overrides version 1.
 func TestDialMarkers(t *testing.T) {
-	// Goal: the markers are those of the entry that serves the name; version 2 of the PROXY
-	// protocol is preferred.
 	eachWay(t, func(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {
 		all := sites(t, "a.example", "*.example", "*")
 		for entry, markers := range map[string][]string{
@@ -168,13 +168,10 @@ func TestDialMarkers(t *testing.T) {
 	})
 }
 
+// Goal: a wildcard counts only if the entry itself belongs to root or to the owner of the hosts
+// directory. Others are passed over, and if nothing else serves the name the error says so.
 func TestDialWildcardOwner(t *testing.T) {
-	// Goal: a wildcard counts only if the entry itself belongs to the owner of the hosts
-	// directory or to root; one that does not is passed over, and if nothing follows the error
-	// says so.
-	if os.Geteuid() != 0 {
-		t.Skip("only root can give files away")
-	}
+	hostdirtest.NeedRoot(t)
 	const owner, other = 65533, 65532
 	eachWay(t, func(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {
 		must(t, os.Chown(".", owner, owner))
@@ -217,7 +214,7 @@ func TestDialWildcardOwner(t *testing.T) {
 				}
 				must(t, os.Rename(dirName("*"), entry))
 
-				// What is ignored leaves the name to a good *.
+				// A good * serves the names of a wildcard that does not count.
 				if !counts {
 					all = append(all, sites(t, "*")...)
 					check(uid, kind, "a."+kind+".example", "*", false)

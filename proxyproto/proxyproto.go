@@ -1,8 +1,6 @@
-// Package proxyproto writes headers of the PROXY protocol, which tell a backend
-// who the client is.
+// Package proxyproto writes headers of the PROXY protocol, which tell a backend who the client is.
 //
-// The protocol is specified in
-// https://www.haproxy.org/download/3.0/doc/proxy-protocol.txt.
+// The specification is https://www.haproxy.org/download/3.0/doc/proxy-protocol.txt.
 package proxyproto
 
 import (
@@ -11,19 +9,17 @@ import (
 	"strconv"
 )
 
-// MaxV1 is the length in bytes of the longest header of version 1, its CRLF
-// included (Section 2.1 of the specification).
+// MaxV1 is the length in bytes of the longest header of version 1, with its CRLF (Section 2.1 of
+// the specification).
 const MaxV1 = 107
 
-// AppendV1 appends the header of version 1 for a connection over TCP from client
-// to listener, the address that it was accepted on, and returns the longer slice.
-// It appends at most [MaxV1] bytes.
+// AppendV1 appends the header of version 1 for a TCP connection from client to listener, the
+// address that it was accepted on, and returns the longer slice. It appends at most [MaxV1] bytes.
 //
-// Addresses of the form ::ffff:a.b.c.d, as a dual-stack socket reports clients
-// that use IPv4, are written as TCP4 with dotted addresses. sniproxy-rs writes
-// "TCP6 ::ffff:a.b.c.d", which some receivers refuse. Zones are left out. One
-// header has one family: if the two addresses do not share theirs, which cannot
-// be for one connection, or if either is not valid, the header is "PROXY UNKNOWN".
+// A dual-stack socket reports clients that use IPv4 as ::ffff:a.b.c.d. AppendV1 writes such
+// addresses as TCP4, in dotted form. sniproxy-rs writes "TCP6 ::ffff:a.b.c.d", which some receivers
+// refuse. Zones are left out. If the two addresses are of different families, which cannot happen
+// for one connection, or if either is not valid, the header is "PROXY UNKNOWN".
 func AppendV1(dst []byte, client, listener netip.AddrPort) []byte {
 	src, to, ok := addresses(client, listener)
 	switch {
@@ -44,9 +40,9 @@ func AppendV1(dst []byte, client, listener netip.AddrPort) []byte {
 	return append(dst, "\r\n"...)
 }
 
-// MaxV2 is the length in bytes of the longest header of version 2 with an authority of
-// 254 bytes, which is as long as a host name can be: the fixed part, two IPv6 addresses
-// with their ports, and the authority with its type and length (Section 2.2).
+// MaxV2 is the length in bytes of the longest header of version 2: the fixed part, two IPv6
+// addresses with their ports, and the type, the length and the 254 bytes of the longest host name
+// (Section 2.2).
 const MaxV2 = 16 + 36 + 3 + 254
 
 // The fixed part of a header of version 2, without its length (Section 2.2).
@@ -59,18 +55,16 @@ const (
 	tcpOverIPv6 = 0x21
 )
 
-// typeAuthority is PP2_TYPE_AUTHORITY, "the host name value passed by the client"
-// (Section 2.2.2).
+// typeAuthority is PP2_TYPE_AUTHORITY, "the host name value passed by the client" (Section 2.2.2).
 const typeAuthority = 0x02
 
-// AppendV2 appends the header of version 2 for a connection over TCP from client to
-// listener, the address that it was accepted on, and returns the longer slice. The host
-// name that the client asked for is its authority, of at most 254 bytes; a header for a
-// client that named none, where authority is empty, has no such field. AppendV2 appends
-// at most [MaxV2] bytes.
+// AppendV2 appends the header of version 2 for a TCP connection from client to listener, the
+// address that it was accepted on, and returns the longer slice. The authority is the host name
+// that the client asked for, of at most 254 bytes; if it is empty, the header has no such field.
+// AppendV2 appends at most [MaxV2] bytes.
 //
-// The addresses are those that [AppendV1] writes. Where it writes "PROXY UNKNOWN", this
-// header says UNSPEC and ends there, without addresses and authority.
+// It writes the same addresses as [AppendV1]. Where AppendV1 writes "PROXY UNKNOWN", this header
+// says UNSPEC and has neither addresses nor authority.
 func AppendV2(dst []byte, client, listener netip.AddrPort, authority []byte) []byte {
 	dst = append(dst, signatureV2...)
 	src, to, ok := addresses(client, listener)
@@ -86,7 +80,7 @@ func AppendV2(dst []byte, client, listener netip.AddrPort, authority []byte) []b
 	}
 	dst = append(dst, proxyV2, protocol)
 	dst = binary.BigEndian.AppendUint16(dst, uint16(length))
-	dst, _ = src.AppendBinary(dst) // it has no error to return
+	dst, _ = src.AppendBinary(dst) // never fails
 	dst, _ = to.AppendBinary(dst)
 	dst = binary.BigEndian.AppendUint16(dst, client.Port())
 	dst = binary.BigEndian.AppendUint16(dst, listener.Port())
@@ -98,8 +92,8 @@ func AppendV2(dst []byte, client, listener netip.AddrPort, authority []byte) []b
 	return dst
 }
 
-// addresses returns the addresses of a connection's two ends as headers have them, and
-// whether they share their family.
+// addresses returns the addresses of both ends as headers have them, and whether their families are
+// the same.
 func addresses(client, listener netip.AddrPort) (src, to netip.Addr, ok bool) {
 	src = client.Addr().Unmap().WithZone("")
 	to = listener.Addr().Unmap().WithZone("")

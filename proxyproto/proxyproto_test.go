@@ -20,6 +20,7 @@ func ExampleAppendV1() {
 	// Output: "PROXY TCP4 192.0.2.1 192.0.2.2 56324 443\r\n"
 }
 
+// Goal: each field of the header is as Section 2.1 of the specification lays it out.
 func TestAppendV1(t *testing.T) {
 	for _, test := range []struct{ client, listener, want string }{
 		{"192.0.2.1:1", "192.0.2.2:65535", "TCP4 192.0.2.1 192.0.2.2 1 65535"},
@@ -43,7 +44,7 @@ func TestAppendV1(t *testing.T) {
 	}
 }
 
-// The longest header keeps to the length that receivers reserve for it.
+// Goal: the longest header keeps to the length that receivers reserve for it.
 func TestAppendV1Length(t *testing.T) {
 	long := netip.MustParseAddrPort("[ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff]:65535")
 	got := proxyproto.AppendV1(nil, long, long)
@@ -52,6 +53,7 @@ func TestAppendV1Length(t *testing.T) {
 	}
 }
 
+// Goal: the header follows what is in the buffer, and allocates nothing.
 func TestAppendV1Appends(t *testing.T) {
 	a := netip.MustParseAddrPort("192.0.2.1:1")
 	buf := append(make([]byte, 0, 200), "before "...)
@@ -63,6 +65,7 @@ func TestAppendV1Appends(t *testing.T) {
 	}
 }
 
+// Goal: whatever the addresses, the result is a header of one family.
 func FuzzAppendV1(f *testing.F) {
 	f.Add([]byte{127, 0, 0, 1}, []byte{127, 0, 0, 1}, uint16(1), uint16(2), "")
 	f.Add([]byte("0123456789abcdef"), []byte("0123456789abcdef"), uint16(1), uint16(443), "eth0")
@@ -135,7 +138,7 @@ func TestAppendV2(t *testing.T) {
 	}
 }
 
-// Goal: the longest header has the length that callers reserve for it, no more and no less.
+// Goal: the longest header has exactly the length that callers reserve for it.
 func TestAppendV2Length(t *testing.T) {
 	long := netip.MustParseAddrPort("[ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff]:65535")
 	if got := proxyproto.AppendV2(nil, long, long, make([]byte, sni.MaxName)); len(got) != proxyproto.MaxV2 {
@@ -143,7 +146,7 @@ func TestAppendV2Length(t *testing.T) {
 	}
 }
 
-// Goal: the header follows what is in the buffer, and takes no memory but the buffer's.
+// Goal: the header follows what is in the buffer, and allocates nothing.
 func TestAppendV2Appends(t *testing.T) {
 	for _, s := range []string{"192.0.2.1:1", "[fe80::1%eth0]:1"} {
 		a, name := netip.MustParseAddrPort(s), []byte("site.example")
@@ -157,8 +160,7 @@ func TestAppendV2Appends(t *testing.T) {
 	}
 }
 
-// Goal: whatever the addresses, what is written is a header of one family, and says what was
-// to be said.
+// Goal: whatever the addresses, the result is a header of one family and says what it was given.
 func FuzzAppendV2(f *testing.F) {
 	f.Add([]byte{127, 0, 0, 1}, []byte{127, 0, 0, 1}, uint16(1), uint16(2), "", []byte("site.example"))
 	f.Add([]byte("0123456789abcdef"), []byte("0123456789abcdef"), uint16(1), uint16(443), "eth0", []byte(nil))

@@ -15,17 +15,15 @@ import (
 	"testing"
 	"time"
 
+	"sniproxy/hostdir/hostdirtest"
 	"sniproxy/proxyproto"
 	"sniproxy/sni"
 )
 
-// patience is how long a test waits for what must come. It is no limit on speed.
-const patience = 30 * time.Second
-
-// A connection is what a header of version 2 is made of, and what a receiver reads in it.
+// A connection is what goes into a header of version 2, and what a receiver reads from it.
 type connection struct{ client, listener, authority, want string }
 
-// connections returns connections of each kind, those without and with long authorities included.
+// connections returns connections of each kind, also without and with a long authority.
 func connections() []connection {
 	long := strings.Repeat(strings.Repeat("a", 62)+".", 4) + "bc" // as long as can be
 	return []connection{
@@ -46,7 +44,7 @@ func (c connection) header() []byte {
 
 // Goal: HAProxy learns from the header who the client is and what it asked for.
 func TestV2HAProxy(t *testing.T) {
-	haproxy := need(t, "haproxy")
+	haproxy := hostdirtest.Need(t, "haproxy")
 	t.Chdir(t.TempDir())
 	serve(t, `
 defaults
@@ -65,17 +63,17 @@ frontend site
 	}
 }
 
-// Goal: nginx learns from the header who the client is and, if it is not too old, what it
-// asked for.
+// Goal: nginx learns from the header who the client is and, if it is not too old, what it asked
+// for.
 func TestV2Nginx(t *testing.T) {
-	nginx := need(t, "nginx")
+	nginx := hostdirtest.Need(t, "nginx")
 	t.Chdir(t.TempDir())
 
 	authority := "$proxy_protocol_tlv_authority"
 	if old(t, nginx) {
 		authority = ""
 	}
-	// It runs as one process, of the user that runs the test.
+	// One process, which belongs to the user who runs the test.
 	serve(t, `
 daemon off;
 master_process off;
@@ -105,8 +103,8 @@ http {
 	}
 }
 
-// old tells whether nginx is of a version before 1.23.2, the first that has variables for what
-// follows the addresses.
+// old reports whether nginx is older than 1.23.2, which is the first version with variables for
+// what follows the addresses.
 func old(t *testing.T, nginx string) bool {
 	t.Helper()
 	out, err := exec.Command(nginx, "-v").CombinedOutput()
@@ -120,14 +118,14 @@ func old(t *testing.T, nginx string) bool {
 	return major < 1 || major == 1 && (minor < 23 || minor == 23 && patch < 2)
 }
 
-// serve starts a server program with the configuration in the working directory, and waits
-// until it accepts connections on the socket there.
+// serve starts a server program with the configuration in the working directory, and waits until it
+// accepts connections on the socket there.
 func serve(t *testing.T, config, program string, args ...string) {
 	t.Helper()
 	if err := os.WriteFile("config", []byte(config), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	var out bytes.Buffer
+	var out hostdirtest.Lines
 	cmd := exec.Command(program, args...)
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := cmd.Start(); err != nil {
@@ -146,23 +144,18 @@ func serve(t *testing.T, config, program string, args ...string) {
 		}
 	})
 
-	tick := time.NewTicker(5 * time.Millisecond)
-	defer tick.Stop()
-	late := time.After(patience)
-	for {
+	hostdirtest.Await(t, program+" to listen", func() bool {
+		select {
+		case <-exited:
+			t.Fatalf("%s has ended", program)
+		default:
+		}
 		c, err := net.Dial("unix", "socket")
 		if err == nil {
 			c.Close()
-			return
 		}
-		select {
-		case <-tick.C:
-		case <-exited:
-			t.Fatalf("%s has ended", program)
-		case <-late:
-			t.Fatalf("waited in vain for %s to listen", program)
-		}
-	}
+		return err == nil
+	})
 }
 
 // get sends a request with the header before it, in one write, and returns the page.
@@ -172,7 +165,7 @@ func get(header []byte) (string, error) {
 		return "", err
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(patience))
+	c.SetDeadline(time.Now().Add(hostdirtest.Patience))
 	if _, err := c.Write(append(header, "GET / HTTP/1.1\r\nHost: site.example\r\nConnection: close\r\n\r\n"...)); err != nil {
 		return "", err
 	}
@@ -184,14 +177,13 @@ func get(header []byte) (string, error) {
 	return string(page), err
 }
 
-// Goal: a parser in Go that is not ours reads what was written, to the byte: thousands of
-// headers that follow one another without anything between them.
+// Goal: a Go parser of somebody else reads thousands of headers, one behind the other, to the byte.
 func TestV2GoProxyproto(t *testing.T) {
 	const (
 		module  = "github.com/pires/go-proxyproto"
 		version = "v0.15.0"
 	)
-	goTool := need(t, "go")
+	goTool := hostdirtest.Need(t, "go")
 	t.Chdir(t.TempDir())
 	for name, text := range map[string]string{"go.mod": "module reader\n\ngo 1.26\n", "main.go": reader} {
 		if err := os.WriteFile(name, []byte(text), 0o644); err != nil {
@@ -199,10 +191,10 @@ func TestV2GoProxyproto(t *testing.T) {
 		}
 	}
 	t.Setenv("GOWORK", "off")
-	// The module is one of the test's, not of ours: it is fetched, or is not to be had.
+	// Only this test uses the module, so it is not in go.mod. It may not be available.
 	if out, err := exec.Command(goTool, "get", module+"@"+version).CombinedOutput(); err != nil {
 		t.Logf("%v: %s", err, out)
-		missing(t, module)
+		hostdirtest.Missing(t, module)
 	}
 	if out, err := exec.Command(goTool, "build", "-o", "reader", ".").CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
@@ -287,24 +279,3 @@ func main() {
 	}
 }
 `
-
-// need skips the test where a program is not installed, or fails it where all must be.
-func need(t *testing.T, program string) string {
-	t.Helper()
-	for _, name := range []string{program, "/usr/sbin/" + program, "/sbin/" + program} {
-		if path, err := exec.LookPath(name); err == nil {
-			return path
-		}
-	}
-	missing(t, program)
-	return ""
-}
-
-// missing ends the test for want of what it needs.
-func missing(t *testing.T, name string) {
-	t.Helper()
-	if os.Getenv("SNIPROXY_TEST_REQUIRE") != "" {
-		t.Fatalf("%s is not installed, and SNIPROXY_TEST_REQUIRE is set", name)
-	}
-	t.Skipf("%s is not installed", name)
-}

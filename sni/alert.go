@@ -5,8 +5,7 @@ import "fmt"
 // A Description is the AlertDescription of RFC 8446, Section 6.
 type Description uint8
 
-// The descriptions that a client can be told, spelled as in the RFC but for
-// the case.
+// The descriptions that clients are sent, spelled as in the RFC except for the case.
 const (
 	UnexpectedMessage Description = 10
 	RecordOverflow    Description = 22
@@ -16,8 +15,7 @@ const (
 	UnrecognizedName  Description = 112
 )
 
-// String returns the name that RFC 8446 gives the description, such as
-// "unrecognized_name".
+// String returns the name that RFC 8446 gives the description, such as "unrecognized_name".
 func (d Description) String() string {
 	switch d {
 	case UnexpectedMessage:
@@ -36,8 +34,7 @@ func (d Description) String() string {
 	return fmt.Sprintf("description %d", uint8(d))
 }
 
-// Record returns the TLS record that tells a client the description, as a
-// fatal alert.
+// Record returns the TLS record of a fatal alert with the description.
 func (d Description) Record() [7]byte {
 	const (
 		alert = 21 // ContentType
@@ -46,21 +43,19 @@ func (d Description) Record() [7]byte {
 	return [7]byte{alert, 3, 3, 0, 2, fatal, byte(d)}
 }
 
-// An Alert says why a client is refused: the description is for the client,
-// the reason for people. It never holds bytes that came from the client.
+// An Alert says why a client is refused: the description is for the client, the reason for people.
+// It holds no bytes that came from the client.
 type Alert struct {
 	Description Description
 	Reason      string
 }
 
-// Error returns the reason and the alert, such as
-// "no server name (alert 112, unrecognized_name)".
+// Error returns the reason and the alert, such as "no server name (alert 112, unrecognized_name)".
 func (a Alert) Error() string {
 	return fmt.Sprintf("%s (alert %d, %v)", a.Reason, uint8(a.Description), a.Description)
 }
 
-// An answer is what a Parser has come to. It stands for an error in a value
-// without pointers.
+// An answer is the result of a Parser. It stands for an error in a value without pointers.
 type answer uint8
 
 const (
@@ -90,7 +85,7 @@ const (
 	badCharacter
 )
 
-// The errors are values of the package, so that refusing allocates nothing.
+// The errors are variables, so that refusing allocates nothing.
 var alerts = [...]error{
 	notHandshake:     Alert{UnexpectedMessage, "first record is not a handshake"},
 	interleaved:      Alert{UnexpectedMessage, "another record type within the client hello"},

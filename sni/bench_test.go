@@ -3,10 +3,12 @@ package sni
 import (
 	"fmt"
 	"testing"
+
+	"sniproxy/sni/snitest"
 )
 
-// The time for a whole hello in one call: of 517 bytes, which many clients
-// send; with post-quantum key shares; and that in three records.
+// The time for a whole hello in one call: one of 517 bytes, which many clients send; one with
+// post-quantum key shares; and that in three records.
 func BenchmarkParse(b *testing.B) {
 	for _, c := range captures(b) {
 		switch c.file {
@@ -14,8 +16,8 @@ func BenchmarkParse(b *testing.B) {
 			benchmarkParse(b, c.file, c.stream)
 		}
 		if c.file == "go" {
-			msg := payload(c.stream)
-			benchmarkParse(b, "go-3-records", records(msg, len(msg)/3+1))
+			msg := snitest.Payload(c.stream)
+			benchmarkParse(b, "go-3-records", snitest.Records(msg, len(msg)/3+1))
 		}
 	}
 }
@@ -32,15 +34,15 @@ func benchmarkParse(b *testing.B, what string, stream []byte) {
 	})
 }
 
-// The time for a byte of a hello that comes byte by byte. It is the same for
-// all sizes, so the time for a hello grows with its size and no faster.
+// The time for a byte of a hello that comes byte by byte. It is the same for all sizes, so the time
+// for a hello grows with its size and no faster.
 func BenchmarkParseByteByByte(b *testing.B) {
 	for _, size := range []int{1, 4, 16, 60} {
 		b.Run(fmt.Sprintf("%dKiB", size), func(b *testing.B) {
-			stream := records(build(hello{extensions: func(m *message) {
-				m.extension(grease, fill(size<<10-100))
-				m.serverName(func() { m.entry(0, "example.com") })
-			}}).bytes, maxRecord)
+			stream := snitest.Records(snitest.ClientHello{Extensions: func(m *snitest.Message) {
+				m.Extension(snitest.Grease, snitest.Fill(size<<10-100))
+				m.ServerName(func() { m.Entry(snitest.HostName, "example.com") })
+			}}.Build().Bytes, maxRecord)
 			for b.Loop() {
 				var p Parser
 				var name []byte

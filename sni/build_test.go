@@ -3,140 +3,20 @@ package sni
 import (
 	"bytes"
 	"crypto/tls"
-	"encoding/binary"
 	"encoding/hex"
 	"errors"
-	"fmt"
 	"net"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+
+	"sniproxy/sni/snitest"
 )
 
-// A message is a handshake message being built. The code writes every length
-// in it, and lengths says where they are, in their order.
-type message struct {
-	bytes   []byte
-	lengths []length
-}
-
-// A length is a length in a message: of what, where, and in how many bytes.
-type length struct {
-	of       string
-	at, size int
-}
-
-func (m *message) raw(b ...byte) { m.bytes = append(m.bytes, b...) }
-
-func (m *message) uint16(v int) { m.bytes = binary.BigEndian.AppendUint16(m.bytes, uint16(v)) }
-
-// vector appends what body appends, behind its length in size bytes.
-func (m *message) vector(of string, size int, body func()) {
-	l := length{of, len(m.bytes), size}
-	m.lengths = append(m.lengths, l)
-	m.raw(make([]byte, size)...)
-	start := len(m.bytes)
-	body()
-	m.set(l, len(m.bytes)-start)
-}
-
-func (m *message) get(l length) (v int) {
-	for _, c := range m.bytes[l.at:][:l.size] {
-		v = v<<8 | int(c)
-	}
-	return v
-}
-
-func (m *message) set(l length, v int) {
-	for i := range l.size {
-		m.bytes[l.at+i] = byte(v >> (8 * (l.size - 1 - i)))
-	}
-}
-
-func (m *message) extension(kind int, body []byte) {
-	m.uint16(kind)
-	m.vector(fmt.Sprintf("extension %d", kind), 2, func() { m.raw(body...) })
-}
-
-// serverName appends a server_name extension, whose entries the function list
-// appends.
-func (m *message) serverName(list func()) {
-	m.uint16(0)
-	m.vector("server name", 2, func() {
-		m.vector("server name list", 2, list)
-	})
-}
-
-// entry appends an entry of a server name list.
-func (m *message) entry(kind byte, name string) {
-	of := "host name"
-	if kind != 0 {
-		of = "other name"
-	}
-	m.raw(kind)
-	m.vector(of, 2, func() { m.raw([]byte(name)...) })
-}
-
-// A hello says how a ClientHello is to be.
-type hello struct {
-	sessionID  int              // bytes
-	ciphers    int              // bytes more than the two that there must be
-	methods    int              // bytes of compression methods more than one
-	extensions func(m *message) // appends them; nil if there is not even a list
-	trailing   int              // bytes at the end that do not belong
-}
-
-// grease is a type of extension that nobody knows: RFC 8701.
-const grease = 0x0a0a
-
-// filler is a byte that, read as the first of a length, is too much.
-const filler = 0xff
-
-func fill(n int) []byte { return bytes.Repeat([]byte{filler}, n) }
-
-// build returns a ClientHello.
-func build(h hello) *message {
-	m := new(message)
-	m.raw(clientHello)
-	m.vector("message", 3, func() {
-		m.raw(3, 3)
-		m.raw(fill(32)...)
-		m.vector("session id", 1, func() { m.raw(fill(h.sessionID)...) })
-		m.vector("cipher suites", 2, func() { m.raw(fill(2 + h.ciphers)...) })
-		m.vector("compression methods", 1, func() { m.raw(fill(1 + h.methods)...) })
-		if h.extensions != nil {
-			m.vector("extensions", 2, func() { h.extensions(m) })
-		}
-		m.raw(make([]byte, h.trailing)...)
-	})
-	return m
-}
-
-// records puts a message into records of up to size bytes.
-func records(msg []byte, size int) []byte {
-	var b []byte
-	for c := range slices.Chunk(msg, size) {
-		b = append(b, handshake, 3, 1)
-		b = binary.BigEndian.AppendUint16(b, uint16(len(c)))
-		b = append(b, c...)
-	}
-	return b
-}
-
-// payload is what whole records hold.
-func payload(stream []byte) (msg []byte) {
-	for len(stream) > 0 {
-		end := recordHeader + int(binary.BigEndian.Uint16(stream[3:]))
-		msg = append(msg, stream[recordHeader:end]...)
-		stream = stream[end:]
-	}
-	return msg
-}
-
-// give gives a Parser more bytes, and returns its answer as text: the name, or
-// the error, or nothing.
+// give gives a Parser more bytes, and returns its answer as text: the name, or the error, or
+// nothing.
 func give(p *Parser, b []byte) string {
 	name, err := p.Parse(b)
 	s := text(name, err)
@@ -146,10 +26,10 @@ func give(p *Parser, b []byte) string {
 	return s
 }
 
-// nameless marks, in an answer as text, that Nameless says so.
+// nameless marks a text for which Nameless was true.
 const nameless = ", nameless"
 
-// text is what Parse returned as text.
+// text is the result of Parse as text.
 func text(name []byte, err error) string {
 	if err != nil {
 		return err.Error()
@@ -157,7 +37,7 @@ func text(name []byte, err error) string {
 	return string(name)
 }
 
-// parse is what a new Parser says of a stream, as text.
+// parse is the answer of a new Parser to a stream, as text.
 func parse(pieces ...[]byte) (s string) {
 	var p Parser
 	for _, b := range pieces {
@@ -180,9 +60,8 @@ func alertText(t *testing.T, a answer, d Description) string {
 	return alert.Error()
 }
 
-// checkStream checks that the answer to a stream is want, and that it does not
-// depend on where the stream is cut. It returns the number of bytes that the
-// answer took.
+// checkStream checks that the answer to a stream is want, and that it does not depend on where the
+// stream is cut. It returns the number of bytes that the answer took.
 func checkStream(t *testing.T, stream []byte, want string) (end int) {
 	t.Helper()
 	if got := parse(stream); got != want {
@@ -190,8 +69,8 @@ func checkStream(t *testing.T, stream []byte, want string) (end int) {
 	}
 	var p Parser // given the bytes one by one
 	for i := range stream {
-		// Up to here in one call: the same state. The rest in one call: the
-		// same answer. So any cuts in between are of no matter either.
+		// Up to here in one call: the same state. The rest in one call: the same answer. So cuts in
+		// between make no difference either.
 		var whole Parser
 		if got := give(&whole, stream[:i]); got != "" || whole != p {
 			t.Fatalf("after %d bytes: got %q and\n%+v, byte by byte\n%+v", i, got, whole, p)
@@ -210,13 +89,13 @@ func checkStream(t *testing.T, stream []byte, want string) (end int) {
 	return 0
 }
 
-// checkMessage does the same for a message in records of several sizes, and
-// checks that its answer comes at the same byte of it in all of them. It
-// returns the number of bytes of the message that the answer took.
+// checkMessage does the same for a message in records of several sizes, and checks that its answer
+// comes at the same byte of it in all of them. It returns the number of bytes of the message that
+// the answer took.
 func checkMessage(t *testing.T, msg []byte, want string) (end int) {
 	t.Helper()
 	for _, size := range []int{maxRecord, 100, 3, 2, 1} {
-		n := checkStream(t, records(msg, size), want)
+		n := checkStream(t, snitest.Records(msg, size), want)
 		n -= recordHeader * ((n-1)/(recordHeader+size) + 1) // the headers
 		if end == 0 {
 			end = n
@@ -257,8 +136,8 @@ func captures(t testing.TB) []capture {
 				continue
 			}
 			dump.WriteString(line)
-			// The form of hex.Dump: an address of 10 bytes, 16 times a byte in
-			// hexadecimal with a gap in the middle, and the text.
+			// The form of hex.Dump: an address of 10 bytes, 16 times a byte in hexadecimal with a
+			// gap in the middle, and the text.
 			digits, _, _ := strings.Cut(line[10:], "|")
 			row, err := hex.DecodeString(strings.ReplaceAll(digits, " ", ""))
 			if err != nil {
@@ -274,8 +153,8 @@ func captures(t testing.TB) []capture {
 	return all
 }
 
-// cryptoTLS is the server name that crypto/tls finds in a stream, if it accepts
-// the ClientHello in it at all.
+// cryptoTLS is the server name that crypto/tls finds in a stream, if it accepts the ClientHello in
+// it at all.
 func cryptoTLS(stream []byte) (name string, ok bool) {
 	config := &tls.Config{GetConfigForClient: func(info *tls.ClientHelloInfo) (*tls.Config, error) {
 		name, ok = info.ServerName, true
@@ -294,12 +173,12 @@ type streamConn struct {
 func (c streamConn) Read(b []byte) (int, error)  { return c.Reader.Read(b) }
 func (c streamConn) Write(b []byte) (int, error) { return len(b), nil }
 
-// checkAgainstCryptoTLS checks that where crypto/tls accepts a ClientHello,
-// the Parser has found the same name, or that it is nameless. But crypto/tls
-// does not mind bounds of what stands before the extensions.
+// checkAgainstCryptoTLS checks that where crypto/tls accepts a ClientHello, the Parser has found
+// the same name, or that it is nameless. But crypto/tls does not check the bounds of what stands
+// before the extensions.
 func checkAgainstCryptoTLS(t *testing.T, msg []byte) {
 	t.Helper()
-	stream := records(msg, maxRecord)
+	stream := snitest.Records(msg, maxRecord)
 	if len(stream) > MaxHello {
 		return
 	}

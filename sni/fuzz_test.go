@@ -2,57 +2,25 @@ package sni
 
 import (
 	"errors"
-	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+
+	"sniproxy/sni/snitest"
 )
 
-// Goal: the inputs that the targets begin with reach every statement of the
-// parser and of the rule for names, so that fuzzing begins at each of them.
-func TestFuzzInputsReachAll(t *testing.T) {
-	if _, err := exec.LookPath("go"); err != nil {
-		if os.Getenv("SNIPROXY_TEST_REQUIRE") != "" {
-			t.Fatal("go is not installed, and SNIPROXY_TEST_REQUIRE is set")
-		}
-		t.Skip("go is not installed")
-	}
-	file := filepath.Join(t.TempDir(), "profile")
-	out, err := exec.Command("go", "test", "-run", "^Fuzz", "-coverprofile", file, ".").CombinedOutput()
-	if err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
-	profile, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, source := range []string{"hello.go", "name.go"} {
-		if !strings.Contains(string(profile), "/"+source+":") {
-			t.Errorf("nothing of %s is in the profile\n%s", source, profile)
-		}
-	}
-	// Of alert.go a Parser has no use for Record, for user_canceled, and for
-	// descriptions without a name.
-	for line := range strings.Lines(string(profile)) {
-		if strings.HasSuffix(line, " 0\n") && !strings.Contains(line, "/alert.go:") {
-			t.Errorf("not reached: %s", line)
-		}
-	}
-}
-
-// Property: no panic; a name is canonical; the answer is stable under longer
-// input, and does not depend on how the stream is cut.
+// Goal: no panic; a name is canonical; the answer is stable under longer input, and does not depend
+// on how the stream is cut.
 //
-// For an input in testdata/fuzz its file's name says, up to the dot, what the
-// answer to its stream is: "name", "nameless", "pending", or the alert.
+// For an input in testdata/fuzz its file's name says, up to the dot, what the answer to its stream
+// is: "name", "nameless", "pending", or the alert.
 func FuzzParse(f *testing.F) {
 	for _, c := range captures(f) {
 		f.Add(c.stream, c.stream, uint16(7))
 	}
-	f.Add(records(ordinary("example.com").bytes, 40), []byte{}, uint16(50))
-	f.Add(records(build(hello{ciphers: MaxHello - 4}).bytes, maxRecord), []byte{}, uint16(999))
+	f.Add(snitest.Records(ordinary("example.com").Bytes, 40), []byte{}, uint16(50))
+	f.Add(snitest.Records(snitest.ClientHello{CipherSuites: MaxHello - 4}.Build().Bytes, maxRecord), []byte{}, uint16(999))
 	f.Fuzz(func(t *testing.T, stream, more []byte, size uint16) {
 		var p Parser
 		got := give(&p, stream)
@@ -85,8 +53,7 @@ func FuzzParse(f *testing.F) {
 	})
 }
 
-// answerWord says of what kind a Parser's answer is, as the names of the files
-// in testdata/fuzz do.
+// answerWord names the kind of a Parser's answer, like the files in testdata/fuzz.
 func answerWord(p *Parser) string {
 	name, err := p.Parse(nil)
 	var alert Alert
@@ -101,10 +68,10 @@ func answerWord(p *Parser) string {
 	return "name"
 }
 
-// Property: the answer does not depend on how a message is put into records.
+// Goal: the answer does not depend on how a message is put into records.
 func FuzzResplit(f *testing.F) {
 	for _, c := range captures(f) {
-		f.Add(payload(c.stream), []byte{1, 99, 2})
+		f.Add(snitest.Payload(c.stream), []byte{1, 99, 2})
 	}
 	f.Fuzz(func(t *testing.T, msg, sizes []byte) {
 		// In records of one byte it must still be within the limit.
@@ -117,26 +84,26 @@ func FuzzResplit(f *testing.F) {
 				n += int(sizes[i%len(sizes)])
 			}
 			n = min(n, len(rest))
-			split = append(split, records(rest[:n], n)...)
+			split = append(split, snitest.Records(rest[:n], n)...)
 			rest = rest[n:]
 		}
-		want := parse(records(msg, maxRecord))
+		want := parse(snitest.Records(msg, maxRecord))
 		if got := parse(split); got != want {
 			t.Errorf("got %q, want %q", got, want)
 		}
 	})
 }
 
-// Property: a hello is nameless exactly if it is, read as a whole, complete and
-// valid and without a host name; and it is not before its last byte has come.
+// Goal: a hello is nameless exactly if it is, read as a whole, complete and valid and without a
+// host name; and it is not before its last byte has come.
 func FuzzNameless(f *testing.F) {
 	for _, c := range captures(f) {
-		f.Add(payload(c.stream))
+		f.Add(snitest.Payload(c.stream))
 	}
 	for _, h := range namelessHellos() {
-		f.Add(h.hello.bytes)
+		f.Add(h.hello.Bytes)
 	}
-	f.Add(build(hello{sessionID: 33, ciphers: -1, methods: -1}).bytes)
+	f.Add(snitest.ClientHello{SessionID: 33, CipherSuites: -1, CompressionMethods: -1}.Build().Bytes)
 	f.Fuzz(func(t *testing.T, msg []byte) {
 		msg = msg[:min(len(msg), maxRecord)]
 		end, want := readNameless(msg)
@@ -148,30 +115,28 @@ func FuzzNameless(f *testing.F) {
 			{msg[:end], want},
 			{msg[:max(end-1, 0)], false},
 		} {
-			if got := strings.HasSuffix(parse(records(c.msg, maxRecord)), nameless); got != c.want {
+			if got := strings.HasSuffix(parse(snitest.Records(c.msg, maxRecord)), nameless); got != c.want {
 				t.Errorf("after %d bytes: nameless is %v, want %v", len(c.msg), got, c.want)
 			}
 		}
 	})
 }
 
-// Property: where crypto/tls accepts a hello, the name is the same, or it is
-// nameless to both.
+// Goal: where crypto/tls accepts a hello, the name is the same, or it is nameless to both.
 func FuzzCryptoTLS(f *testing.F) {
 	for _, c := range captures(f) {
-		f.Add(payload(c.stream))
+		f.Add(snitest.Payload(c.stream))
 	}
-	f.Add(ordinary("WWW.example.com").bytes)
+	f.Add(ordinary("WWW.example.com").Bytes)
 	for _, h := range namelessHellos() {
-		f.Add(h.hello.bytes)
+		f.Add(h.hello.Bytes)
 	}
-	f.Add(withList(func(m *message) { m.entry(1, "other"); m.entry(0, "example.com") }).bytes)
+	f.Add(snitest.NameList(func(m *snitest.Message) { m.Entry(1, "other"); m.Entry(snitest.HostName, "example.com") }).Bytes)
 	f.Fuzz(checkAgainstCryptoTLS)
 }
 
-// Property: the canonical form is canonical by the rule said another way, is
-// its own canonical form, and differs from the name in the case of ASCII
-// letters only; and what is refused has none.
+// Goal: the canonical form is canonical by the rule said another way, is its own canonical form,
+// and differs from the name in the case of ASCII letters only; and what is refused has none.
 func FuzzCanonical(f *testing.F) {
 	for _, name := range []string{"example.com", "A_b-.EXAMPLE", "a..b", "-a", "a.", "\u212a", longest, longest + "d", ""} {
 		f.Add([]byte(name))

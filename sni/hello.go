@@ -1,23 +1,22 @@
 // Package sni finds the host name in the first bytes that a TLS client sends.
 //
-// A [Parser] is given those bytes as they arrive, in pieces of any size, and
-// answers with the name, with an [Alert], or that it needs more. The answer is
-// the same however the bytes are cut, by TLS records or by the network. The
-// package does no I/O, allocates nothing, and keeps no reference to what it
-// was given.
+// A [Parser] takes those bytes as they arrive, in pieces of any size. It answers with the name,
+// with an [Alert], or that it needs more. The answer does not depend on where TLS records or the
+// network cut the bytes. The package does no I/O, allocates nothing, and keeps no reference to its
+// input.
 //
-// The name is answered as soon as its last byte has come, and nothing behind it
-// is looked at. That a hello has no name is answered only when all of the hello
-// has come and been found valid: see [Parser.Nameless].
+// It answers with the name as soon as the last byte of the name has come, and looks at nothing
+// behind that. It answers that there is no name only after it has seen all of the hello and found
+// it valid: see [Parser.Nameless].
 package sni
 
-// MaxHello is the number of raw bytes, record headers included, within which
-// the name must have come, or all of a hello without one. Real hellos have one
-// or two thousand. sniproxy-rs has no such limit.
+// MaxHello is the number of raw bytes, with record headers, within which the name must come, or the
+// end of a hello without a name. Real hellos have one or two thousand. sniproxy-rs has no such
+// limit.
 const MaxHello = 64 << 10
 
-// A Parser finds the server name in a ClientHello. Its zero value is ready for
-// the first byte of a connection. It is a plain value without pointers.
+// A Parser finds the server name in a ClientHello. Its zero value is ready for the first byte of a
+// connection. It is a plain value without pointers.
 type Parser struct {
 	taken  uint32 // raw bytes so far
 	answer answer
@@ -27,12 +26,12 @@ type Parser struct {
 
 	field field
 	got   uint8  // bytes so far of the field's value
-	flaw  answer // instead of none: what is wrong, of no matter if there is a name
-	none  answer // if no name comes: why
-	value uint32 // of the field, as far as it is known
+	flaw  answer // what is wrong; it does not matter if a name comes
+	none  answer // why there is no name, if none comes and there is no flaw
+	value uint32 // of the field, from the bytes so far
 	skip  uint32 // bytes left to skip before the field
-	left  uint32 // bytes left, after the field, of the structure it is in
-	after uint32 // bytes of the extensions after the server name's
+	left  uint32 // bytes left, after the field, in the structure around it
+	after uint32 // bytes left in the extensions behind server_name
 
 	size uint8 // bytes so far of the name
 	name [MaxName]byte
@@ -40,12 +39,12 @@ type Parser struct {
 
 // Parse continues with b, the raw bytes that follow those of earlier calls.
 //
-// It returns the canonical name (see [AppendCanonical]), in memory of p
-// itself; or neither name nor error when more bytes are needed; or an [Alert].
-// Once there is a name or an Alert, further calls return the same and ignore b.
+// It returns the canonical name (see [AppendCanonical]), in memory of p itself; or an [Alert]; or
+// neither, if it needs more bytes. Once it has returned a name or an Alert, further calls return
+// the same and ignore b.
 //
-// Nothing behind the name is looked at: the rest of the hello is for the
-// server to judge. Nor is anything behind a hello without a name.
+// It does not look behind the name, since the rest of the hello is for the server to judge, nor
+// behind a hello without a name.
 func (p *Parser) Parse(b []byte) (name []byte, err error) {
 	if p.answer == pending {
 		b = b[:min(len(b), MaxHello-int(p.taken))]
@@ -65,17 +64,15 @@ func (p *Parser) Parse(b []byte) (name []byte, err error) {
 	}
 }
 
-// Nameless tells whether Parse has answered with an Alert because a complete,
-// valid ClientHello has no server name: no extensions, no server_name extension
-// among them, or no host_name in its list. Other readers of the same bytes find
-// no name either, so such a client can be served without one.
+// Nameless reports whether Parse returned its Alert because a complete, valid ClientHello has no
+// server name: no extensions, no server_name extension, or no host_name in its list. Other readers
+// of the same bytes find no name either, so such a client can be served without one.
 //
-// It is false while more bytes are needed, for a name that is not canonical,
-// and for a hello that is not valid. Checked are the records; each length up to
-// the end of the message; the bounds that RFC 8446 and RFC 6066 set to the
-// session id, the cipher suites, the compression methods and the server name
-// list; and that there is at most one server_name extension. What is in other
-// extensions, and in names of other types, is not looked at.
+// It is false while Parse needs more bytes, for a name that is not canonical, and for a hello that
+// is not valid. A valid hello has good records and good lengths up to its end; a session id, cipher
+// suites, compression methods and a server name list within the bounds of RFC 8446 and RFC 6066;
+// and at most one server_name extension. What is inside other extensions, and inside names of other
+// types, does not matter.
 func (p *Parser) Nameless() bool {
 	switch p.answer {
 	case noExtensions, noServerName, noHostName:
@@ -84,8 +81,7 @@ func (p *Parser) Nameless() bool {
 	return false
 }
 
-// readRecords takes b apart into records, and hands on what they hold.
-// RFC 8446, Section 5.1.
+// readRecords takes b apart into records and passes on their contents. RFC 8446, Section 5.1.
 func (p *Parser) readRecords(b []byte) {
 	for len(b) > 0 && p.answer == pending {
 		if p.header < recordHeader {
@@ -109,14 +105,12 @@ const (
 	handshake    = 22      // ContentType
 )
 
-// readHeader reads one byte of a record's header. The version "MUST be ignored
-// for all purposes".
+// readHeader reads one byte of a record's header. The version "MUST be ignored for all purposes".
 func (p *Parser) readHeader(c byte) {
 	switch p.header {
 	case 0:
 		if c != handshake {
-			// "Handshake messages MUST NOT be interleaved with other
-			// record types."
+			// "Handshake messages MUST NOT be interleaved with other record types."
 			p.answer = interleaved
 			if p.field == messageType {
 				p.answer = notHandshake
@@ -128,8 +122,7 @@ func (p *Parser) readHeader(c byte) {
 		p.record |= uint16(c)
 		switch {
 		case p.record == 0:
-			// "Implementations MUST NOT send zero-length fragments of
-			// Handshake types".
+			// "Implementations MUST NOT send zero-length fragments of Handshake types".
 			p.answer = emptyRecord
 		case p.record > maxRecord:
 			p.answer = longRecord
@@ -138,8 +131,8 @@ func (p *Parser) readHeader(c byte) {
 	p.header++
 }
 
-// A field is a number in the ClientHello that the parser needs. All bytes
-// between one field and the next are skipped.
+// A field is a number in the ClientHello that the parser needs. It skips all bytes between two
+// fields.
 type field uint8
 
 const (
@@ -161,9 +154,9 @@ const (
 	hostName       // not a number: the name itself
 )
 
-// fields holds, for each field that is a number, its size in bytes, and what
-// takes its place where the structure ends that it is part of. That is the same
-// field, for which there is no room, where the structure may not end.
+// fields holds, for each field that is a number, its size in bytes, and the field that follows in
+// its place if the structure around it ends there. Where the structure may not end, that is the
+// same field, for which there is no room.
 var fields = [...]struct {
 	size uint8
 	end  field
@@ -181,8 +174,8 @@ var fields = [...]struct {
 	helloEnd:           {size: 0},
 }
 
-// readHandshake reads the next bytes of the handshake messages, up to the name
-// or the end of a hello without one.
+// readHandshake reads the next bytes of the handshake messages, up to the name or the end of a
+// hello without one.
 func (p *Parser) readHandshake(b []byte) {
 	for p.answer == pending && p.field != hostName {
 		if n := uint32(len(b)); n < p.skip {
@@ -290,8 +283,8 @@ func (p *Parser) next(value uint32) {
 	}
 }
 
-// expect makes f the next field, after skip bytes, if there is room for both; or
-// what stands in for it, if the structure ends with those bytes.
+// expect makes f the next field, after skip bytes, if there is room for both. If the structure ends
+// with those bytes, it takes the field that follows at the end.
 func (p *Parser) expect(f field, skip uint32) {
 	if skip == p.left {
 		f = fields[f].end
@@ -306,10 +299,8 @@ func (p *Parser) expect(f field, skip uint32) {
 	p.left -= need
 }
 
-// expectList makes f the next field, the first of a list of the given length
-// that must end where the structure around it ends. So the end of the
-// extensions is that of the message, and the end of the server name list that
-// of its extension.
+// expectList makes f the next field, the first of a list that must end where the structure around
+// it ends: the extensions end with the message, and the server name list ends with its extension.
 func (p *Parser) expectList(f field, length uint32) {
 	if length != p.left {
 		p.answer = trailing

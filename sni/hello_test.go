@@ -8,97 +8,89 @@ import (
 	"strings"
 	"testing"
 	"unsafe"
+
+	"sniproxy/sni/snitest"
 )
 
-// ordinary is a ClientHello in the usual shape: some extensions, and among
-// them the server name.
-func ordinary(name string) *message {
-	return build(hello{sessionID: 32, ciphers: 6, extensions: func(m *message) {
-		m.extension(grease, fill(1))
-		m.serverName(func() { m.entry(0, name) })
-		m.extension(grease+0x1010, fill(5))
-	}})
-}
-
-// withList is a ClientHello with nothing but a server name list.
-func withList(entries func(m *message)) *message {
-	return build(hello{extensions: func(m *message) {
-		m.serverName(func() { entries(m) })
-	}})
+// ordinary is a ClientHello in the usual shape: some extensions, and among them the server name.
+func ordinary(name string) *snitest.Message {
+	return snitest.ClientHello{SessionID: 32, CipherSuites: 6, Extensions: func(m *snitest.Message) {
+		m.Extension(snitest.Grease, snitest.Fill(1))
+		m.ServerName(func() { m.Entry(snitest.HostName, name) })
+		m.Extension(snitest.Grease+0x1010, snitest.Fill(5))
+	}}.Build()
 }
 
 // longest is a name of MaxName bytes.
 var longest = strings.Repeat("a.", MaxName/2-1) + "bc"
 
-// Goal: the name is found, in canonical form, wherever the grammar lets it be.
+// Goal: the name is found, in canonical form, wherever the grammar allows it.
 func TestName(t *testing.T) {
 	for _, c := range []struct {
 		what  string
-		hello *message
+		hello *snitest.Message
 		want  string
 	}{
 		{"ordinary", ordinary("example.com"), "example.com"},
 		{"upper case", ordinary("WWW.Example.COM"), "www.example.com"},
 		{"longest", ordinary(longest), longest},
 		{"one byte", ordinary("a"), "a"},
-		{"no session id", build(hello{extensions: func(m *message) {
-			m.serverName(func() { m.entry(0, "a.example") })
-		}}), "a.example"},
-		// RFC 8446 allows 32 bytes; crypto/tls does not mind more.
-		{"long session id", build(hello{sessionID: 255, extensions: func(m *message) {
-			m.serverName(func() { m.entry(0, "a.example") })
-		}}), "a.example"},
-		// What is wrong with the next three is for the server to say.
-		{"no cipher suites", build(hello{ciphers: -2, extensions: func(m *message) {
-			m.serverName(func() { m.entry(0, "a.example") })
-		}}), "a.example"},
-		{"half a cipher suite", build(hello{ciphers: -1, extensions: func(m *message) {
-			m.serverName(func() { m.entry(0, "a.example") })
-		}}), "a.example"},
-		{"no compression methods", build(hello{methods: -1, extensions: func(m *message) {
-			m.serverName(func() { m.entry(0, "a.example") })
-		}}), "a.example"},
-		{"many cipher suites", build(hello{ciphers: 1000, extensions: func(m *message) {
-			m.serverName(func() { m.entry(0, "a.example") })
-		}}), "a.example"},
-		{"empty extension before it", build(hello{extensions: func(m *message) {
-			m.extension(23, nil)
-			m.serverName(func() { m.entry(0, "a.example") })
-		}}), "a.example"},
-		{"another kind of name before it", withList(func(m *message) {
-			m.entry(1, "other")
-			m.entry(2, "")
-			m.entry(0, "a.example")
+		{"no session id", snitest.Named("a.example"), "a.example"},
+		// RFC 8446 allows 32 bytes; crypto/tls accepts more.
+		{"long session id", snitest.ClientHello{SessionID: 255, Extensions: func(m *snitest.Message) {
+			m.ServerName(func() { m.Entry(snitest.HostName, "a.example") })
+		}}.Build(), "a.example"},
+		// The next three are wrong, but a name comes: the server will refuse them.
+		{"no cipher suites", snitest.ClientHello{CipherSuites: -2, Extensions: func(m *snitest.Message) {
+			m.ServerName(func() { m.Entry(snitest.HostName, "a.example") })
+		}}.Build(), "a.example"},
+		{"half a cipher suite", snitest.ClientHello{CipherSuites: -1, Extensions: func(m *snitest.Message) {
+			m.ServerName(func() { m.Entry(snitest.HostName, "a.example") })
+		}}.Build(), "a.example"},
+		{"no compression methods", snitest.ClientHello{CompressionMethods: -1, Extensions: func(m *snitest.Message) {
+			m.ServerName(func() { m.Entry(snitest.HostName, "a.example") })
+		}}.Build(), "a.example"},
+		{"many cipher suites", snitest.ClientHello{CipherSuites: 1000, Extensions: func(m *snitest.Message) {
+			m.ServerName(func() { m.Entry(snitest.HostName, "a.example") })
+		}}.Build(), "a.example"},
+		{"empty extension before it", snitest.ClientHello{Extensions: func(m *snitest.Message) {
+			m.Extension(23, nil)
+			m.ServerName(func() { m.Entry(snitest.HostName, "a.example") })
+		}}.Build(), "a.example"},
+		{"another kind of name before it", snitest.NameList(func(m *snitest.Message) {
+			m.Entry(1, "other")
+			m.Entry(2, "")
+			m.Entry(snitest.HostName, "a.example")
 		}), "a.example"},
-		{"nothing behind the name is looked at", build(hello{extensions: func(m *message) {
-			m.serverName(func() {
-				m.entry(0, "first.example")
-				m.entry(0, "second.example")
-				m.raw(filler)
+		{"nothing behind the name is looked at", snitest.ClientHello{Extensions: func(m *snitest.Message) {
+			m.ServerName(func() {
+				m.Entry(snitest.HostName, "first.example")
+				m.Entry(snitest.HostName, "second.example")
+				m.Raw(snitest.Filler)
 			})
-			m.serverName(func() { m.entry(0, "third.example") })
-			m.raw(filler)
-		}}), "first.example"},
+			m.ServerName(func() { m.Entry(snitest.HostName, "third.example") })
+			m.Raw(snitest.Filler)
+		}}.Build(), "first.example"},
 	} {
 		t.Run(c.what, func(t *testing.T) {
-			checkMessage(t, c.hello.bytes, c.want)
+			checkMessage(t, c.hello.Bytes, c.want)
 		})
 	}
 }
 
-// Goal: each mistake in a handshake message has the alert that it should have.
+// Goal: each mistake in a handshake message gives the right alert.
 func TestMessageAlerts(t *testing.T) {
 	type row struct {
 		what  string
-		hello *message
+		hello *snitest.Message
 		want  answer
 	}
 	named := func(name string, want answer) row {
 		return row{fmt.Sprintf("name %q", name), ordinary(name), want}
 	}
-	typed := func(messageType byte) *message {
+	typed := func(messageType byte) *snitest.Message {
 		m := ordinary("example.com")
-		m.bytes[0] = messageType
+		m.Bytes[0] = messageType
 		return m
 	}
 
@@ -110,54 +102,54 @@ func TestMessageAlerts(t *testing.T) {
 			{"unknown message", typed(255), notClientHello},
 		},
 		DecodeError: {
-			{"trailing bytes", build(hello{trailing: 1, extensions: func(m *message) {
-				m.serverName(func() { m.entry(0, "example.com") })
-			}}), trailing},
-			{"trailing bytes and no extensions", build(hello{trailing: 1}), overrun},
-			{"trailing bytes behind empty extensions", build(hello{trailing: 2, extensions: func(*message) {}}), trailing},
-			{"trailing bytes in the extensions", build(hello{extensions: func(m *message) {
-				m.extension(grease, fill(5))
-				m.raw(filler, filler, filler)
-			}}), overrun},
-			{"trailing bytes behind the list", build(hello{extensions: func(m *message) {
-				m.uint16(0)
-				m.vector("extension", 2, func() {
-					m.vector("server name list", 2, func() { m.entry(0, "example.com") })
-					m.raw(filler)
+			{"trailing bytes", snitest.ClientHello{Trailing: 1, Extensions: func(m *snitest.Message) {
+				m.ServerName(func() { m.Entry(snitest.HostName, "example.com") })
+			}}.Build(), trailing},
+			{"trailing bytes and no extensions", snitest.ClientHello{Trailing: 1}.Build(), overrun},
+			{"trailing bytes behind empty extensions", snitest.ClientHello{Trailing: 2, Extensions: func(*snitest.Message) {}}.Build(), trailing},
+			{"trailing bytes in the extensions", snitest.ClientHello{Extensions: func(m *snitest.Message) {
+				m.Extension(snitest.Grease, snitest.Fill(5))
+				m.Raw(snitest.Filler, snitest.Filler, snitest.Filler)
+			}}.Build(), overrun},
+			{"trailing bytes behind the list", snitest.ClientHello{Extensions: func(m *snitest.Message) {
+				m.Uint16(0)
+				m.Vector("extension", 2, func() {
+					m.Vector("server name list", 2, func() { m.Entry(snitest.HostName, "example.com") })
+					m.Raw(snitest.Filler)
 				})
-			}}), trailing},
-			{"trailing bytes in the list", withList(func(m *message) {
-				m.entry(1, "other")
-				m.raw(0, 0)
+			}}.Build(), trailing},
+			{"trailing bytes in the list", snitest.NameList(func(m *snitest.Message) {
+				m.Entry(1, "other")
+				m.Raw(0, 0)
 			}), overrun},
-			{"server name without list", build(hello{extensions: func(m *message) {
-				m.extension(0, nil)
-			}}), overrun},
-			{"server name with half a length", build(hello{extensions: func(m *message) {
-				m.extension(0, fill(1))
-			}}), overrun},
-			{"empty list", withList(func(*message) {}), emptyList},
-			{"second server name", build(hello{extensions: func(m *message) {
-				m.serverName(func() { m.entry(1, "other") })
-				m.extension(grease, nil)
-				m.serverName(func() { m.entry(0, "example.com") })
-			}}), secondServerName},
-			{"second server name without host name", build(hello{extensions: func(m *message) {
-				m.serverName(func() { m.entry(1, "other") })
-				m.serverName(func() { m.entry(1, "other") })
-			}}), secondServerName},
-			{"trailing bytes behind a server name without host name", build(hello{extensions: func(m *message) {
-				m.serverName(func() { m.entry(1, "other") })
-				m.raw(filler, filler, filler)
-			}}), overrun},
-			{"long session id and no extensions", build(hello{sessionID: 33}), longSessionID},
-			{"no cipher suites and no server name", build(hello{ciphers: -2, extensions: func(m *message) {
-				m.extension(grease, fill(5))
-			}}), badCipherSuites},
-			{"half a cipher suite and no extensions", build(hello{ciphers: 3}), badCipherSuites},
-			{"no compression methods and no host name", build(hello{methods: -1, extensions: func(m *message) {
-				m.serverName(func() { m.entry(1, "other") })
-			}}), noCompression},
+			{"server name without list", snitest.ClientHello{Extensions: func(m *snitest.Message) {
+				m.Extension(0, nil)
+			}}.Build(), overrun},
+			{"server name with half a length", snitest.ClientHello{Extensions: func(m *snitest.Message) {
+				m.Extension(0, snitest.Fill(1))
+			}}.Build(), overrun},
+			{"empty list", snitest.NameList(func(*snitest.Message) {}), emptyList},
+			{"second server name", snitest.ClientHello{Extensions: func(m *snitest.Message) {
+				m.ServerName(func() { m.Entry(1, "other") })
+				m.Extension(snitest.Grease, nil)
+				m.ServerName(func() { m.Entry(snitest.HostName, "example.com") })
+			}}.Build(), secondServerName},
+			{"second server name without host name", snitest.ClientHello{Extensions: func(m *snitest.Message) {
+				m.ServerName(func() { m.Entry(1, "other") })
+				m.ServerName(func() { m.Entry(1, "other") })
+			}}.Build(), secondServerName},
+			{"trailing bytes behind a server name without host name", snitest.ClientHello{Extensions: func(m *snitest.Message) {
+				m.ServerName(func() { m.Entry(1, "other") })
+				m.Raw(snitest.Filler, snitest.Filler, snitest.Filler)
+			}}.Build(), overrun},
+			{"long session id and no extensions", snitest.ClientHello{SessionID: 33}.Build(), longSessionID},
+			{"no cipher suites and no server name", snitest.ClientHello{CipherSuites: -2, Extensions: func(m *snitest.Message) {
+				m.Extension(snitest.Grease, snitest.Fill(5))
+			}}.Build(), badCipherSuites},
+			{"half a cipher suite and no extensions", snitest.ClientHello{CipherSuites: 3}.Build(), badCipherSuites},
+			{"no compression methods and no host name", snitest.ClientHello{CompressionMethods: -1, Extensions: func(m *snitest.Message) {
+				m.ServerName(func() { m.Entry(1, "other") })
+			}}.Build(), noCompression},
 		},
 		UnrecognizedName: {
 			named("", emptyName),
@@ -173,19 +165,17 @@ func TestMessageAlerts(t *testing.T) {
 	} {
 		for _, r := range rows {
 			t.Run(fmt.Sprintf("%d/%s", description, r.what), func(t *testing.T) {
-				checkMessage(t, r.hello.bytes, alertText(t, r.want, description))
+				checkMessage(t, r.hello.Bytes, alertText(t, r.want, description))
 			})
 		}
 	}
 }
 
-// Goal: each mistake in the record layer has the alert that it should have, and
-// is found at the byte that shows it.
+// Goal: each mistake in the record layer gives the right alert, at the byte that shows it.
 func TestRecordAlerts(t *testing.T) {
-	msg := ordinary("example.com").bytes
-	// after has a good first record, of the message's first three bytes, and
-	// then these bytes.
-	after := func(b ...byte) []byte { return append(records(msg[:3], 3), b...) }
+	msg := ordinary("example.com").Bytes
+	// after puts b behind a good first record with the first three bytes of the message.
+	after := func(b ...byte) []byte { return append(snitest.Records(msg[:3], 3), b...) }
 
 	for description, rows := range map[Description][]struct {
 		what   string
@@ -224,34 +214,34 @@ func TestRecordAlerts(t *testing.T) {
 
 // Goal: the version in a record's header makes no difference.
 func TestRecordVersionIsIgnored(t *testing.T) {
-	b := records(ordinary("example.com").bytes, maxRecord)
+	b := ordinary("example.com").Stream()
 	for _, v := range [][2]byte{{0, 0}, {2, 0}, {3, 0}, {3, 1}, {3, 4}, {0xff, 0xff}} {
 		b[1], b[2] = v[0], v[1]
 		checkStream(t, b, "example.com")
 	}
 }
 
-// Goal: a length that lies is never believed. Every length of a ClientHello up
-// to the name's is changed.
+// Goal: a wrong length is never believed. The test changes every length of a ClientHello up to that
+// of the name.
 func TestLengthsPerturbed(t *testing.T) {
-	newHello := func() *message {
-		return build(hello{sessionID: 32, ciphers: 6, extensions: func(m *message) {
-			m.extension(grease, fill(9))
-			m.serverName(func() {
-				m.entry(1, "\xff\xff\xff\xff\xff")
-				m.entry(0, "example.com")
+	newHello := func() *snitest.Message {
+		return snitest.ClientHello{SessionID: 32, CipherSuites: 6, Extensions: func(m *snitest.Message) {
+			m.Extension(snitest.Grease, snitest.Fill(9))
+			m.ServerName(func() {
+				m.Entry(1, "\xff\xff\xff\xff\xff")
+				m.Entry(snitest.HostName, "example.com")
 			})
-			m.extension(grease+0x1010, fill(9))
-		}})
+			m.Extension(snitest.Grease+0x1010, snitest.Fill(9))
+		}}.Build()
 	}
-	// All others are a decode_error. What follows a name that claims to be
-	// shorter is not looked at.
+	// All others are a decode_error. The parser does not look behind a name that claims to be
+	// shorter.
 	want := map[string]string{
 		"host name -1": "example.co",
 		"host name -4": "example",
 		"host name =0": alertText(t, emptyName, UnrecognizedName),
 	}
-	lengths := newHello().lengths
+	lengths := newHello().Lengths
 	for _, l := range lengths[:len(lengths)-1] {
 		for _, change := range []struct {
 			what string
@@ -262,20 +252,20 @@ func TestLengthsPerturbed(t *testing.T) {
 			{"+1", func(v int) int { return v + 1 }},
 			{"+4", func(v int) int { return v + 4 }},
 			{"=0", func(int) int { return 0 }},
-			{"=max", func(int) int { return 1<<(8*l.size) - 1 }},
+			{"=max", func(int) int { return 1<<(8*l.Size) - 1 }},
 		} {
 			m := newHello()
-			v := change.to(m.get(l))
+			v := change.to(m.Get(l))
 			if v < 0 {
 				continue
 			}
-			m.set(l, v)
-			what := fmt.Sprintf("%s %s", l.of, change.what)
+			m.Set(l, v)
+			what := fmt.Sprintf("%s %s", l.Of, change.what)
 			t.Run(what, func(t *testing.T) {
-				got := parse(records(m.bytes, maxRecord))
-				end := checkMessage(t, m.bytes, got)
-				if change.what == "=max" && l.of != "message" && end != l.at+l.size {
-					t.Errorf("answer after %d bytes of the message, want %d", end, l.at+l.size)
+				got := parse(m.Stream())
+				end := checkMessage(t, m.Bytes, got)
+				if change.what == "=max" && l.Of != "message" && end != l.At+l.Size {
+					t.Errorf("answer after %d bytes of the message, want %d", end, l.At+l.Size)
 				}
 				if s := want[what]; s != "" {
 					if got != s {
@@ -289,18 +279,18 @@ func TestLengthsPerturbed(t *testing.T) {
 	}
 }
 
-// Goal: a ClientHello that says itself that it ends within a field, or between
-// two, is a decode_error; but it may have no extensions.
+// Goal: a ClientHello whose own length ends it inside a field, or between two, is a decode_error;
+// but it may have no extensions.
 func TestMessageEnds(t *testing.T) {
 	whole := ordinary("example.com")
-	length := whole.lengths[0]
-	body := length.at + length.size
-	extensions := len(build(hello{sessionID: 32, ciphers: 6}).bytes)
-	for end := body; end < len(whole.bytes); end++ {
-		m := message{bytes: slices.Clone(whole.bytes[:end])}
-		m.set(length, end-body)
-		got := parse(records(m.bytes, maxRecord))
-		checkMessage(t, m.bytes, got)
+	length := whole.Lengths[0]
+	body := length.At + length.Size
+	extensions := len(snitest.ClientHello{SessionID: 32, CipherSuites: 6}.Build().Bytes)
+	for end := body; end < len(whole.Bytes); end++ {
+		m := snitest.Message{Bytes: slices.Clone(whole.Bytes[:end])}
+		m.Set(length, end-body)
+		got := parse(m.Stream())
+		checkMessage(t, m.Bytes, got)
 		if end == extensions {
 			if want := alertText(t, noExtensions, UnrecognizedName); got != want {
 				t.Errorf("no extensions: got %q, want %q", got, want)
@@ -311,22 +301,21 @@ func TestMessageEnds(t *testing.T) {
 	}
 }
 
-// Goal: a name whose last byte is byte 65536 of the stream is found, one that
-// ends a byte later is not, and the same holds for what a bad name is told.
+// Goal: a name whose last byte is byte 65536 of the stream is found, and one that ends a byte later
+// is not. The same holds for the alert of a bad name.
 func TestLimit(t *testing.T) {
-	// at returns a stream in which the last byte of the name is byte number
-	// end.
+	// at returns a stream in which the last byte of the name is byte number end.
 	at := func(name string, end int) []byte {
 		var b []byte
 		padding := MaxHello - 400
 		for range 2 {
-			m := build(hello{extensions: func(m *message) {
+			m := snitest.ClientHello{Extensions: func(m *snitest.Message) {
 				half := padding / 2
-				m.extension(grease, fill(half))
-				m.extension(grease, fill(padding-half))
-				m.serverName(func() { m.entry(0, name) })
-			}})
-			b = records(m.bytes, maxRecord)
+				m.Extension(snitest.Grease, snitest.Fill(half))
+				m.Extension(snitest.Grease, snitest.Fill(padding-half))
+				m.ServerName(func() { m.Entry(snitest.HostName, name) })
+			}}.Build()
+			b = m.Stream()
 			padding += end - len(b)
 		}
 		if len(b) != end || !bytes.HasSuffix(b, []byte(name)) {
@@ -354,8 +343,8 @@ func TestLimit(t *testing.T) {
 					t.Errorf("in pieces of %d bytes: got %s, want %s", size, got, c.want)
 				}
 			}
-			// All but the last byte that counts is not enough; a read that
-			// jumps over the limit is no different.
+			// Without the last byte there is no answer. A read that crosses the limit changes
+			// nothing.
 			last := min(c.end, MaxHello) - 1
 			if got := parse(b[:last]); got != "" {
 				t.Errorf("after %d bytes: got %s, want no answer", last, got)
@@ -367,13 +356,13 @@ func TestLimit(t *testing.T) {
 	}
 }
 
-// Goal: a ClientHello that claims 16 MiB is followed for 64 KiB and no further.
+// Goal: the parser follows a ClientHello that claims 16 MiB for 64 KiB and no further.
 func TestHugeClaim(t *testing.T) {
-	m := build(hello{sessionID: 255, ciphers: 1<<16 - 4, extensions: func(m *message) {
-		m.serverName(func() { m.entry(0, "example.com") })
-	}})
-	m.set(m.lengths[0], 1<<24-1)
-	b := records(m.bytes, maxRecord)
+	m := snitest.ClientHello{SessionID: 255, CipherSuites: 1<<16 - 4, Extensions: func(m *snitest.Message) {
+		m.ServerName(func() { m.Entry(snitest.HostName, "example.com") })
+	}}.Build()
+	m.Set(m.Lengths[0], 1<<24-1)
+	b := m.Stream()
 	want := alertText(t, tooLate, InternalError)
 	for _, size := range []int{1, 1000, len(b)} {
 		if got := parse(slices.Collect(slices.Chunk(b, size))...); got != want {
@@ -386,17 +375,17 @@ func TestHugeClaim(t *testing.T) {
 
 	// Where the extensions come in time, their length shows the lie.
 	m = ordinary("example.com")
-	m.set(m.lengths[0], 1<<24-1)
-	checkMessage(t, m.bytes, alertText(t, trailing, DecodeError))
+	m.Set(m.Lengths[0], 1<<24-1)
+	checkMessage(t, m.Bytes, alertText(t, trailing, DecodeError))
 }
 
-// Goal: after an answer, Parse gives the same answer again, and reads nothing.
+// Goal: after an answer, Parse gives the same answer again and reads nothing.
 func TestAnswerStays(t *testing.T) {
 	for _, c := range []struct{ name, want string }{
 		{"example.com", "example.com"},
 		{"example.com.", alertText(t, trailingDot, UnrecognizedName)},
 	} {
-		b := records(ordinary(c.name).bytes, maxRecord)
+		b := snitest.Records(ordinary(c.name).Bytes, maxRecord)
 		var p Parser
 		p.Parse(b)
 		before := p
@@ -411,10 +400,9 @@ func TestAnswerStays(t *testing.T) {
 	}
 }
 
-// Goal: parsing costs linear time however the bytes come, shown without a
-// clock: a Parser is a few hundred bytes without pointers, and what it was
-// given is overwritten after each call, so a call can look at nothing but the
-// new bytes and that small value. BenchmarkParseByteByByte has the figures.
+// Goal: parsing takes linear time however the bytes come. The proof needs no clock: a Parser is a
+// few hundred bytes without pointers, and the test overwrites its input after each call, so a call
+// can look only at the new bytes and at that small value. BenchmarkParseByteByByte has the figures.
 func TestParserKeepsNothing(t *testing.T) {
 	var p Parser
 	if size := unsafe.Sizeof(p); size > MaxName+32 {
@@ -426,10 +414,10 @@ func TestParserKeepsNothing(t *testing.T) {
 		var p Parser
 		var got string
 		piece := make([]byte, size)
-		for c := range slices.Chunk(records(ordinary("example.com").bytes, maxRecord), size) {
+		for c := range slices.Chunk(ordinary("example.com").Stream(), size) {
 			n := copy(piece, c)
 			got = give(&p, piece[:n])
-			copy(piece, fill(size))
+			copy(piece, snitest.Fill(size))
 		}
 		if got != "example.com" {
 			t.Errorf("in pieces of %d bytes: got %s", size, got)
@@ -459,12 +447,12 @@ func TestNoAllocation(t *testing.T) {
 		what   string
 		stream []byte
 	}{
-		{"name", records(ordinary("WWW.example.com").bytes, maxRecord)},
-		{"bad name", records(ordinary("a/b").bytes, maxRecord)},
-		{"no name", records(build(hello{}).bytes, maxRecord)},
+		{"name", ordinary("WWW.example.com").Stream()},
+		{"bad name", ordinary("a/b").Stream()},
+		{"no name", snitest.Records(snitest.ClientHello{}.Build().Bytes, maxRecord)},
 		{"not TLS", []byte("GET / HTTP/1.1\r\n")},
-		{"many records", records(ordinary("example.com").bytes, 1)},
-		{"no answer yet", records(ordinary("example.com").bytes[:50], maxRecord)},
+		{"many records", snitest.Records(ordinary("example.com").Bytes, 1)},
+		{"no answer yet", snitest.Records(ordinary("example.com").Bytes[:50], maxRecord)},
 	} {
 		t.Run(c.what, func(t *testing.T) {
 			for _, size := range []int{1, len(c.stream)} {
@@ -483,13 +471,13 @@ func TestNoAllocation(t *testing.T) {
 	}
 }
 
-// Goal: the real hellos among the tests' data yield the names that their
-// clients were told to connect to.
+// Goal: the captured hellos of real clients give the names that the clients were told to connect
+// to.
 func TestCaptured(t *testing.T) {
 	for _, c := range captures(t) {
 		t.Run(c.file, func(t *testing.T) {
 			checkStream(t, c.stream, c.name)
-			checkMessage(t, payload(c.stream), c.name)
+			checkMessage(t, snitest.Payload(c.stream), c.name)
 		})
 	}
 }
@@ -501,25 +489,25 @@ func TestAgreesWithCryptoTLS(t *testing.T) {
 			t.Errorf("%s: crypto/tls found %q (%v), want %q", c.file, name, ok, c.name)
 		}
 	}
-	for _, m := range []*message{
+	for _, m := range []*snitest.Message{
 		ordinary("example.com"),
 		ordinary(longest),
 		ordinary("a_b.example"),
 		ordinary("a..b"),
-		build(hello{}),
-		build(hello{sessionID: 255, extensions: func(m *message) {
-			m.serverName(func() { m.entry(0, "example.com") })
-		}}),
-		build(hello{extensions: func(*message) {}}),
-		build(hello{sessionID: 33}),
-		build(hello{ciphers: -2}),
-		build(hello{methods: -1}),
-		withList(func(m *message) { m.entry(1, "other") }),
-		withList(func(m *message) { m.entry(1, "other"); m.entry(0, "example.com") }),
+		snitest.ClientHello{}.Build(),
+		snitest.ClientHello{SessionID: 255, Extensions: func(m *snitest.Message) {
+			m.ServerName(func() { m.Entry(snitest.HostName, "example.com") })
+		}}.Build(),
+		snitest.ClientHello{Extensions: func(*snitest.Message) {}}.Build(),
+		snitest.ClientHello{SessionID: 33}.Build(),
+		snitest.ClientHello{CipherSuites: -2}.Build(),
+		snitest.ClientHello{CompressionMethods: -1}.Build(),
+		snitest.NameList(func(m *snitest.Message) { m.Entry(1, "other") }),
+		snitest.NameList(func(m *snitest.Message) { m.Entry(1, "other"); m.Entry(snitest.HostName, "example.com") }),
 	} {
-		if _, ok := cryptoTLS(records(m.bytes, 100)); !ok {
-			t.Errorf("crypto/tls refuses\n%x", m.bytes)
+		if _, ok := cryptoTLS(snitest.Records(m.Bytes, 100)); !ok {
+			t.Errorf("crypto/tls refuses\n%x", m.Bytes)
 		}
-		checkAgainstCryptoTLS(t, m.bytes)
+		checkAgainstCryptoTLS(t, m.Bytes)
 	}
 }

@@ -1,18 +1,18 @@
 package sni
 
-// MaxName is the longest name, in bytes. A name in the DNS has at most 253,
-// written without the dot at its end: RFC 1035, Section 2.3.4.
+// MaxName is the length of the longest name in bytes. In the DNS a name has at most 253, without
+// the dot at its end: RFC 1035, Section 2.3.4.
 const MaxName = 254
 
-// AppendCanonical appends the canonical form of name to dst, which may be
-// name[:0]. ASCII letters become lower case; every other byte stays.
+// AppendCanonical appends the canonical form of name to dst, which may be name[:0]. ASCII letters
+// become lower case; every other byte stays.
 //
-// A canonical name has 1 to MaxName bytes. Its labels, divided by dots, are of
-// a-z, 0-9, '-' and '_', are not empty, and do not begin with '-'. So it is
-// never "..", and holds no slash and no NUL: it is safe as a file name.
+// A canonical name has 1 to MaxName bytes. Its labels, between dots, consist of a-z, 0-9, '-' and
+// '_', are not empty, and do not begin with '-'. So it is safe as a file name: it is never "..",
+// and has no slash and no NUL.
 //
-// For any other name it returns dst and an [Alert] with [UnrecognizedName],
-// whose Reason says what is wrong; the bytes behind dst are then undefined.
+// For any other name AppendCanonical returns dst and an [Alert] with [UnrecognizedName], whose
+// Reason says what is wrong. The bytes behind dst are undefined then.
 func AppendCanonical(dst, name []byte) ([]byte, error) {
 	out, a := appendCanonical(dst, name)
 	if a != found {
@@ -33,7 +33,7 @@ func appendCanonical(dst, name []byte) ([]byte, answer) {
 		switch {
 		case 'a' <= c && c <= 'z', '0' <= c && c <= '9':
 		case c == '_':
-			// Names with it are in use. sniproxy-rs refuses them.
+			// Such names are in use. sniproxy-rs refuses them.
 		case 'A' <= c && c <= 'Z':
 			c += 'a' - 'A'
 		case c == '-':

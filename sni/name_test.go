@@ -7,12 +7,11 @@ import (
 	"testing"
 )
 
-// canonicalName is the rule for canonical names, but for the length, said
-// another way.
+// canonicalName is the rule for canonical names, without the length, as a regular expression.
 var canonicalName = regexp.MustCompile(`^[a-z0-9_][a-z0-9_-]*(\.[a-z0-9_][a-z0-9_-]*)*$`)
 
-// Goal: names become canonical, and nothing else becomes a name; in place as
-// well as behind what is there already.
+// Goal: names become canonical, and nothing else becomes a name, in place as well as behind other
+// bytes.
 func TestAppendCanonical(t *testing.T) {
 	for _, c := range []struct {
 		name, want string
@@ -75,7 +74,7 @@ func TestAppendCanonical(t *testing.T) {
 	}
 }
 
-// Goal: of all single bytes, just those of the rule are names.
+// Goal: of all single bytes, exactly those of the rule are names.
 func TestCharacters(t *testing.T) {
 	for i := range 256 {
 		c := byte(i)
@@ -92,8 +91,7 @@ func TestCharacters(t *testing.T) {
 	}
 }
 
-// Goal: every error is an Alert, its text names the reason and the alert, and
-// none quotes anything.
+// Goal: every error is an Alert, its text names the reason and the alert, and none quotes anything.
 func TestAlertText(t *testing.T) {
 	text := regexp.MustCompile(`^[a-z][a-zA-Z0-9 ^,'._-]* \(alert (10|22|50|80|112), [a-z_]+\)$`)
 	for _, err := range alerts[found+1:] {
@@ -104,8 +102,8 @@ func TestAlertText(t *testing.T) {
 	}
 }
 
-// Goal: the descriptions have the numbers and names of RFC 8446, Section 6, and
-// their records are fatal alerts.
+// Goal: the descriptions have the numbers and names of RFC 8446, Section 6, and their records are
+// fatal alerts.
 func TestDescription(t *testing.T) {
 	for _, c := range []struct {
 		d    Description

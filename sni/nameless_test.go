@@ -6,66 +6,68 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"sniproxy/sni/snitest"
 )
 
 // A namelessHello is a valid ClientHello without a host name.
 type namelessHello struct {
 	what  string
-	hello *message
+	hello *snitest.Message
 	want  answer
 }
 
 func namelessHellos() []namelessHello {
-	other := func(m *message) { m.serverName(func() { m.entry(1, "example.com") }) }
+	other := func(m *snitest.Message) { m.ServerName(func() { m.Entry(1, "example.com") }) }
 	return []namelessHello{
-		{"no extensions", build(hello{}), noExtensions},
-		{"largest without extensions", build(hello{sessionID: 32, ciphers: 1000, methods: 254}), noExtensions},
-		{"empty extensions", build(hello{extensions: func(*message) {}}), noServerName},
-		{"other extensions", build(hello{extensions: func(m *message) {
-			m.extension(23, nil)
-			m.extension(grease, fill(5))
-		}}), noServerName},
-		{"empty extension at the end", build(hello{extensions: func(m *message) {
-			m.extension(grease, fill(5))
-			m.extension(23, nil)
-		}}), noServerName},
-		{"names of other types", withList(func(m *message) {
-			m.entry(1, "example.com")
-			m.entry(255, "")
+		{"no extensions", snitest.ClientHello{}.Build(), noExtensions},
+		{"largest without extensions", snitest.ClientHello{SessionID: 32, CipherSuites: 1000, CompressionMethods: 254}.Build(), noExtensions},
+		{"empty extensions", snitest.ClientHello{Extensions: func(*snitest.Message) {}}.Build(), noServerName},
+		{"other extensions", snitest.ClientHello{Extensions: func(m *snitest.Message) {
+			m.Extension(23, nil)
+			m.Extension(snitest.Grease, snitest.Fill(5))
+		}}.Build(), noServerName},
+		{"empty extension at the end", snitest.ClientHello{Extensions: func(m *snitest.Message) {
+			m.Extension(snitest.Grease, snitest.Fill(5))
+			m.Extension(23, nil)
+		}}.Build(), noServerName},
+		{"names of other types", snitest.NameList(func(m *snitest.Message) {
+			m.Entry(1, "example.com")
+			m.Entry(255, "")
 		}), noHostName},
-		{"server name first", build(hello{extensions: func(m *message) {
+		{"server name first", snitest.ClientHello{Extensions: func(m *snitest.Message) {
 			other(m)
-			m.extension(grease, fill(5))
-		}}), noHostName},
-		{"server name between others", build(hello{extensions: func(m *message) {
-			m.extension(grease, fill(5))
+			m.Extension(snitest.Grease, snitest.Fill(5))
+		}}.Build(), noHostName},
+		{"server name between others", snitest.ClientHello{Extensions: func(m *snitest.Message) {
+			m.Extension(snitest.Grease, snitest.Fill(5))
 			other(m)
-			m.extension(23, nil)
-		}}), noHostName},
-		{"server name last", build(hello{extensions: func(m *message) {
-			m.extension(23, nil)
+			m.Extension(23, nil)
+		}}.Build(), noHostName},
+		{"server name last", snitest.ClientHello{Extensions: func(m *snitest.Message) {
+			m.Extension(23, nil)
 			other(m)
-		}}), noHostName},
+		}}.Build(), noHostName},
 	}
 }
 
-// Goal: that a valid hello has no name is said at its very last byte, however it
-// is cut, and whatever comes behind it.
+// Goal: a valid hello without a name is reported at its very last byte, however it is cut, and
+// whatever comes behind it.
 func TestNameless(t *testing.T) {
 	for _, c := range namelessHellos() {
 		t.Run(c.what, func(t *testing.T) {
-			msg := c.hello.bytes
+			msg := c.hello.Bytes
 			want := alertText(t, c.want, UnrecognizedName)
 			if end := checkMessage(t, msg, want); end != len(msg) {
 				t.Errorf("answer after %d bytes, want %d", end, len(msg))
 			}
-			stream := records(msg, 50)
+			stream := snitest.Records(msg, 50)
 			for what, b := range map[string][]byte{
-				"a second hello in the same record": records(slices.Concat(msg, ordinary("example.com").bytes), maxRecord),
-				"junk in the same record":           records(slices.Concat(msg, fill(9)), maxRecord),
+				"a second hello in the same record": snitest.Records(slices.Concat(msg, ordinary("example.com").Bytes), maxRecord),
+				"junk in the same record":           snitest.Records(slices.Concat(msg, snitest.Fill(9)), maxRecord),
 				"an alert":                          append(stream[:len(stream):len(stream)], 21, 3, 3, 0, 2, 2, 0),
 				"an empty record":                   append(stream[:len(stream):len(stream)], 22, 3, 3, 0, 0),
-				"no TLS":                            append(stream[:len(stream):len(stream)], fill(9)...),
+				"no TLS":                            append(stream[:len(stream):len(stream)], snitest.Fill(9)...),
 			} {
 				if got := parse(b); got != want {
 					t.Errorf("%s behind it: got %q, want %q", what, got, want)
@@ -75,11 +77,11 @@ func TestNameless(t *testing.T) {
 	}
 }
 
-// Goal: a hello that would have no name is not nameless if a mistake in the
-// record layer comes before its last byte.
+// Goal: a hello without a name is not nameless if a mistake in the record layer comes before its
+// last byte.
 func TestNamelessRecords(t *testing.T) {
 	for _, c := range namelessHellos() {
-		msg := c.hello.bytes
+		msg := c.hello.Bytes
 		for i := 1; i < len(msg); i++ {
 			for _, mistake := range []struct {
 				header      []byte
@@ -90,7 +92,7 @@ func TestNamelessRecords(t *testing.T) {
 				{[]byte{22, 3, 3, 0, 0}, DecodeError},
 				{[]byte{22, 3, 3, 0x40, 1}, RecordOverflow},
 			} {
-				b := slices.Concat(records(msg[:i], maxRecord), mistake.header, records(msg[i:], maxRecord))
+				b := slices.Concat(snitest.Records(msg[:i], maxRecord), mistake.header, snitest.Records(msg[i:], maxRecord))
 				want := fmt.Sprintf("(alert %d, %v)", mistake.description, mistake.description)
 				if got := parse(b); !strings.HasSuffix(got, want) {
 					t.Errorf("%s: % x after %d bytes: got %q, want %q", c.what, mistake.header, i, got, want)
@@ -100,53 +102,53 @@ func TestNamelessRecords(t *testing.T) {
 	}
 }
 
-// Goal: a hello without a name with a length that lies is a decode_error, never
-// nameless, also where the length stands behind all that could hold a name.
+// Goal: a hello without a name, with a wrong length, is a decode_error and never nameless, even if
+// the length stands behind everything that could hold a name.
 func TestNamelessLengthsPerturbed(t *testing.T) {
-	newHello := func() *message {
-		return build(hello{sessionID: 32, ciphers: 6, extensions: func(m *message) {
-			m.extension(grease, fill(9))
-			m.serverName(func() {
-				m.entry(1, "\xff\xff\xff\xff\xff")
-				m.entry(2, "\xff\xff\xff\xff\xff")
+	newHello := func() *snitest.Message {
+		return snitest.ClientHello{SessionID: 32, CipherSuites: 6, Extensions: func(m *snitest.Message) {
+			m.Extension(snitest.Grease, snitest.Fill(9))
+			m.ServerName(func() {
+				m.Entry(1, "\xff\xff\xff\xff\xff")
+				m.Entry(2, "\xff\xff\xff\xff\xff")
 			})
-			m.extension(grease+0x1010, fill(9))
-			m.extension(grease+0x2020, fill(9))
-		}})
+			m.Extension(snitest.Grease+0x1010, snitest.Fill(9))
+			m.Extension(snitest.Grease+0x2020, snitest.Fill(9))
+		}}.Build()
 	}
-	checkMessage(t, newHello().bytes, alertText(t, noHostName, UnrecognizedName))
-	for _, l := range newHello().lengths {
-		v := newHello().get(l)
-		for _, to := range []int{v - 4, v - 1, v + 1, v + 4, 0, 1<<(8*l.size) - 1} {
+	checkMessage(t, newHello().Bytes, alertText(t, noHostName, UnrecognizedName))
+	for _, l := range newHello().Lengths {
+		v := newHello().Get(l)
+		for _, to := range []int{v - 4, v - 1, v + 1, v + 4, 0, 1<<(8*l.Size) - 1} {
 			if to < 0 {
 				continue
 			}
 			m := newHello()
-			m.set(l, to)
-			t.Run(fmt.Sprintf("%s %d for %d", l.of, to, v), func(t *testing.T) {
-				got := parse(records(m.bytes, maxRecord))
+			m.Set(l, to)
+			t.Run(fmt.Sprintf("%s %d for %d", l.Of, to, v), func(t *testing.T) {
+				got := parse(m.Stream())
 				if !strings.HasSuffix(got, "(alert 50, decode_error)") {
 					t.Errorf("got %q, want a decode_error", got)
 				}
-				checkMessage(t, m.bytes, got)
+				checkMessage(t, m.Bytes, got)
 			})
 		}
 	}
 }
 
-// Goal: real hellos without their server_name extensions are nameless, and
-// crypto/tls, which accepts them, finds no name either.
+// Goal: real hellos without their server_name extensions are nameless, and crypto/tls, which
+// accepts them, finds no name either.
 func TestNamelessCaptured(t *testing.T) {
 	for _, c := range captures(t) {
 		t.Run(c.file, func(t *testing.T) {
-			msg := payload(c.stream)
+			msg := snitest.Payload(c.stream)
 			body := reader{b: msg[4+versionRandom:]}
 			body.vector(1)
 			body.vector(2)
 			body.vector(1)
-			m := message{bytes: slices.Clone(msg[:len(msg)-len(body.b)])}
+			m := snitest.Message{Bytes: slices.Clone(msg[:len(msg)-len(body.b)])}
 			extensions, names := body.vector(2), 0
-			m.vector("extensions", 2, func() {
+			m.Vector("extensions", 2, func() {
 				for len(extensions.b) > 0 {
 					kind := int(binary.BigEndian.Uint16(extensions.take(2)))
 					data := extensions.vector(2).b
@@ -154,16 +156,16 @@ func TestNamelessCaptured(t *testing.T) {
 						names++
 						continue
 					}
-					m.extension(kind, data)
+					m.Extension(kind, data)
 				}
 			})
-			m.set(length{"message", 1, 3}, len(m.bytes)-4)
+			m.Set(snitest.Length{Of: "message", At: 1, Size: 3}, len(m.Bytes)-4)
 			if names != 1 {
 				t.Fatalf("%d server_name extensions", names)
 			}
 			want := alertText(t, noServerName, UnrecognizedName)
 			for _, size := range []int{maxRecord, 100, 1} {
-				b := records(m.bytes, size)
+				b := snitest.Records(m.Bytes, size)
 				if got := parse(b[:len(b)-1]); got != "" {
 					t.Errorf("records of %d bytes, all but a byte: got %q, want no answer", size, got)
 				}
@@ -173,14 +175,15 @@ func TestNamelessCaptured(t *testing.T) {
 					}
 				}
 			}
-			if got, ok := cryptoTLS(records(m.bytes, maxRecord)); !ok || got != "" {
+			if got, ok := cryptoTLS(m.Stream()); !ok || got != "" {
 				t.Errorf("crypto/tls found %q (%v)", got, ok)
 			}
 		})
 	}
 }
 
-// Goal: a nameless hello of 64 KiB is nameless, one of a byte more is too late.
+// Goal: a nameless hello of 64 KiB is nameless; with one byte more the alert is that the name comes
+// too late.
 func TestNamelessLimit(t *testing.T) {
 	for beyond, want := range []string{
 		alertText(t, noServerName, UnrecognizedName),
@@ -188,9 +191,9 @@ func TestNamelessLimit(t *testing.T) {
 	} {
 		var b []byte
 		for padding := MaxHello - 400; len(b) < MaxHello+beyond; padding++ {
-			b = records(build(hello{extensions: func(m *message) {
-				m.extension(grease, fill(padding))
-			}}).bytes, maxRecord)
+			b = snitest.Records(snitest.ClientHello{Extensions: func(m *snitest.Message) {
+				m.Extension(snitest.Grease, snitest.Fill(padding))
+			}}.Build().Bytes, maxRecord)
 		}
 		if len(b) != MaxHello+beyond {
 			t.Fatalf("the stream has %d bytes, want %d", len(b), MaxHello+beyond)
@@ -206,8 +209,7 @@ func TestNamelessLimit(t *testing.T) {
 	}
 }
 
-// A reader takes a message apart that is there as a whole: the plain way, to
-// compare with.
+// A reader takes a whole message apart, the simple way, to compare with the Parser.
 type reader struct {
 	b   []byte
 	bad bool
@@ -222,7 +224,7 @@ func (r *reader) take(n int) (b []byte) {
 	return b
 }
 
-// vector takes what stands behind its length in size bytes.
+// vector takes the bytes behind a length of size bytes.
 func (r *reader) vector(size int) *reader {
 	n := 0
 	for _, c := range r.take(size) {
@@ -231,9 +233,8 @@ func (r *reader) vector(size int) *reader {
 	return &reader{b: r.take(n)}
 }
 
-// readNameless tells whether msg begins with a complete and valid ClientHello
-// without a host name, and where its end is or, if it is cut short, would be
-// within msg.
+// readNameless reports whether msg begins with a complete and valid ClientHello without a host
+// name, and where that ends, or would end if it is cut short.
 func readNameless(msg []byte) (end int, ok bool) {
 	r := reader{b: msg}
 	kind := r.take(1)

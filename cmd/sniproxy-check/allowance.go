@@ -5,26 +5,27 @@ import (
 	"time"
 )
 
-// How long a look-up that waits, for a backend that accepts nobody or for a file system, is waited for. If many took the whole
-// time, others are not waited for as long: those with the same owner, since he may have made them to
-// keep us waiting, and in the end all, as each that waits for a file system keeps a thread.
+// How long to wait for a look-up, while the backend accepts nobody or a file system does not
+// answer. After many have taken the whole time, others get less: first those of the same owner, who
+// may have made them for that purpose, and in the end all, since each wait for a file system keeps
+// a thread.
 const (
-	lookupLimit = 10 * time.Second // the limit that sniproxy has
+	lookupLimit = 10 * time.Second // as in sniproxy
 	shortLimit  = time.Second
 
-	ownerShort, ownerNone = 8, 64    // with so many hosts of an owner the others have shortLimit, or none
-	allShort, allNone     = 128, 256 // the same of all owners
+	ownerShort, ownerNone = 8, 64    // so many hosts of one owner; the others get shortLimit, or none
+	allShort, allNone     = 128, 256 // the same for all owners together
 )
 
 // An allowance counts the hosts that took the whole time.
 type allowance struct {
 	mu  sync.Mutex
 	all int
-	of  map[uint32]int // by owner of the entry
+	of  map[uint32]int // by the owner of the entry
 }
 
-// limit returns how long a host may be waited for, given the owner of its entry. If it is 0 no look-up that may wait is
-// begun.
+// limit returns how long to wait for a host whose entry has this owner. 0 means to make no look-up
+// that may wait.
 func (a *allowance) limit(owner uint32) time.Duration {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -48,7 +49,7 @@ func (a *allowance) spent(owner uint32) {
 	a.of[owner]++
 }
 
-// limitWords says how long a host was waited for.
+// limitWords says how long the wait for a host was.
 func limitWords(limit time.Duration) string {
 	switch limit {
 	case lookupLimit:

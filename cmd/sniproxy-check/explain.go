@@ -16,15 +16,35 @@ import (
 	"sniproxy/hostdir"
 )
 
-// explain returns what the look-up has failed with, in the words of sniproxy, then why, and what to do. Entry is the one
-// that decided, "" if there is none; passedOver are those that did not count, and limit is how long it was waited for.
+// explain returns the problem in the words of sniproxy, then why, and what to do. Entry is the
+// entry that decided, "" if there is none; passedOver are wildcards that did not count; limit is
+// how long the wait was.
 func explain(hosts *hostdir.Hosts, entry string, passedOver []string, limit time.Duration, err error) string {
-	var e *hostdir.Error
-	if !errors.As(err, &e) {
+	why := ""
+	switch err {
+	case hostdir.BacklogFull:
+		why = "the backend has accepted nobody " + limitWords(limit)
+	case hostdir.Exchanged:
+		why = "the entry, or what it leads to, is replaced again and again, so that nobody can tell whose socket and markers belong together"
+	case hostdir.NoRoom:
+		why = "raise the limit (ulimit -n)"
+	default:
+		why = explainProblem(hosts, entry, passedOver, err)
+	}
+	if why == "" {
 		return err.Error()
 	}
+	return err.Error() + ": " + why
+}
+
+// explainProblem says why a host cannot be served, and what to do, "" if there is nothing more to
+// say.
+func explainProblem(hosts *hostdir.Hosts, entry string, passedOver []string, err error) (why string) {
+	var e *hostdir.Error
+	if !errors.As(err, &e) {
+		return ""
+	}
 	socket := entry + "/tls-socket"
-	var why string
 	switch e.Problem {
 	case hostdir.NoDirectory:
 		switch {
@@ -63,31 +83,22 @@ func explain(hosts *hostdir.Hosts, entry string, passedOver []string, limit time
 		if n := len(unix.RawSockaddrUnix{}.Path) - 1; len(socket) > n {
 			why = fmt.Sprintf("it has %d bytes, and %d is the most", len(socket), n)
 		}
-	case hostdir.BacklogFull:
-		why = "the backend has accepted nobody " + limitWords(limit)
-	case hostdir.Exchanged:
-		why = "the entry, or what it leads to, is replaced again and again, so that nobody can tell whose socket and markers belong together"
-	case hostdir.NoRoom:
-		why = "raise the limit (ulimit -n)"
 	}
-	if why == "" {
-		return err.Error()
-	}
-	return err.Error() + ": " + why
+	return why
 }
 
-// unwaited says what the look-up has failed with that was not waited for.
+// unwaited is explain for a look-up without waiting.
 func unwaited(err error) string {
 	switch {
-	case isProblem(err, hostdir.BacklogFull):
+	case err == hostdir.BacklogFull:
 		return err.Error() + ": the backend has accepted nobody " + limitWords(0)
-	case isProblem(err, hostdir.MayWait):
+	case err == hostdir.MayWait:
 		return "the look-up may wait for a file system, and is not made, as many others have kept this waiting"
 	}
 	return err.Error()
 }
 
-// lost says why there is nothing at the end of a path, or not what should be there.
+// lost says why a path does not lead to a directory.
 func lost(path string) string {
 	at, err := walk(path + "/.")
 	switch {
@@ -105,7 +116,7 @@ func lost(path string) string {
 	return ""
 }
 
-// closed says what on the way to a socket is closed to this user.
+// closed says where the way to a socket is closed to this user.
 func closed(socket string) string {
 	at, err := walk(socket)
 	if err == unix.EACCES {
@@ -143,7 +154,7 @@ func needs(bit uint32, path string) string {
 	return text + ": chmod or setfacl it"
 }
 
-// chown says that an entry, or a marker, is not the administrator's.
+// chown says who owns an entry or a marker, and who should.
 func chown(hosts *hostdir.Hosts, path string) string {
 	var st, dir unix.Stat_t
 	if unix.Lstat(path, &st) != nil || unix.Stat(".", &dir) != nil {
@@ -155,15 +166,15 @@ func chown(hosts *hostdir.Hosts, path string) string {
 	return fmt.Sprintf("it is that of uid %d, chown -h it to root or to uid %d, who has the hosts directory", st.Uid, dir.Uid)
 }
 
-// walk goes along a path as the system does, and returns where it cannot go on, and why. Without an error it returns
-// where the path leads to, with no symlink left in it.
+// walk follows a path as the kernel does, and returns where it cannot go on, and why. Without an
+// error it returns the path with all symlinks resolved.
 func walk(path string) (at string, err error) {
 	at, _, err = walkLinks(path)
 	return at, err
 }
 
-// unprotected returns a symlink on a path that Linux follows only for its owner, "" if there is none: see
-// fs.protected_symlinks in proc(5).
+// unprotected returns a symlink on a path that Linux follows only for its owner, "" if there is
+// none: see fs.protected_symlinks in proc(5).
 func unprotected(path string) string {
 	_, links, _ := walkLinks(path)
 	for _, link := range links {
@@ -201,7 +212,7 @@ func walkLinks(path string) (at string, links []string, err error) {
 		next := filepath.Join(at, name)
 		target, err := os.Readlink(next)
 		switch {
-		case errors.Is(err, unix.EINVAL): // it is none
+		case errors.Is(err, unix.EINVAL): // it is no symlink
 			at = next
 		case err != nil:
 			return next, links, errno(err)
@@ -250,7 +261,8 @@ func kindOf(info fs.FileInfo) string {
 	return "a device"
 }
 
-// show returns a name, in quotes if it could be mistaken for something else in a line, or do harm to a terminal.
+// show returns a name. It is in quotes if a line with it could be misread, or if it could harm a
+// terminal.
 func show(s string) string {
 	odd := func(r rune) bool {
 		return !unicode.IsPrint(r) || r == unicode.ReplacementChar || strings.ContainsRune(` :;"\`, r)

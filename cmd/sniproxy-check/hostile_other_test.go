@@ -2,5 +2,5 @@
 
 package main
 
-// forbidUnshare does nothing, as there is nothing that it could forbid.
+// forbidUnshare does nothing: there is no unshare(2).
 func forbidUnshare() {}

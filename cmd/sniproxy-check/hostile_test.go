@@ -12,16 +12,17 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sniproxy/hostdir"
+	"sniproxy/hostdir/hostdirtest"
 )
 
-// Goal: of entries that are no hosts, not more than some have a line; that others have none is said, and is a fault.
-// Every host has a line.
+// Goal: only some of the entries that are no hosts have a line. That others have none is said and
+// is a fault. Every host has a line.
 func TestStrangers(t *testing.T) {
 	t.Parallel()
-	hosts := directory(t)
+	hosts := hostdirtest.Dir(t)
 	const left = 7
 	for i := range strangersMost + left {
-		touch(t, filepath.Join(hosts, []string{fmt.Sprintf("Wrong-%d", i), entryOf(fmt.Sprintf("file-%d", i))}[i%2]))
+		hostdirtest.Touch(t, filepath.Join(hosts, []string{fmt.Sprintf("Wrong-%d", i), entryOf(fmt.Sprintf("file-%d", i))}[i%2]))
 	}
 	for _, name := range []string{"a.example", "n.example", "z.example"} {
 		good(t)(filepath.Join(hosts, entryOf(name)))
@@ -33,20 +34,21 @@ func TestStrangers(t *testing.T) {
 	}
 }
 
-// Goal: of a hosts directory with more entries than there can be hosts, only some are looked at, and that is said.
+// Goal: if the hosts directory has more entries than there can be hosts, only some are looked at,
+// and a line says so.
 func TestManyEntries(t *testing.T) {
 	t.Parallel()
-	hosts := directory(t)
+	hosts := hostdirtest.Dir(t)
 	dir, err := unix.Open(hosts, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	must(t, err)
 	defer unix.Close(dir)
-	touch(t, filepath.Join(hosts, "file"))
+	hostdirtest.Touch(t, filepath.Join(hosts, "file"))
 	for i := range entriesMost {
-		// A link takes less than a file.
+		// A link is cheaper than a file.
 		must(t, unix.Linkat(dir, "file", dir, fmt.Sprintf("file-%d", i), 0))
 		if i%30000 == 29999 { // file systems have a limit
 			must(t, os.Remove(filepath.Join(hosts, "file")))
-			touch(t, filepath.Join(hosts, "file"))
+			hostdirtest.Touch(t, filepath.Join(hosts, "file"))
 		}
 	}
 	stdout, stderr, status := check(t, users()[0], "", hosts)
@@ -58,14 +60,15 @@ func TestManyEntries(t *testing.T) {
 	}
 }
 
-// Goal: in a host's directory with any number of files not all are looked at, and not about all is something said.
+// Goal: in a host's directory with any number of files only some are looked at, and only some get a
+// remark.
 func TestManyFiles(t *testing.T) {
 	t.Parallel()
-	hosts := directory(t)
+	hosts := hostdirtest.Dir(t)
 	host := filepath.Join(hosts, entryOf("one.example"))
 	serve(t, host)
 	for i := range 2 * filesMost {
-		touch(t, filepath.Join(host, fmt.Sprintf("log-%d", i)))
+		hostdirtest.Touch(t, filepath.Join(host, fmt.Sprintf("log-%d", i)))
 	}
 	if got := len(names(host)); got != filesMost {
 		t.Errorf("%d files are looked at", got)
@@ -76,31 +79,31 @@ func TestManyFiles(t *testing.T) {
 	}
 }
 
-// expectShortened expects of hosts that keep a look-up waiting, whose entries have one owner, that only the first are waited
-// for as long as sniproxy waits.
+// expectShortened checks the lines about hosts of one owner that keep look-ups waiting: only the
+// first get as long as sniproxy gives them.
 func expectShortened(t *testing.T, stdout string, hosts int, ten string) {
 	t.Helper()
 	long := len(regexp.MustCompile(`(?m)`+ten+`$`).FindAllString(stdout, -1))
 	short := strings.Count(stdout, " for a second, and is not waited for any longer")
 	rest := hosts - long - short
-	// Those that are looked up at the same time do not know of each other.
+	// Look-ups that are made at the same time do not know of each other.
 	if long < ownerShort || long >= ownerShort+atOnce || long+short < ownerNone || long+short >= ownerNone+atOnce ||
 		strings.Count(stdout, ", as many others have kept this waiting\n") != short+rest {
 		t.Errorf("of %d hosts %d are waited for ten seconds, %d for one", hosts, long, short)
 	}
 }
 
-// Goal: however many hosts have a backend that accepts nobody, not each is waited for ten seconds; those of somebody else still
-// are.
+// Goal: however many hosts have a backend that accepts nobody, only some get ten seconds; those of
+// another owner still do.
 func TestManyFull(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("other systems do not tell a full backlog apart")
 	}
 	t.Parallel()
-	dir := directory(t)
+	dir := hostdirtest.Dir(t)
 	hosts := filepath.Join(dir, "hosts")
 	must(t, os.Mkdir(hosts, 0o755))
-	deaf(t)(filepath.Join(dir, "deaf"))
+	hostdirtest.FillBacklog(t, filepath.Join(dir, "deaf"))
 	const many = 1000
 	for i := range many {
 		symlink(t, "../deaf")(filepath.Join(hosts, entryOf(fmt.Sprintf("host-%d", i))))
@@ -125,17 +128,16 @@ func TestManyFull(t *testing.T) {
 	expectShortened(t, stdout, many, "has accepted nobody for ten seconds")
 }
 
-// lastEntry is the name of an entry that comes behind all others.
+// lastEntry is the name of an entry that sorts behind all others.
 var lastEntry = map[bool]string{false: "zzz", true: "zzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzw"}[hostdir.Hashed]
 
-// Goal: nothing that backends send is taken, nor what they pass, which may be dangerous to close.
+// Goal: nothing is taken that backends send, or pass, which could be dangerous to close.
 func TestDeafDialer(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("other systems let a message in until the connection is made")
 	}
-	t.Chdir(directory(t))
-	fd := bind(t, entryOf("one.example"), unix.SOCK_STREAM)
-	defer unix.Close(fd)
+	t.Chdir(hostdirtest.Dir(t))
+	fd := hostdirtest.Bind(t, entryOf("one.example"), unix.SOCK_STREAM)
 	must(t, unix.Listen(fd, 1))
 	hosts, err := hostdir.Open()
 	must(t, err)
@@ -167,12 +169,12 @@ func TestDeafDialer(t *testing.T) {
 	}
 }
 
-// Goal: a wildcard that is neither a directory nor a symlink does not count, which is a remark and no fault: about the entry itself, and
-// about the names that it seems to be for.
+// Goal: a wildcard that is neither a directory nor a symlink does not count. That is a remark and
+// no fault, about the entry itself and about the names that it seems to serve.
 func TestOddWildcard(t *testing.T) {
 	t.Parallel()
-	hosts := directory(t)
-	touch(t, filepath.Join(hosts, entryOf("*")))
+	hosts := hostdirtest.Dir(t)
+	hostdirtest.Touch(t, filepath.Join(hosts, entryOf("*")))
 	good(t)(filepath.Join(hosts, entryOf("one.example")))
 	stdout, stderr, status := check(t, users()[0], "", hosts)
 	const odd = "does not count: it is a regular file, and must be a directory or a symlink"
@@ -182,7 +184,7 @@ func TestOddWildcard(t *testing.T) {
 	good(t)(filepath.Join(hosts, entryOf("*.w.example")))
 	must(t, os.Remove(filepath.Join(hosts, entryOf("*"))))
 	must(t, os.Rename(filepath.Join(hosts, entryOf("*.w.example")), filepath.Join(hosts, entryOf("*"))))
-	touch(t, filepath.Join(hosts, entryOf("*.w.example")))
+	hostdirtest.Touch(t, filepath.Join(hosts, entryOf("*.w.example")))
 	stdout, stderr, status = check(t, users()[0], "", hosts, "a.w.example")
 	if want := "a.w.example: ok, served by *; *.w.example " + odd + "\n"; stdout != want || stderr != "" || status != 0 {
 		t.Errorf("stdout %q, stderr %q, exit status %d", stdout, stderr, status)

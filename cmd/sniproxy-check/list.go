@@ -12,20 +12,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Limits on what is read of directories that tenants can write to, or that are a file system of theirs: such a
-// directory can be endless.
+// Limits on reading directories that tenants can write to, or that are on their file systems: such
+// a directory can be endless.
 const (
-	entriesMost   = 100_000          // of the hosts directory that are looked at
-	strangersMost = 2_000            // lines about those that are no hosts
-	filesMost     = 1_000            // of a host's directory that are looked at for what is misspelt
-	listLimit     = 10 * time.Second // for the hosts directory to be read
-	batch         = 1_000
+	entriesMost   = 100_000          // entries of the hosts directory
+	strangersMost = 2_000            // lines about entries that are no hosts
+	filesMost     = 1_000            // files in a host's directory, to find misspelt ones
+	listLimit     = 10 * time.Second // time to read the hosts directory
+	batch         = 1_000            // entries that are read at once
 )
 
 // A listing is what the hosts directory has.
 type listing struct {
 	entries []string // those that get a line, in order
-	omitted int      // those that get none, since they are no hosts
+	omitted int      // how many get none, since they are no hosts
 	cut     string   // why there may be more, "" if there are not
 }
 
@@ -96,12 +96,13 @@ func (l listing) sorted() listing {
 	return l
 }
 
-// isStranger tells whether an entry is no host, whatever the look-up comes to.
+// isStranger reports whether an entry is no host, whatever the look-up says.
 func isStranger(e fs.DirEntry) bool {
 	return listed(e.Name()).wrong != "" || !e.IsDir() && e.Type() != fs.ModeSymlink && e.Type() != fs.ModeIrregular
 }
 
-// names returns the names of the first files in a host's directory. sniproxy need not list it, so we need not be allowed to.
+// names returns the names of the first files in a host's directory. It is no error if they cannot
+// be listed, since sniproxy does not list them.
 func names(dir string) []string {
 	d, err := os.OpenFile(dir, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NONBLOCK, 0)
 	if err != nil {

@@ -1,25 +1,29 @@
-// Sniproxy-check tells what sniproxy, run by the same user, would do for the hosts in a hosts directory.
+// Command sniproxy-check tells what sniproxy, run by the same user, would do for the hosts in a
+// hosts directory.
 //
 //	sniproxy-check [HOSTS-DIRECTORY [NAME…]]
 //
-// For every entry of the directory, which is the working directory by default, or for every NAME, whether there is an
-// entry for it or not, it prints a line: the name, and "ok" with what else there is to know, or what is the matter and
-// what to do about it. Entries that begin with a dot are passed over. NAME is a host name, as sniproxy-hostname takes it,
-// or a wildcard: *.example.com, or *.
+// The default directory is the working directory. It prints a line for every entry of the
+// directory, except those that begin with a dot, or for every NAME, whether it has an entry or not.
+// The line has the name and "ok" with remarks, or the problem and what to do about it. NAME is a
+// host name, as sniproxy-hostname takes it, or a wildcard: *.example.com, or *.
 //
-// In a build with the tag hashed, entries are hashes, and have no other name; a NAME is looked for by its hash.
+// In a build with the tag hashed, entries are hashes and are shown as such. It finds a NAME by its
+// hash.
 //
-// It makes the look-up that sniproxy makes, and so it connects to each backend, sends nothing, takes nothing that the
-// backend sends, and closes the connection. A backend may log that as a failed handshake. Whether a host can be
-// served is what that look-up has come to; why it cannot is looked for after it.
+// It makes the same look-up as sniproxy. So it connects to each backend, sends nothing, takes
+// nothing that the backend sends, and closes the connection. A backend may log that as a failed
+// handshake. The look-up decides whether a host can be served; only then does it look for the
+// reason.
 //
-// No directory can keep it for long, nor make it take much memory. It looks at 100,000 entries at most, and has 2,000
-// lines at most for those that are no hosts. A look-up is waited for as long as sniproxy waits, ten seconds. But if
-// eight hosts with the same owner took that long, or 128 in all, others get a second; after 64, or 256 in all, they are
-// tried once, and not looked up where that may wait. What was left out is said on standard error.
+// No directory can keep it for long or make it use much memory. It looks at 100,000 entries at
+// most, and prints 2,000 lines at most for those that are no hosts. It waits for a look-up as long
+// as sniproxy does, ten seconds. After eight hosts of one owner took that long, or 128 in all,
+// others get one second. After 64, or 256 in all, it tries others once and makes no look-up that
+// may wait. It says on standard error what it left out.
 //
-// The exit status is 0 if every host can be served, 1 if one cannot, or if something was left out, or if the hosts
-// directory cannot be read or the output not be written, and 2 for wrong usage.
+// The exit status is 0 if every host can be served; 1 if one cannot, if something was left out, if
+// the hosts directory cannot be read, or if the output cannot be written; 2 for wrong usage.
 package main
 
 import (
@@ -54,8 +58,8 @@ This is a hashed build: it looks for the hash of each NAME, as the hashed build
 of sniproxy does.
 `
 
-// atOnce is how many hosts are looked up at the same time. Almost all of them take no time, but a file system that does
-// not answer takes ten seconds, as does a backend whose backlog is full.
+// atOnce is how many hosts are looked up at the same time. Almost all take no time, but a file
+// system that does not answer takes ten seconds, and so does a backend whose backlog is full.
 const atOnce = 32
 
 func main() {
@@ -63,8 +67,8 @@ func main() {
 }
 
 func run(args []string, stdout, stderr io.Writer) int {
-	// Go's runtime opens descriptors for a poller of its own when the first timer is waited for, and ends the program if none
-	// are left then: so now, and not while look-ups take what there is.
+	// The first timer makes Go's runtime open descriptors for its poller, and the runtime ends the
+	// program if none are left. So start one now, before look-ups use descriptors.
 	time.AfterFunc(time.Hour, func() {}).Stop()
 	dir, names := ".", args
 	if len(args) > 0 {
@@ -134,7 +138,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	return status
 }
 
-// askLogAll asks whether the connections of all hosts are logged, which may wait for a file system.
+// askLogAll asks whether the connections of all hosts are logged. That may wait for a file system.
 func askLogAll(hosts *hostdir.Hosts) (all bool, err error) {
 	done := make(chan struct{})
 	go func() {
@@ -149,7 +153,7 @@ func askLogAll(hosts *hostdir.Hosts) (all bool, err error) {
 	}
 }
 
-// trouble says what is the matter with a hosts directory that cannot be used.
+// trouble says why a hosts directory cannot be used.
 func trouble(dir string, err error) string {
 	var path *os.PathError
 	if errors.As(err, &path) {
@@ -176,14 +180,14 @@ type host struct {
 	label string // what the line begins with
 	name  []byte // the canonical name, or a wildcard; nil if only the entry is known
 	entry []byte // the entry of that name
-	wrong string // why no client ever gets there
+	wrong string // why no client ever gets there; "" if one may
 
-	listed bool // it is an entry of the hosts directory, not a name that was asked for
+	listed bool // it is an entry of the hosts directory, not an argument
 }
 
 // named returns the host that the user calls s.
 func named(s string) host {
-	// sniproxy itself is less strict than sniproxy-hostname, which refuses what no DNS name can be.
+	// sniproxy is less strict than sniproxy-hostname, which refuses what cannot be a DNS name.
 	name, err := canonical(s)
 	if err != nil {
 		name, err = hostname.Parse(s)
@@ -194,7 +198,7 @@ func named(s string) host {
 	return host{label: string(name), name: name, entry: hostdir.AppendName(nil, name)}
 }
 
-// listed returns the host that an entry of the hosts directory is for.
+// listed returns the host that an entry of the hosts directory is meant for.
 func listed(entry string) host {
 	h := host{label: show(entry), entry: []byte(entry), listed: true}
 	if hostdir.Hashed {
@@ -225,7 +229,7 @@ func listed(entry string) host {
 	return h
 }
 
-// canonical returns the canonical name that sniproxy makes of a name, or a wildcard for such names.
+// canonical returns a name, or a wildcard, in sniproxy's canonical form.
 func canonical(s string) ([]byte, error) {
 	if s == "*" {
 		return []byte(s), nil
@@ -234,7 +238,7 @@ func canonical(s string) ([]byte, error) {
 	if !wildcard {
 		return sni.AppendCanonical(nil, []byte(s))
 	}
-	// The shortest of the names that it is for has one byte in place of the asterisk.
+	// The shortest name that it serves has one byte in place of the asterisk.
 	name, err := sni.AppendCanonical(nil, []byte("a."+rest))
 	if err == nil {
 		name[0] = '*'
@@ -242,7 +246,7 @@ func canonical(s string) ([]byte, error) {
 	return name, err
 }
 
-// isHash tells whether an entry can be the hash of a name.
+// isHash reports whether an entry can be the hash of a name.
 func isHash(entry string) bool {
 	hash, err := base64.RawURLEncoding.Strict().DecodeString(entry)
 	return err == nil && len(hash) == 32

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -14,9 +13,8 @@ import (
 	"syscall"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
 	"sniproxy/hostdir"
+	"sniproxy/hostdir/hostdirtest"
 )
 
 // workspace holds what the tests share. Any user may enter it.
@@ -43,25 +41,6 @@ func TestMain(m *testing.M) {
 	}())
 }
 
-// directory makes a directory that any user may enter, unlike those of t.TempDir.
-func directory(t *testing.T) string {
-	t.Helper()
-	dir, err := os.MkdirTemp(workspace, "")
-	must(t, err)
-	must(t, os.Chmod(dir, 0o755))
-	t.Cleanup(func() {
-		// An ordinary user can remove nothing from what is closed to all.
-		filepath.WalkDir(dir, func(path string, e os.DirEntry, _ error) error {
-			if e != nil && e.IsDir() {
-				os.Chmod(path, 0o755)
-			}
-			return nil
-		})
-		os.RemoveAll(dir)
-	})
-	return dir
-}
-
 func must(t *testing.T, err error) {
 	t.Helper()
 	if err != nil {
@@ -77,28 +56,23 @@ var (
 	builtMu sync.Mutex
 )
 
-// build returns the path of a program of the project, built for an engine, that every user may execute.
+// build returns the path of a program of the project, built for an engine.
 func build(t *testing.T, program, engine string) string {
 	t.Helper()
 	builtMu.Lock()
 	defer builtMu.Unlock()
-	path := filepath.Join(workspace, program+"-"+engine)
-	if built[path] == "" {
-		tags := engine
-		if hostdir.Hashed {
-			tags += ",hashed"
-		}
-		out, err := exec.Command("go", "build", "-buildvcs=false", "-tags", tags, "-o", path, "sniproxy/cmd/"+program).CombinedOutput()
-		if err != nil {
-			t.Fatalf("go build: %v\n%s", err, out)
-		}
-		built[path] = path
+	key := program + "-" + engine
+	if built[key] == "" {
+		dir, err := os.MkdirTemp(workspace, "")
+		must(t, err)
+		must(t, os.Chmod(dir, 0o755))
+		built[key] = hostdirtest.Program(t, dir, program, engine)
 	}
-	return path
+	return built[key]
 }
 
-// self returns the path of this test binary, which is sniproxy-check when it is run by command, with the race detector
-// if the test has it.
+// self returns a path of this test binary where every user may execute it. As sniproxy-check it has
+// the race detector if the test has.
 func self(t *testing.T) string {
 	t.Helper()
 	path := filepath.Join(workspace, "self")
@@ -118,7 +92,7 @@ func self(t *testing.T) string {
 // A user is who runs a program.
 type user struct{ uid int }
 
-// users returns those that the test can be.
+// users returns those that the test can run a program as.
 func users() []user {
 	if os.Geteuid() == 0 {
 		return []user{{0}, {65534}}
@@ -126,12 +100,11 @@ func users() []user {
 	return []user{{os.Geteuid()}}
 }
 
-// command returns a program that is to be run by a user.
+// command returns a program that this user will run.
 func (u user) command(path string, args ...string) *exec.Cmd {
 	cmd := exec.Command(path, args...)
 	cmd.Dir = "/"
-	// The race detector would let each run sleep for a second at its end.
-	cmd.Env = append(os.Environ(), "SNIPROXY_CHECK_RUN_MAIN=1", "GORACE=atexit_sleep_ms=0")
+	cmd.Env = hostdirtest.Environ("SNIPROXY_CHECK_RUN_MAIN=1")
 	if u.uid != os.Geteuid() {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(u.uid), Gid: uint32(u.uid)}}
 	}
@@ -145,21 +118,14 @@ func check(t *testing.T, u user, dir string, args ...string) (stdout, stderr str
 	if dir != "" {
 		cmd.Dir = dir
 	}
-	var out, messages bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &messages
-	if err := cmd.Run(); err != nil {
-		if _, ok := errors.AsType[*exec.ExitError](err); !ok {
-			t.Fatal(err)
-		}
-	}
-	return out.String(), messages.String(), cmd.ProcessState.ExitCode()
+	return hostdirtest.Run(t, cmd)
 }
 
 // entryOf returns the name of the directory of a host.
-func entryOf(name string) string { return string(hostdir.AppendName(nil, []byte(name))) }
+func entryOf(name string) string { return hostdirtest.Entry(name) }
 
-// Goal: an option, of which there are none, gives the usage, on stderr, and exit status 2. The usage says that backends
-// are connected to; that of a hashed build, and only that, says what it is.
+// Goal: any option gives the usage on stderr and exit status 2. The usage says that backends are
+// connected to, and only in a hashed build that it is one.
 func TestUsage(t *testing.T) {
 	for _, arg := range []string{"-h", "--help", "-"} {
 		stdout, stderr, status := check(t, users()[0], "", arg)
@@ -175,10 +141,10 @@ func TestUsage(t *testing.T) {
 	}
 }
 
-// Goal: the hosts directory is the working directory by default; entries that begin with a dot are passed over; the exit
-// status is 0 if every host can be served, and 1 if one cannot.
+// Goal: the default hosts directory is the working directory; entries that begin with a dot are
+// passed over; the exit status is 0 if every host can be served, and 1 if one cannot.
 func TestDirectory(t *testing.T) {
-	hosts := directory(t)
+	hosts := hostdirtest.Dir(t)
 	for _, name := range []string{"one.example", "two.example"} {
 		serve(t, filepath.Join(hosts, entryOf(name)))
 	}
@@ -200,22 +166,23 @@ func TestDirectory(t *testing.T) {
 	}
 }
 
-// Goal: an empty hosts directory is no failure, but is told of.
+// Goal: an empty hosts directory is no failure, but a line says so.
 func TestEmpty(t *testing.T) {
-	stdout, stderr, status := check(t, users()[0], "", directory(t))
+	stdout, stderr, status := check(t, users()[0], "", hostdirtest.Dir(t))
 	if stdout != "" || !strings.HasPrefix(stderr, "sniproxy-check: there are no hosts in ") || status != 0 {
 		t.Errorf("stdout %q, stderr %q, exit status %d", stdout, stderr, status)
 	}
 }
 
-// Goal: a hosts directory that cannot be entered or listed gives one line on stderr, which says what is missing and
-// where, and exit status 1. One that cannot be listed can be checked by name, as sniproxy can serve it.
+// Goal: if the hosts directory cannot be entered or listed, one line on stderr says what is missing
+// and where, and the exit status is 1. A directory that cannot be listed can be checked by name,
+// since sniproxy can serve it.
 func TestDirectoryUnreadable(t *testing.T) {
 	u := users()[len(users())-1]
 	if u.uid == 0 {
 		t.Skip("nothing is forbidden to root")
 	}
-	parent := directory(t)
+	parent := hostdirtest.Dir(t)
 	hosts := filepath.Join(parent, "hosts")
 	serve(t, filepath.Join(hosts, entryOf("one.example")))
 	must(t, os.WriteFile(filepath.Join(parent, "file"), nil, 0o644))
@@ -250,14 +217,15 @@ func TestDirectoryUnreadable(t *testing.T) {
 	must(t, os.Chmod(hosts, 0o755))
 }
 
-// Goal: output that cannot be written is told on stderr and by exit status 1, so that no script takes nothing for good.
+// Goal: output that cannot be written gives a line on stderr and exit status 1, so that no script
+// takes silence for good news.
 func TestOutputLost(t *testing.T) {
 	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
 	if err != nil {
 		t.Skip(err) // only Linux and some BSDs have it
 	}
 	defer full.Close()
-	hosts := directory(t)
+	hosts := hostdirtest.Dir(t)
 	serve(t, filepath.Join(hosts, entryOf("one.example")))
 	cmd := users()[0].command(self(t), hosts)
 	var stderr strings.Builder
@@ -268,15 +236,15 @@ func TestOutputLost(t *testing.T) {
 	}
 }
 
-// Goal: many hosts, some of which take their time, are told of in the order of their names, each once.
+// Goal: many hosts, some of them slow, each have one line, in the order of the names.
 func TestOrder(t *testing.T) {
-	hosts := directory(t)
+	hosts := hostdirtest.Dir(t)
 	var names []string
 	for i := range 3 * atOnce {
 		name := fmt.Sprintf("host%02d.example", i)
 		names = append(names, name)
 		if i == 7 {
-			continue // which is told of soonest
+			continue // the fastest answer
 		}
 		serve(t, filepath.Join(hosts, entryOf(name)))
 	}
@@ -292,7 +260,8 @@ func TestOrder(t *testing.T) {
 	}
 }
 
-// Goal: where no descriptor is left, sniproxy-check says so, and what to do, and does not say that the host is good. Nor does it crash then, unless there is too little for Go's runtime to begin with.
+// Goal: where no descriptor is left, sniproxy-check says so and what to do, and does not call the
+// host good. It does not crash, unless there are too few for Go's runtime to begin with.
 func TestNoRoom(t *testing.T) {
 	z := newZoo(t)
 	z.add(animal{name: "one.example", make: good(t)})
@@ -318,7 +287,8 @@ func TestNoRoom(t *testing.T) {
 				said = true
 			case strings.HasPrefix(trace, "sniproxy-check: cannot open the hosts directory") && strings.HasSuffix(trace, ": raise the limit (ulimit -n)\n") && out == "" && !said:
 			case strings.Contains(trace, "netpollinit") && !strings.Contains(trace, "main.(*worker)") && !said && n < 100:
-				// It has not begun: without these descriptors Go's runtime ends every program that waits for a timer.
+				// It has not begun: without these descriptors Go's runtime ends every program that
+				// starts a timer.
 			default:
 				t.Fatalf("engine %q, with %d descriptors: %q, %.100q, %v", engine, n, out, trace, err)
 			}
@@ -329,34 +299,32 @@ func TestNoRoom(t *testing.T) {
 	}
 }
 
-// Goal: while a host's directory is exchanged the look-up is made again, as that of sniproxy is; if it is exchanged all the
-// time, that is what is said, and not that a file system does not answer.
+// Goal: while a host's directory is exchanged the look-up is made again, as in sniproxy. If it is
+// exchanged all the time, that is the problem, and not that a file system does not answer.
 func TestExchanged(t *testing.T) {
 	t.Parallel()
-	exchanged := &hostdir.Error{Problem: hostdir.Exchanged}
 	times := 0
 	_, err := redial(func() (hostdir.Backend, error) {
 		if times++; times < 3 {
-			return hostdir.Backend{FD: -1}, exchanged
+			return hostdir.Backend{FD: -1}, hostdir.Exchanged
 		}
 		return hostdir.Backend{FD: -1}, &hostdir.Error{Problem: hostdir.NobodyListens}
 	}, lookupLimit)
-	if times != 3 || !isProblem(err, hostdir.NobodyListens) {
+	if times != 3 || problem(err) != hostdir.NobodyListens {
 		t.Errorf("after %d look-ups: %v", times, err)
 	}
-	_, err = redial(func() (hostdir.Backend, error) { return hostdir.Backend{FD: -1}, exchanged }, shortLimit)
+	_, err = redial(func() (hostdir.Backend, error) { return hostdir.Backend{FD: -1}, hostdir.Exchanged }, shortLimit)
 	if got := explain(nil, "one.example", nil, shortLimit, err); !strings.HasPrefix(got, "the directory was exchanged: the entry, ") {
 		t.Errorf("it says %q", got)
 	}
 }
 
-// Goal: of the symlinks on a path, the one that fs.protected_symlinks keeps from being followed is found: in a sticky
-// directory of everybody's, and neither ours nor the owner's of the directory. Whether that is set does not matter here.
+// Goal: of the symlinks on a path, the one is found that fs.protected_symlinks keeps from being
+// followed: in a sticky directory that everybody can write to, and owned neither by us nor by the
+// owner of the directory. It does not matter whether the setting is on.
 func TestUnprotected(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root, for the owners")
-	}
-	dir := directory(t)
+	hostdirtest.NeedRoot(t)
+	dir := hostdirtest.Dir(t)
 	sticky := filepath.Join(dir, "sticky")
 	must(t, os.Mkdir(sticky, 0o755))
 	must(t, os.Chmod(sticky, 0o777|os.ModeSticky))
@@ -378,11 +346,11 @@ func TestReadme(t *testing.T) {
 	if hostdir.Hashed || os.Geteuid() != 0 {
 		t.Skip("needs root, for the owners, and a build without hashes")
 	}
-	hosts := directory(t)
+	hosts := hostdirtest.Dir(t)
 	path := func(entry string) string { return filepath.Join(hosts, entry) }
 	good(t)(path("*.one.example"))
 	theirs(t, good(t))(path("*.two.example"))
-	abandon(t, path("five.example"))
+	hostdirtest.Abandon(t, path("five.example"))
 	theirs(t, good(t))(path("four.example"))
 	must(t, os.Chmod(path("four.example"), 0o700))
 	good(t, "send-proxy-v2", "log-connections")(path("one.example"))
@@ -405,15 +373,12 @@ func TestReadme(t *testing.T) {
 	}
 }
 
-func touch(t *testing.T, paths ...string) {
-	t.Helper()
-	for _, path := range paths {
-		must(t, os.WriteFile(path, nil, 0o644))
+// problem returns the problem in an error of a look-up, 0 if there is none.
+func problem(err error) hostdir.Problem {
+	var e *hostdir.Error
+	errors.As(err, &e)
+	if e == nil {
+		return 0
 	}
-}
-
-// abandon makes a host whose backend has died.
-func abandon(t *testing.T, dir string) {
-	t.Helper()
-	unix.Close(bind(t, dir, unix.SOCK_STREAM))
+	return e.Problem
 }

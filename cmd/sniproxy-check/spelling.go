@@ -11,7 +11,7 @@ const remarksMost = 10
 
 var markers = []string{"send-proxy-v1", "send-proxy-v2", "log-connections"}
 
-// misspelt remarks on what there is in a host's directory that looks like a marker and is none.
+// misspelt remarks on files in a host's directory that look like markers and are none.
 func misspelt(dir string) (remarks []string) {
 	for _, name := range names(dir) {
 		if len(remarks) == remarksMost {
@@ -31,7 +31,8 @@ func misspelt(dir string) (remarks []string) {
 	return remarks
 }
 
-// closeTo returns the path of a file in a directory whose name is like the one that it should have, "" if there is none.
+// closeTo returns the path of a file in a directory whose name is like the given one, "" if there
+// is none.
 func closeTo(dir, name string) string {
 	for _, other := range names(dir) {
 		if alike(other, name) {
@@ -41,8 +42,8 @@ func closeTo(dir, name string) string {
 	return ""
 }
 
-// alike tells whether a name may be meant for another one: whether, letters and digits alone, it takes at most two
-// insertions, deletions or replacements to make one of the other.
+// alike reports whether a name may be a misspelling of another one: whether at most two insertions,
+// deletions or replacements of letters and digits turn one into the other (Levenshtein distance).
 func alike(name, other string) bool {
 	a, b := bare(name), bare(other)
 	row := make([]int, len(b)+1) // the distances of a[:i] from each b[:j]

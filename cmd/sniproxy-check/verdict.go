@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -18,8 +17,8 @@ import (
 
 // Limits that sniproxy has as well.
 const (
-	redialMin = time.Millisecond      // first wait before a backend whose backlog is full is tried again; it doubles each time
-	redialMax = 64 * time.Millisecond // longest such wait
+	redialMin = time.Millisecond      // the first pause before another try; it doubles each time
+	redialMax = 64 * time.Millisecond // the longest pause
 )
 
 // A verdict is a line of output, and whether the host that it is about can be served.
@@ -31,13 +30,13 @@ type verdict struct {
 // A checker looks hosts up.
 type checker struct {
 	hosts     *hostdir.Hosts
-	logAll    bool // log-connections in * has all connections logged
+	logAll    bool // the connections of all hosts are logged
 	allowance allowance
 	dead      atomic.Bool // the hosts directory itself did not answer
 }
 
-// newDialer returns a Dialer whose connections hold nothing that backends send or pass: to close what they pass may take any
-// time.
+// newDialer returns a Dialer whose connections take nothing that backends send or pass: closing a
+// passed descriptor may take any time.
 func (c *checker) newDialer() (*hostdir.Dialer, error) {
 	d, err := c.hosts.NewDialer()
 	if err == nil {
@@ -46,8 +45,8 @@ func (c *checker) newDialer() (*hostdir.Dialer, error) {
 	return d, err
 }
 
-// verdicts looks the hosts up, some at a time, and sends for each, in their order, a channel that will have what there is
-// to say of it.
+// verdicts looks the hosts up, some at a time. It sends a channel for each, in their order, that
+// will have the verdict.
 func (c *checker) verdicts(n int, get func(int) host) <-chan chan verdict {
 	type task struct {
 		host host
@@ -84,11 +83,11 @@ func (c *checker) verdicts(n int, get func(int) host) <-chan chan verdict {
 	return coming
 }
 
-// A worker has a thread that makes look-ups. If it is stuck in one, it is of no use any more.
+// A worker has a thread that makes look-ups. Once that is stuck, the worker is of no use any more.
 type worker struct {
 	checker *checker
 	next    chan host
-	limit   chan time.Duration // for the one that it makes
+	limit   chan time.Duration // for the look-up that it makes
 	said    chan verdict
 	owner   uint32 // of the entry, once there is a limit
 }
@@ -96,7 +95,7 @@ type worker struct {
 func (c *checker) newWorker() *worker {
 	w := &worker{checker: c, next: make(chan host), limit: make(chan time.Duration, 1), said: make(chan verdict, 1)}
 	go func() {
-		runtime.LockOSThread() // for good: the thread gets a working directory of its own
+		runtime.LockOSThread() // for good: the thread has a working directory of its own
 		d, err := c.newDialer()
 		if err == nil {
 			defer d.Close()
@@ -104,7 +103,7 @@ func (c *checker) newWorker() *worker {
 		for h := range w.next {
 			if err != nil {
 				w.limit <- 0
-				w.said <- verdict{line: fmt.Sprintf("%s: %v", h.label, err)}
+				w.said <- h.verdict(false, err.Error())
 				continue
 			}
 			w.said <- w.look(d, h)
@@ -113,14 +112,14 @@ func (c *checker) newWorker() *worker {
 	return w
 }
 
-// judge returns what there is to say of a host, and whether the worker is stuck.
+// judge returns the verdict on a host, and whether the worker is stuck.
 func (w *worker) judge(h host) (v verdict, stuck bool) {
 	if h.wrong != "" {
-		return verdict{line: h.label + ": " + h.wrong}, false
+		return h.verdict(false, h.wrong), false
 	}
 	const hangs = "the look-up has waited for a file system until the time limit: "
 	if w.checker.dead.Load() {
-		return verdict{line: h.label + ": " + hangs + "the hosts directory does not answer"}, false
+		return h.verdict(false, hangs+"the hosts directory does not answer"), false
 	}
 	w.next <- h
 	limit := lookupLimit
@@ -128,18 +127,18 @@ func (w *worker) judge(h host) (v verdict, stuck bool) {
 	case limit = <-w.limit:
 	case <-time.After(lookupLimit):
 		w.checker.dead.Store(true)
-		return verdict{line: h.label + ": " + hangs + "the hosts directory does not answer"}, true
+		return h.verdict(false, hangs+"the hosts directory does not answer"), true
 	}
 	select {
 	case v := <-w.said:
 		return v, false
-	case <-time.After(limit + time.Second): // to say why takes time as well
+	case <-time.After(limit + time.Second): // finding out why takes time as well
 		w.checker.allowance.spent(w.owner)
 		text := "what the entry, or its socket, leads to does not answer"
 		if limit != lookupLimit {
 			text += " " + limitWords(limit)
 		}
-		return verdict{line: h.label + ": " + hangs + text}, true
+		return h.verdict(false, hangs+text), true
 	}
 }
 
@@ -160,7 +159,7 @@ func (w *worker) look(d *hostdir.Dialer, h host) verdict {
 	w.limit <- limit
 
 	if own := string(h.entry); h.listed && slices.Contains(passedOver, own) && odd(own) != "" {
-		return verdict{h.label + ": " + discounted(c.hosts, own), true}
+		return h.verdict(true, discounted(c.hosts, own))
 	}
 	elsewhere := limit > 0 && onAnother(entry)
 	b, slow, err := dial(d, h, limit)
@@ -168,26 +167,23 @@ func (w *worker) look(d *hostdir.Dialer, h host) verdict {
 	if isWaiting(err) && limit > 0 {
 		c.allowance.spent(w.owner)
 	}
+	if limit == 0 && err != nil { // finding out why may wait as well
+		return h.verdict(false, unwaited(err))
+	}
 	var remarks []string
 	remark := func(format string, args ...any) { remarks = append(remarks, fmt.Sprintf(format, args...)) }
-	say := func(ok bool, text string) verdict {
-		return verdict{h.label + ": " + strings.Join(append([]string{text}, remarks...), "; "), ok}
-	}
-	if limit == 0 && err != nil { // to say why may take time as well
-		return say(false, unwaited(err))
-	}
 	if entry != "" {
 		remarks = misspelt(entry)
 		if c.hosts.Overflow(found.Owner) {
 			remark("it cannot be told whose it is (uid %d), and it shares its limits with all such entries", found.Owner)
 		}
 	}
-
 	if err != nil {
-		return say(false, explain(c.hosts, entry, passedOver, limit, err))
+		return h.verdict(false, explain(c.hosts, entry, passedOver, limit, err), remarks...)
 	}
 	if own := string(h.entry); slices.Contains(passedOver, own) && odd(own) == "" {
-		return say(false, fmt.Sprintf("it does not count, %s serves its clients: %s", starred(h, entry), chown(c.hosts, own)))
+		text := fmt.Sprintf("it does not count, %s serves its clients: %s", starred(h, entry), chown(c.hosts, own))
+		return h.verdict(false, text, remarks...)
 	}
 	for _, e := range passedOver {
 		remark("%s %s", starred(h, e), discounted(c.hosts, e))
@@ -208,7 +204,12 @@ func (w *worker) look(d *hostdir.Dialer, h host) verdict {
 	if entry != string(h.entry) && entry != "" {
 		text += ", served by " + starred(h, entry)
 	}
-	return say(true, text)
+	return h.verdict(true, text, remarks...)
+}
+
+// verdict returns the line about a host.
+func (h host) verdict(ok bool, text string, remarks ...string) verdict {
+	return verdict{h.label + ": " + strings.Join(append([]string{text}, remarks...), "; "), ok}
 }
 
 // discounted says why a wildcard does not count.
@@ -219,7 +220,7 @@ func discounted(hosts *hostdir.Hosts, entry string) string {
 	return "does not count: " + chown(hosts, entry)
 }
 
-// odd says what an entry is, if it is neither a directory nor a symlink.
+// odd says what an entry is, if it is neither a directory nor a symlink, and "" otherwise.
 func odd(entry string) string {
 	info, err := os.Lstat(entry)
 	if err != nil || info.IsDir() || info.Mode()&fs.ModeSymlink != 0 {
@@ -228,8 +229,9 @@ func odd(entry string) string {
 	return kindOf(info)
 }
 
-// onAnother tells whether the socket of an entry is on another file system than the hosts directory. After it the system
-// has what there is to know of the socket in its cache, so that it does not have to be waited for just once.
+// onAnother reports whether the socket of an entry is on another file system than the hosts
+// directory. It also brings the socket into the kernel's cache: a look-up that has to wait
+// afterwards always has to, and not only the first time.
 func onAnother(entry string) bool {
 	var hosts, socket unix.Stat_t
 	return unix.Stat(entry+"/tls-socket", &socket) == nil && unix.Stat(".", &hosts) == nil && socket.Dev != hosts.Dev
@@ -246,8 +248,8 @@ func starred(h host, entry string) string {
 	return entry
 }
 
-// dial looks a host up as sniproxy does, and tells whether that has a thread that has the time do it. The connection is
-// closed; as it was deaf, nothing that the backend has sent or passed goes with it.
+// dial looks a host up as sniproxy does, and reports whether that was slow: sniproxy would leave it
+// to a thread that may wait. It closes the connection.
 func dial(d *hostdir.Dialer, h host, limit time.Duration) (b hostdir.Backend, slow bool, err error) {
 	try := func(wait bool) func() (hostdir.Backend, error) {
 		return func() (b hostdir.Backend, err error) {
@@ -266,15 +268,14 @@ func dial(d *hostdir.Dialer, h host, limit time.Duration) (b hostdir.Backend, sl
 		}
 	}
 	b, err = redial(try(false), limit)
-	if isProblem(err, hostdir.MayWait) && limit > 0 {
+	if err == hostdir.MayWait && limit > 0 {
 		slow = true
 		b, err = redial(try(true), limit)
 	}
 	return b, slow, err
 }
 
-// redial connects, as sniproxy does: while the backlog of the backend is full, or the directory is exchanged, it tries
-// again.
+// redial tries as sniproxy does: again, while the backlog is full or the directory is exchanged.
 func redial(try func() (hostdir.Backend, error), limit time.Duration) (hostdir.Backend, error) {
 	deadline := time.Now().Add(limit)
 	for wait := redialMin; ; wait = min(2*wait, redialMax) {
@@ -286,12 +287,5 @@ func redial(try func() (hostdir.Backend, error), limit time.Duration) (hostdir.B
 	}
 }
 
-// isWaiting tells whether a host is tried again.
-func isWaiting(err error) bool {
-	return isProblem(err, hostdir.BacklogFull) || isProblem(err, hostdir.Exchanged)
-}
-
-func isProblem(err error, p hostdir.Problem) bool {
-	var e *hostdir.Error
-	return errors.As(err, &e) && e.Problem == p
-}
+// isWaiting reports whether to try a host again.
+func isWaiting(err error) bool { return err == hostdir.BacklogFull || err == hostdir.Exchanged }

@@ -1,18 +1,22 @@
-// Command sniproxy-hostname prints the name of the directory in which sniproxy looks for the backend of a host.
+// Command sniproxy-hostname prints the name of the directory in which sniproxy looks for the
+// backend of a host.
 //
 //	sniproxy-hostname NAME…
 //
-// It prints one directory name a line, in the order of the arguments. A NAME may be Unicode: it is mapped and
-// encoded by UTS #46 (non-transitional), so that 🕸💍.ws gives xn--sr8hvo.ws; letters become lower case, and one dot
-// at the end is taken off. In a build with the tag hashed, the line is the hash of that name.
+// It prints one directory name a line, in the order of the arguments. A NAME may be Unicode: UTS
+// #46 (non-transitional) maps and encodes it, so that 🕸💍.ws becomes xn--sr8hvo.ws. Letters become
+// lower case, and a dot at the end is removed. In a build with the tag hashed, the line is the hash
+// of that name.
 //
-// A NAME may also be a wildcard: *.NAME, which stands for all names with one label before NAME, or * for everything
-// else. An asterisk anywhere else is refused.
+// A NAME may also be a wildcard: *.NAME stands for all names with one label before NAME, and * for
+// everything else. An asterisk anywhere else is refused.
 //
-// What sniproxy refuses as a server name is refused here too, and so is what no DNS name can be. For such a NAME
-// there is a message on standard error and nothing on standard output; the others are printed all the same.
+// It refuses whatever sniproxy refuses as a server name, and what cannot be a DNS name. For such a
+// NAME it prints a message on standard error and nothing on standard output; it still prints the
+// others.
 //
-// The exit status is 0; 1 when a NAME was refused or the output could not be written; 2 when there is no NAME.
+// The exit status is 0; 1 when a NAME was refused or the output could not be written; 2 when there
+// is no NAME.
 package main
 
 import (
@@ -44,7 +48,7 @@ func main() {
 }
 
 func run(args []string, stdout, stderr io.Writer) int {
-	// A reader that has gone is a write error like any other, not a silent death.
+	// If the reader has gone, the write fails with an error instead of a silent death.
 	signal.Ignore(syscall.SIGPIPE)
 
 	if len(args) == 0 {

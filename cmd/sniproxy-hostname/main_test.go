@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"errors"
 	"os"
 	"os/exec"
 	"strings"
@@ -10,6 +9,7 @@ import (
 
 	"sniproxy/cmd/internal/hostname"
 	"sniproxy/hostdir"
+	"sniproxy/hostdir/hostdirtest"
 	"sniproxy/sni"
 )
 
@@ -23,25 +23,15 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-func program(args ...string) *exec.Cmd {
-	cmd := exec.Command(os.Args[0], args...)
-	// The race detector would let each run sleep for a second at its end.
-	cmd.Env = append(os.Environ(), runMain+"=1", "GORACE=atexit_sleep_ms=0")
-	return cmd
+func program(t *testing.T, args ...string) *exec.Cmd {
+	t.Helper()
+	return hostdirtest.Command(t, runMain+"=1", args...)
 }
 
 // runProgram runs sniproxy-hostname to its end.
 func runProgram(t *testing.T, args ...string) (stdout, stderr string, status int) {
 	t.Helper()
-	var out, messages bytes.Buffer
-	cmd := program(args...)
-	cmd.Stdout, cmd.Stderr = &out, &messages
-	if err := cmd.Run(); err != nil {
-		if _, ok := errors.AsType[*exec.ExitError](err); !ok {
-			t.Fatal(err)
-		}
-	}
-	return out.String(), messages.String(), cmd.ProcessState.ExitCode()
+	return hostdirtest.Run(t, program(t, args...))
 }
 
 // The hashes are those of Python's hashlib.blake2s and base64.urlsafe_b64encode.
@@ -71,7 +61,8 @@ var accepted = []struct{ arg, name, hash string }{
 	{"*." + strings.Repeat("a.", 126)[:251], "*." + strings.Repeat("a.", 126)[:251], "9vp3kFbyUjsuo-oZdH1C0fU1bAtlJOh89WGBv385uP4"},
 }
 
-// Goal: every kind of name that is accepted gives exactly the line that the proxy expects in this build.
+// Goal: every kind of name that is accepted gives exactly the line that the proxy of this build
+// expects.
 func TestAccepted(t *testing.T) {
 	for _, c := range accepted {
 		want := c.name
@@ -134,8 +125,8 @@ var refused = []struct{ arg, reason string }{
 	{"*." + strings.Repeat("a", 64), "longer than 63 bytes"},
 }
 
-// Goal: every kind of name that is refused gives no directory name, one line that names the program, the argument in a
-// form that is safe to print and the reason, and exit status 1.
+// Goal: every kind of name that is refused gives no directory name, exit status 1, and one line
+// with the program, the argument in a form that is safe to print, and the reason.
 func TestRefused(t *testing.T) {
 	for _, c := range refused {
 		stdout, stderr, status := runProgram(t, c.arg)
@@ -150,12 +141,13 @@ func TestRefused(t *testing.T) {
 	}
 }
 
-// quoted escapes what a terminal must not be sent; every other character stands for itself.
+// quoted escapes what could harm a terminal; every other character stands for itself.
 func quoted(s string) string {
 	return `"` + strings.NewReplacer("\n", `\n`, "\xff", `\xff`, "\u202e", `\u202e`).Replace(s) + `"`
 }
 
-// Goal: a refused name among others keeps none of them from being printed, in order, and the exit status tells of it.
+// Goal: a refused name does not keep the others from being printed, in order, and the exit status
+// is 1.
 func TestSeveral(t *testing.T) {
 	first, second := "a.example", "a.b.com"
 	if hostdir.Hashed {
@@ -173,7 +165,8 @@ func TestSeveral(t *testing.T) {
 	}
 }
 
-// Goal: without a name there is the usage, on stderr, and exit status 2; a hashed build, and only that, says what it is.
+// Goal: without a name there is the usage on stderr, and exit status 2. Only a hashed build says
+// that it is one.
 func TestUsage(t *testing.T) {
 	stdout, stderr, status := runProgram(t)
 	if stdout != "" || status != 2 || !strings.HasPrefix(stderr, "usage: sniproxy-hostname NAME") {
@@ -184,7 +177,8 @@ func TestUsage(t *testing.T) {
 	}
 }
 
-// Goal: output that cannot be written is told on stderr and by exit status 1, so that no script takes nothing for a name.
+// Goal: output that cannot be written gives a line on stderr and exit status 1, so that no script
+// takes an empty output for a name.
 func TestOutputLost(t *testing.T) {
 	outputs := map[string]func(t *testing.T) *os.File{
 		"not open for writing": func(t *testing.T) *os.File {
@@ -207,7 +201,7 @@ func TestOutputLost(t *testing.T) {
 	}
 	for name, output := range outputs {
 		t.Run(name, func(t *testing.T) {
-			cmd := program("a.example")
+			cmd := program(t, "a.example")
 			stdout := output(t)
 			defer stdout.Close()
 			var stderr strings.Builder
@@ -231,7 +225,8 @@ func open(t *testing.T, path string, flag int) *os.File {
 	return f
 }
 
-// Goal: whatever is printed is a name that the proxy looks up as it stands, and that gives itself when it is fed in again.
+// Goal: whatever is printed is a name that the proxy looks up as it is, and gives itself when it is
+// the argument.
 func FuzzHostname(f *testing.F) {
 	for _, c := range accepted {
 		f.Add(c.arg)
@@ -244,7 +239,7 @@ func FuzzHostname(f *testing.F) {
 		if err != nil {
 			return
 		}
-		// The proxy looks a wildcard up for a name that has another label in place of the asterisk.
+		// A wildcard serves names that have another label in place of the asterisk.
 		host := bytes.Replace(name, []byte("*"), []byte("a"), 1)
 		if onWire, err := sni.AppendCanonical(nil, host); err != nil || !bytes.Equal(onWire, host) {
 			t.Errorf("%q gives %q; the proxy takes %q for %q, %v", arg, name, host, onWire, err)

@@ -1,20 +1,21 @@
-// Command sniproxy-listen binds a TCP port, makes the listening socket standard input, and becomes another program,
-// such as sniproxy.
+// Command sniproxy-listen binds a TCP port, makes the listening socket standard input, and becomes
+// another program, such as sniproxy.
 //
 //	sniproxy-listen ADDR PROGRAM [ARG…]
 //
-// ADDR is HOST:PORT. Without HOST, as in :443, one socket serves IPv6 and IPv4, or IPv4 alone where a socket cannot do
-// both. 0.0.0.0:443 is every IPv4 address and [::]:443 every IPv6 address, without IPv4. A name in place of an address
-// is looked up; if it has addresses of both families, the socket is for IPv4. PORT may be the name of a service; 0 is
-// any free port.
+// ADDR is HOST:PORT. Without HOST, as in :443, one socket serves IPv6 and IPv4, or only IPv4 where
+// a socket cannot serve both. 0.0.0.0:443 is every IPv4 address and [::]:443 every IPv6 address,
+// without IPv4. HOST may be a name; if it has addresses of both families, the socket is for IPv4.
+// PORT may be the name of a service; 0 is any free port.
 //
-// PROGRAM is looked up as by execvp(3). It runs in the same process: its pid and its signals are those of
-// sniproxy-listen. The socket is plain TCP, blocking, with SO_REUSEADDR and the longest backlog that the system grants.
-// Of the other descriptors PROGRAM has just those that sniproxy-listen was given. Ignored signals stay so if they are
-// SIGHUP or SIGINT; the Go runtime does not remember the others, and they are set to their defaults.
+// PROGRAM is found as by execvp(3). It runs in the same process, so it has the pid of
+// sniproxy-listen and gets its signals. The socket is plain TCP, blocking, with SO_REUSEADDR and
+// the longest backlog that the system grants. PROGRAM inherits the descriptors that sniproxy-listen
+// was given and no others. SIGHUP and SIGINT stay ignored if they were; the Go runtime sets all
+// other signals to their defaults.
 //
-// The exit status is that of PROGRAM; 1 when the socket cannot be had; 2 for wrong usage; as from env(1), 127 when
-// PROGRAM is not found, and 126 when it cannot be run for another reason.
+// The exit status is that of PROGRAM; 1 when there is no socket; 2 for wrong usage; and as from
+// env(1) 127 when PROGRAM is not found, and 126 when it cannot be run for another reason.
 package main
 
 import (
@@ -38,14 +39,15 @@ Listens on the TCP address ADDR, such as :443, 192.0.2.1:443 or [2001:db8::1]:44
 and runs PROGRAM with the listening socket as its standard input.
 `
 
-// backlog is more than systems grant; they take what they can. (Above 16 bits, Linux before 4.1 would take the rest.)
+// backlog is more than any system grants: they use their own limit then. Linux before 4.1 looks
+// only at the lower 16 bits.
 const backlog = 1<<16 - 1
 
-// defaultPath is searched where there is no PATH, as by the C library.
+// defaultPath is what the C library searches if there is no PATH.
 const defaultPath = "/usr/bin:/bin"
 
-// Only the process's first thread has what Linux keeps for each thread alone, such as the signal at the death of the
-// parent (setpriv --pdeathsig). So it is the one that executes PROGRAM.
+// Linux keeps some settings for each thread, such as the signal at the death of the parent (setpriv
+// --pdeathsig). Only the first thread of the process inherits them, so it must execute PROGRAM.
 func init() { runtime.LockOSThread() }
 
 func main() { os.Exit(run(os.Args[1:])) }
@@ -69,21 +71,22 @@ func run(args []string) int {
 }
 
 func complain(format string, args ...any) {
-	// A reader that has gone must not change the exit status. Only here, for PROGRAM would inherit it.
+	// If the reader has gone, SIGPIPE would change the exit status. Ignore it only here: PROGRAM
+	// would inherit that.
 	signal.Ignore(syscall.SIGPIPE)
 	fmt.Fprintf(os.Stderr, format, args...)
 }
 
-// listen makes a socket that listens on addr standard input.
+// listen listens on addr and makes the socket standard input.
 func listen(addr string) error {
 	host, port, err := net.SplitHostPort(addr)
 	if err != nil {
 		return explain(err)
 	}
 	if port == "" {
-		return explain(&net.AddrError{Err: "missing port in address"}) // for net it is 0
+		return explain(&net.AddrError{Err: "missing port in address"}) // package net takes 0
 	}
-	// For net, 0.0.0.0 and :: are both families too.
+	// For package net, 0.0.0.0 and :: mean both families too.
 	network := "tcp"
 	if ip, err := netip.ParseAddr(host); err == nil {
 		network = "tcp6"
@@ -92,7 +95,7 @@ func listen(addr string) error {
 		}
 	}
 	var lc net.ListenConfig
-	lc.SetMultipathTCP(false) // net's default where the kernel has it
+	lc.SetMultipathTCP(false) // the default is MPTCP
 	l, err := lc.Listen(context.Background(), network, addr)
 	if err != nil {
 		return explain(err)
@@ -106,11 +109,11 @@ func listen(addr string) error {
 	return makeStdin(int(socket.Fd()))
 }
 
-// makeStdin puts the listening socket fd on descriptor 0, in the state in which a shell would hand it over. All other
-// descriptors that were opened here are closed by execve(2).
+// makeStdin moves the listening socket fd to descriptor 0, in the state in which a shell would hand
+// it over. execve(2) closes all other descriptors that were opened here.
 func makeStdin(fd int) error {
-	// Not dup2(2), which newer ports of Linux do not have. The runtime has seen to it that 0 is open, so now it is the
-	// lowest one that is free.
+	// Newer ports of Linux do not have dup2(2). The runtime makes sure that 0 is open, so it is the
+	// lowest free descriptor once it is closed.
 	if err := unix.Close(0); err != nil {
 		return fmt.Errorf("cannot close standard input: %w", err)
 	}
@@ -120,19 +123,19 @@ func makeStdin(fd int) error {
 	if err := unix.SetNonblock(0, false); err != nil {
 		return fmt.Errorf("cannot make the socket blocking: %w", err)
 	}
-	// Once more, because without /proc net does not know what the system grants.
+	// Once more: without /proc, package net does not know the longest backlog.
 	if err := unix.Listen(0, backlog); err != nil {
 		return fmt.Errorf("cannot set the backlog: %w", err)
 	}
 	return nil
 }
 
-// explain says what an error of package net means here, and what to do.
+// explain says what an error of package net means, and what to do.
 func explain(err error) error {
 	if op, ok := errors.AsType[*net.OpError](err); ok {
-		err = op.Err // the rest is known
+		err = op.Err // the user knows the rest
 	}
-	// Of these just the reason, for they would print what was given as it is.
+	// Take only the reason of these: their text repeats the argument unquoted.
 	reason := ""
 	if bad, ok := errors.AsType[*net.AddrError](err); ok {
 		reason = bad.Err
@@ -177,7 +180,7 @@ func execute(argv []string) error {
 		switch err := executeFile(dir+"/"+name, argv); err {
 		case unix.ENOENT, unix.ENOTDIR:
 		case unix.EACCES:
-			failure = err // unless another directory has one that may be run
+			failure = err // unless a later directory has a file that can be executed
 		default:
 			return err
 		}
@@ -186,10 +189,10 @@ func execute(argv []string) error {
 }
 
 func executeFile(file string, argv []string) error {
-	// This also gives the program the limit of descriptors back, which the runtime has raised.
+	// This also restores the limit of descriptors, which the runtime has raised.
 	err := unix.Exec(file, argv, os.Environ())
 	if err == unix.ENOEXEC {
-		// A script without #!.
+		// A script without #!
 		err = unix.Exec("/bin/sh", append([]string{"sh", file}, argv[1:]...), os.Environ())
 	}
 	return err

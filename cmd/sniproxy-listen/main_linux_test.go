@@ -2,7 +2,6 @@ package main
 
 import (
 	"bufio"
-	"crypto/tls"
 	"encoding/binary"
 	"fmt"
 	"io"
@@ -20,15 +19,14 @@ import (
 	"syscall"
 	"testing"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
-// patience is how long a test waits for what must come. It is no limit on speed.
-const patience = 30 * time.Second
-
-// With this in its environment the test binary takes IPv6 away from itself, and executes its arguments.
+// With this in its environment the test binary gives up IPv6 and executes its arguments.
 const runWithoutIPv6 = "SNIPROXY_LISTEN_RUN_WITHOUT_IPV6"
 
 func init() {
@@ -45,23 +43,11 @@ func init() {
 // withoutIPv6 lets socket(2) fail for AF_INET6 as in a kernel that has none.
 func withoutIPv6() error {
 	runtime.LockOSThread()
-	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
-		return err
-	}
-	// struct seccomp_data: the number of the call at 0, the lower half of its first argument at 16.
-	filter := []unix.SockFilter{
-		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: 0},
-		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: unix.SYS_SOCKET, Jf: 3},
-		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: 16},
-		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: unix.AF_INET6, Jf: 1},
-		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ERRNO | uint32(unix.EAFNOSUPPORT)},
-		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW},
-	}
-	prog := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
-	return unix.Prctl(unix.PR_SET_SECCOMP, unix.SECCOMP_MODE_FILTER, uintptr(unsafe.Pointer(&prog)), 0, 0)
+	return hostdirtest.Deny(unix.SYS_SOCKET, map[int]uint32{0: unix.AF_INET6}, unix.EAFNOSUPPORT)
 }
 
-// Goal: on a machine without IPv6, :PORT is every IPv4 address, and an IPv6 address is refused with the reason.
+// Goal: on a machine without IPv6, :PORT is every IPv4 address, and an IPv6 address is refused with
+// the reason.
 func TestWithoutIPv6(t *testing.T) {
 	if binary.NativeEndian.Uint16([]byte{1, 0}) != 1 {
 		t.Skip("the filter is for little-endian machines")
@@ -81,7 +67,7 @@ func TestWithoutIPv6(t *testing.T) {
 
 // Goal: the backlog is the longest that the system grants.
 func TestBacklog(t *testing.T) {
-	ss := need(t, "ss")
+	ss := hostdirtest.Need(t, "ss")
 	text, err := os.ReadFile("/proc/sys/net/core/somaxconn")
 	if err != nil {
 		t.Fatal(err)
@@ -90,9 +76,9 @@ func TestBacklog(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// ss is the PROGRAM: it lists the socket that it has itself.
+	// PROGRAM is ss, which lists its own socket.
 	cmd := program(t, "127.0.0.1:0", ss, "-ltnpH")
-	stdout, _, _ := finish(t, cmd)
+	stdout, _, _ := hostdirtest.Run(t, cmd)
 	for line := range strings.Lines(stdout) {
 		if strings.Contains(line, fmt.Sprintf("pid=%d,fd=0)", cmd.Process.Pid)) {
 			if got, want := strings.Fields(line)[2], strconv.Itoa(min(granted, backlog)); got != want {
@@ -109,8 +95,9 @@ const inheritance = `echo $$; umask; pwd; ulimit -Sn; ulimit -Hn; env | sort
 	grep -E '^(Sig|Shd)(Pnd|Blk|Ign|Cgt)|^Cap|^NoNewPrivs|^Nice' /proc/self/status
 	ls /proc/self/fd; cat /proc/self/stat | cut -d' ' -f 5-8`
 
-// Goal: all that PROGRAM inherits is as if it were started without sniproxy-listen in between: the pid, the limits,
-// the signals, the descriptors and no others. Of ignored signals this holds for SIGHUP and SIGINT, as the manual says.
+// Goal: PROGRAM inherits everything as if sniproxy-listen did not stand in between: the pid, the
+// limits, the signals, the descriptors and no others. Of ignored signals this holds for SIGHUP and
+// SIGINT, as the manual says.
 func TestInheritance(t *testing.T) {
 	r, w, err := os.Pipe()
 	if err != nil {
@@ -124,7 +111,7 @@ func TestInheritance(t *testing.T) {
 		args := append([]string{"-c", `ulimit -Sn 99; umask 027; trap "" HUP INT; exec 6<&3; exec "$@"`, "sh"}, chain...)
 		cmd := exec.Command("sh", append(args, "sh", "-c", inheritance)...)
 		cmd.Env, cmd.ExtraFiles = environ(), []*os.File{r}
-		stdout, stderr, status := finish(t, cmd)
+		stdout, stderr, status := hostdirtest.Run(t, cmd)
 		pid, report, _ := strings.Cut(stdout, "\n")
 		if pid != strconv.Itoa(cmd.Process.Pid) || stderr != "" || status != 0 {
 			t.Errorf("pid %s, stderr %q, exit status %d; want %d, and 0", pid, stderr, status, cmd.Process.Pid)
@@ -143,52 +130,26 @@ func TestInheritance(t *testing.T) {
 
 	cmd := exec.Command("sh", "-c", `trap "" HUP PIPE; exec "$@"`, "sh", self(t), ":0", "grep", "SigIgn", "/proc/self/status")
 	cmd.Env = environ()
-	if stdout, _, _ := finish(t, cmd); stdout != "SigIgn:\t0000000000000001\n" {
+	if stdout, _, _ := hostdirtest.Run(t, cmd); stdout != "SigIgn:\t0000000000000001\n" {
 		t.Errorf("with SIGHUP and SIGPIPE ignored: %q; want SIGHUP alone", stdout)
 	}
 }
 
-// Goal: it is the process's first thread that executes PROGRAM, so that the signal at the death of the parent, which
-// Linux keeps for each thread, stays. Slow system calls in looking up a name are what brings other threads in: without
-// precaution the signal is lost in every second run.
+// Goal: the first thread of the process executes PROGRAM, so that the signal at the death of the
+// parent stays, which Linux keeps for each thread. Slow system calls in looking up a name bring
+// other threads in: without precaution the signal is lost in every second run.
 func TestFirstThread(t *testing.T) {
-	strace, setpriv := need(t, "strace"), need(t, "setpriv")
+	strace, setpriv := hostdirtest.Need(t, "strace"), hostdirtest.Need(t, "setpriv")
 	for range 5 {
 		cmd := exec.Command(strace, "-f", "-o", os.DevNull, "-e", "inject=all:delay_exit=20000",
 			"-P", "/etc/hosts", "-P", "/etc/nsswitch.conf", "-P", "/etc/resolv.conf",
 			setpriv, "--pdeathsig=TERM", self(t), "localhost:0", setpriv, "--dump")
 		cmd.Env = environ()
-		stdout, stderr, status := finish(t, cmd)
+		stdout, stderr, status := hostdirtest.Run(t, cmd)
 		if !strings.Contains(stdout, "Parent death signal: TERM\n") || status != 0 {
 			t.Fatalf("stdout %q, stderr %q, exit status %d; want the signal", stdout, stderr, status)
 		}
 	}
-}
-
-// directory makes a directory that any user may enter, unlike those of t.TempDir.
-func directory(t *testing.T) string {
-	t.Helper()
-	dir, err := os.MkdirTemp("", "sniproxy")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	if err := os.Chmod(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	return dir
-}
-
-// build builds a program of this module, static, where any user may execute it.
-func build(t *testing.T, dir, name string) string {
-	t.Helper()
-	path := filepath.Join(dir, name)
-	cmd := exec.Command("go", "build", "-buildvcs=false", "-o", path, "sniproxy/cmd/"+name)
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
-	return path
 }
 
 func nobody(t *testing.T) *user.User {
@@ -211,21 +172,21 @@ func TestNotPermitted(t *testing.T) {
 	}
 	cmd := program(t)
 	if os.Getuid() == 0 {
-		setpriv, u := need(t, "setpriv"), nobody(t)
+		setpriv, u := hostdirtest.Need(t, "setpriv"), nobody(t)
 		cmd.Path = setpriv
 		cmd.Args = []string{setpriv, "--reuid=" + u.Uid, "--regid=" + u.Gid, "--clear-groups",
-			build(t, directory(t), "sniproxy-listen")}
+			hostdirtest.Program(t, hostdirtest.Dir(t), "sniproxy-listen")}
 	}
 	refused(t, cmd, "127.0.0.1:1", "permission denied", "needs root", "CAP_NET_BIND_SERVICE",
 		"net.ipv4.ip_unprivileged_port_start")
 }
 
-// Goal: sniproxy behind sniproxy-listen serves and stops, in the process that was started; also with the programs in
-// between that take privileges away, each of which does what it is for.
+// Goal: sniproxy behind sniproxy-listen serves and stops, in the process that was started. So it
+// does behind programs that take privileges away, and each of these does what it is for.
 func TestChain(t *testing.T) {
-	dir := directory(t)
-	sniproxy := build(t, dir, "sniproxy")
-	serve(t, dir, "a.example")
+	dir := hostdirtest.Dir(t)
+	sniproxy := hostdirtest.Program(t, dir, "sniproxy")
+	hostdirtest.Serve(t, filepath.Join(dir, hostdirtest.Entry("a.example")), func(c *net.UnixConn) { io.Copy(c, c) })
 	u := nobody(t)
 	var (
 		root   = os.Getuid() == 0
@@ -253,7 +214,7 @@ func TestChain(t *testing.T) {
 			if c.root && !root {
 				t.Skip("needs root")
 			}
-			c.chain[0] = need(t, c.chain[0])
+			c.chain[0] = hostdirtest.Need(t, c.chain[0])
 			cmd := program(t, append([]string{"127.0.0.1:0"}, c.chain...)...)
 			cmd.Dir = dir
 			var stderr strings.Builder
@@ -265,7 +226,7 @@ func TestChain(t *testing.T) {
 			if err := cmd.Start(); err != nil {
 				t.Fatal(err)
 			}
-			overdue := time.AfterFunc(patience, func() { cmd.Process.Kill() })
+			overdue := time.AfterFunc(hostdirtest.Patience, func() { cmd.Process.Kill() })
 			defer func() {
 				overdue.Stop()
 				cmd.Process.Kill()
@@ -303,46 +264,16 @@ func TestChain(t *testing.T) {
 	}
 }
 
-// serve is the backend of name: it sends every byte back, and ends when the client does.
-func serve(t *testing.T, hosts, name string) {
-	t.Helper()
-	dir := filepath.Join(hosts, name)
-	if err := os.Mkdir(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	path := filepath.Join(dir, "tls-socket")
-	l, err := net.Listen("unix", path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { l.Close() })
-	if err := os.Chmod(path, 0o666); err != nil {
-		t.Fatal(err)
-	}
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				io.Copy(c, c)
-			}()
-		}
-	}()
-}
-
-// echo has the proxy at addr take a hello to the backend of name, and back.
+// echo sends a hello for name to the proxy at addr, and expects it back from the backend.
 func echo(t *testing.T, addr, name string) {
 	t.Helper()
-	hello := hello(t, name)
+	hello := snitest.Hello(name)
 	c, err := net.Dial("tcp", addr)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(patience))
+	c.SetDeadline(time.Now().Add(hostdirtest.Patience))
 	if _, err := c.Write(hello); err != nil {
 		t.Fatal(err)
 	}
@@ -350,24 +281,4 @@ func echo(t *testing.T, addr, name string) {
 	if n, err := io.ReadFull(c, got); err != nil || !slices.Equal(got, hello) {
 		t.Fatalf("%v, %d bytes, want the hello back: %x", err, n, got[:n])
 	}
-}
-
-// hello returns the ClientHello of Go's TLS client, with name as the server name.
-func hello(t *testing.T, name string) []byte {
-	t.Helper()
-	client, server := net.Pipe()
-	defer server.Close()
-	go func() {
-		tls.Client(client, &tls.Config{ServerName: name}).Handshake()
-		client.Close()
-	}()
-	record := make([]byte, 5)
-	if _, err := io.ReadFull(server, record); err != nil {
-		t.Fatal(err)
-	}
-	body := make([]byte, binary.BigEndian.Uint16(record[3:]))
-	if _, err := io.ReadFull(server, body); err != nil {
-		t.Fatal(err)
-	}
-	return append(record, body...)
 }

@@ -1,9 +1,7 @@
 package main
 
 import (
-	"bytes"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -15,10 +13,12 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir/hostdirtest"
 )
 
-// With the first of these in its environment the test binary is sniproxy-listen, and with the second, which comes
-// before the other, it is a PROGRAM that reports what its standard input is.
+// With the first of these in its environment the test binary is sniproxy-listen. With the second,
+// which overrides the first, it is a PROGRAM that reports what its standard input is.
 const (
 	runMain   = "SNIPROXY_LISTEN_RUN_MAIN"
 	runReport = "SNIPROXY_LISTEN_RUN_REPORT"
@@ -95,61 +95,19 @@ func self(t *testing.T) string {
 	return path
 }
 
-// need returns the path of a program, and skips the test where there is none.
-func need(t *testing.T, name string) string {
-	t.Helper()
-	for _, file := range []string{name, "/usr/sbin/" + name, "/sbin/" + name} {
-		if path, err := exec.LookPath(file); err == nil {
-			return path
-		}
-	}
-	if os.Getenv("SNIPROXY_TEST_REQUIRE") != "" {
-		t.Fatalf("%s is not installed, and SNIPROXY_TEST_REQUIRE is set", name)
-	}
-	t.Skipf("%s is not installed", name)
-	return ""
-}
-
-func needIPv6(t *testing.T) {
-	t.Helper()
-	l, err := net.Listen("tcp6", "[::1]:0")
-	if err != nil {
-		t.Skip("this machine has no IPv6")
-	}
-	l.Close()
-}
-
 // program returns sniproxy-listen with these arguments.
 func program(t *testing.T, args ...string) *exec.Cmd {
 	t.Helper()
-	cmd := exec.Command(self(t), args...)
-	cmd.Env = environ()
-	return cmd
+	return hostdirtest.Command(t, runMain+"=1", args...)
 }
 
-func environ() []string {
-	// The race detector would let each run sleep for a second at its end.
-	return append(os.Environ(), runMain+"=1", "GORACE=atexit_sleep_ms=0")
-}
+func environ() []string { return hostdirtest.Environ(runMain + "=1") }
 
-// finish runs cmd to its end.
-func finish(t *testing.T, cmd *exec.Cmd) (stdout, stderr string, status int) {
-	t.Helper()
-	var out, messages bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &messages
-	if err := cmd.Run(); err != nil {
-		if _, ok := errors.AsType[*exec.ExitError](err); !ok {
-			t.Fatal(err)
-		}
-	}
-	return out.String(), messages.String(), cmd.ProcessState.ExitCode()
-}
-
-// given returns what PROGRAM finds on descriptor 0 when cmd has its arguments yet to come.
+// given appends a PROGRAM to cmd, and returns what that finds on descriptor 0.
 func given(t *testing.T, cmd *exec.Cmd) stdin {
 	t.Helper()
 	cmd.Args = append(cmd.Args, "env", runReport+"=1", self(t))
-	stdout, stderr, status := finish(t, cmd)
+	stdout, stderr, status := hostdirtest.Run(t, cmd)
 	var s stdin
 	if err := json.Unmarshal([]byte(stdout), &s); err != nil || stderr != "" || status != 0 {
 		t.Fatalf("%q: %v, exit status %d, stdout %q, stderr %q", cmd.Args, err, status, stdout, stderr)
@@ -157,8 +115,8 @@ func given(t *testing.T, cmd *exec.Cmd) stdin {
 	return s
 }
 
-// Goal: every form of an address gives the socket that the manual says: its address and families, listening, plain TCP,
-// with SO_REUSEADDR, and blocking.
+// Goal: every form of an address gives the socket that the manual describes: its address and
+// families, listening, plain TCP, with SO_REUSEADDR, and blocking.
 func TestSocket(t *testing.T) {
 	for _, c := range []struct {
 		addr   string
@@ -179,7 +137,7 @@ func TestSocket(t *testing.T) {
 	} {
 		t.Run(c.addr, func(t *testing.T) {
 			if c.v6Only >= 0 {
-				needIPv6(t)
+				hostdirtest.NeedIPv6(t)
 			}
 			want := stdin{
 				V6Only: c.v6Only, Type: unix.SOCK_STREAM, Listens: 1, ReuseAddr: 1, Blocking: true,
@@ -190,7 +148,7 @@ func TestSocket(t *testing.T) {
 				t.Error("the port is 0")
 			}
 			want.Addr = netip.AddrPortFrom(netip.MustParseAddr(c.want), got.Addr.Port())
-			// Systems other than Linux give the option's bit in place of 1.
+			// Other systems than Linux return the bit of the option instead of 1.
 			got.Listens, got.ReuseAddr = min(got.Listens, 1), min(got.ReuseAddr, 1)
 			if got != want {
 				t.Errorf("got %+v, want %+v", got, want)
@@ -199,7 +157,8 @@ func TestSocket(t *testing.T) {
 	}
 }
 
-// Goal: a port is taken as it is written, and a link-local address on the interface that is named with it.
+// Goal: the port is the one that was given, and a link-local address is on the interface that was
+// named with it.
 func TestPortAndZone(t *testing.T) {
 	port := freePort(t)
 	if got := given(t, program(t, fmt.Sprintf("127.0.0.1:%d", port))).Addr.Port(); got != port {
@@ -247,7 +206,8 @@ func linkLocal(t *testing.T) netip.Addr {
 	return netip.Addr{}
 }
 
-// Goal: wrong usage, and so every option, gives the usage on standard error and exit status 2, and runs nothing.
+// Goal: wrong usage, and so every option, gives the usage on standard error and exit status 2, and
+// runs nothing.
 func TestUsage(t *testing.T) {
 	for _, args := range [][]string{
 		{},
@@ -258,19 +218,19 @@ func TestUsage(t *testing.T) {
 		{"--", "127.0.0.1:0", "echo", "run"},
 		{"-1:443", "echo", "run"},
 	} {
-		stdout, stderr, status := finish(t, program(t, args...))
+		stdout, stderr, status := hostdirtest.Run(t, program(t, args...))
 		if stdout != "" || status != 2 || !strings.HasPrefix(stderr, "usage: sniproxy-listen ADDR PROGRAM") {
 			t.Errorf("%q: stdout %q, stderr %q, exit status %d; want the usage and 2", args, stdout, stderr, status)
 		}
 	}
 }
 
-// refused runs sniproxy-listen, which must give one line that names addr and the reasons, and exit status 1, and run
-// nothing.
+// refused runs sniproxy-listen, which must print one line with addr and the reasons, run nothing,
+// and exit with status 1.
 func refused(t *testing.T, cmd *exec.Cmd, addr string, reasons ...string) {
 	t.Helper()
 	cmd.Args = append(cmd.Args, addr, "echo", "run")
-	stdout, stderr, status := finish(t, cmd)
+	stdout, stderr, status := hostdirtest.Run(t, cmd)
 	if stdout != "" || status != 1 {
 		t.Errorf("%q: stdout %q, exit status %d; want none, and 1", addr, stdout, status)
 	}
@@ -286,7 +246,7 @@ func refused(t *testing.T, cmd *exec.Cmd, addr string, reasons ...string) {
 	}
 }
 
-// Goal: an address that is none is refused with the reason and an example.
+// Goal: what is no address is refused with the reason and an example.
 func TestBadAddress(t *testing.T) {
 	for _, c := range []struct {
 		addr    string
@@ -308,8 +268,8 @@ func TestBadAddress(t *testing.T) {
 	}
 }
 
-// Goal: a port that is in use is refused, also where it is just one of the families or one of the addresses; the
-// message says how to find out who has it.
+// Goal: a port in use is refused, even if only one family or one address is in use. The message
+// says how to find out who has it.
 func TestInUse(t *testing.T) {
 	l, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
@@ -322,7 +282,8 @@ func TestInUse(t *testing.T) {
 	}
 }
 
-// Goal: an address that this machine does not have, or not without its zone, is refused with what to do.
+// Goal: an address that this machine does not have, or not without its zone, is refused, and the
+// message says what to do.
 func TestNotOurAddress(t *testing.T) {
 	refused(t, program(t), "192.0.2.1:0", "cannot assign requested address", "this machine does not have")
 	t.Run("zone", func(t *testing.T) {
@@ -370,10 +331,10 @@ func programs(t *testing.T) (dir, path string) {
 	return dir, strings.Join([]string{filepath.Join(dir, "none"), filepath.Join(dir, "file"), first, second}, ":")
 }
 
-// Goal: PROGRAM is found and run, or not, with the exit status of env(1), whichever way it is named; and where it
-// cannot be run there is one line that names it.
+// Goal: PROGRAM is found and run, or not, with the exit status of env(1), however it is named. If
+// it cannot be run, one line names it.
 func TestProgram(t *testing.T) {
-	env := need(t, "env")
+	env := hostdirtest.Need(t, "env")
 	dir, path := programs(t)
 	for _, c := range []struct {
 		path   string // PATH; "-" for none
@@ -414,7 +375,7 @@ func TestProgram(t *testing.T) {
 		}
 		run := func(cmd *exec.Cmd) (stdout, stderr string, status int) {
 			cmd.Dir, cmd.Env = dir, environment
-			return finish(t, cmd)
+			return hostdirtest.Run(t, cmd)
 		}
 		stdout, stderr, status := run(program(t, "127.0.0.1:0", c.name, "run", "two words"))
 		wantOut, _, envStatus := run(exec.Command(env, c.name, "run", "two words"))
@@ -435,17 +396,17 @@ func TestProgram(t *testing.T) {
 	}
 }
 
-// Goal: what PROGRAM exits with is the exit status.
+// Goal: the exit status is that of PROGRAM.
 func TestExitStatus(t *testing.T) {
 	for _, want := range []int{0, 1, 7} {
 		cmd := program(t, "127.0.0.1:0", "sh", "-c", fmt.Sprintf("exit %d", want))
-		if _, stderr, status := finish(t, cmd); status != want || stderr != "" {
+		if _, stderr, status := hostdirtest.Run(t, cmd); status != want || stderr != "" {
 			t.Errorf("exit status %d, stderr %q; want %d", status, stderr, want)
 		}
 	}
 }
 
-// Goal: a standard error that nobody reads any more does not change the exit status.
+// Goal: the exit status does not depend on whether anybody reads standard error.
 func TestNobodyReads(t *testing.T) {
 	for want, args := range map[int][]string{
 		1:   {"443", "true"},

@@ -69,13 +69,13 @@ func (c *conn) dial(name, hello []byte) {
 	var t *shares.Tenant
 	entry, err := l.find(r)
 	for {
-		if err != nil && !report.NoRoom(err) && !report.MayWait(err) {
+		if err != nil && err != hostdir.NoRoom && err != hostdir.MayWait {
 			c.refuse(name, err)
 			return
 		}
 		t = s.Tenants.Of(entry)
 		c.belongTo(t)
-		if !report.NoRoom(err) || !s.Room.ForRelay(l, t, true) {
+		if err != hostdir.NoRoom || !s.Room.ForRelay(l, t, true) {
 			break
 		}
 		entry, err = l.find(r)
@@ -84,20 +84,20 @@ func (c *conn) dial(name, hello []byte) {
 	case t.Clogged():
 		c.refuse(name, report.ErrClogged)
 		return
-	case report.NoRoom(err), !s.Room.ForRelay(l, t, false):
-		c.redialLater(t.Key(), report.ErrNoRoom, name, hello)
+	case err == hostdir.NoRoom, !s.Room.ForRelay(l, t, false):
+		c.redialLater(t.Key(), hostdir.NoRoom, name, hello)
 		return
-	case report.MayWait(err), !l.mayConnect(t, entry):
+	case err == hostdir.MayWait, !l.mayConnect(t, entry):
 		c.lookUp(t, entry.Name, name, hello)
 		return
 	}
 
 	r.entry, r.tenant = entry.Name, t
 	b, err := l.connect(r)
-	for report.NoRoom(err) && s.Room.ForRelay(l, t, true) {
+	for err == hostdir.NoRoom && s.Room.ForRelay(l, t, true) {
 		b, err = l.connect(r)
 	}
-	if report.MayWait(err) {
+	if err == hostdir.MayWait {
 		c.lookUp(t, entry.Name, name, hello)
 		return
 	}
@@ -140,7 +140,7 @@ func (r *runner) finish(entry hostdir.Entry, b hostdir.Backend, err error) {
 	case r.tenant == nil && err == nil: // it has found the entry
 		k.tenant = s.Tenants.Of(entry)
 		k.backend, k.err = r.dialer.Connect(true)
-	case r.tenant == nil && report.MayWait(err):
+	case r.tenant == nil && err == hostdir.MayWait:
 		k.reach(r.dialer)
 	default: // it has connected, or failed
 		k.backend, k.err = b, err
@@ -236,7 +236,7 @@ func (c *conn) dialled(key shares.Key, name, hello []byte, b hostdir.Backend, er
 	switch {
 	case err == nil:
 		c.begin(b, name, hello)
-	case report.NoRoom(err), report.BacklogFull(err), report.Exchanged(err):
+	case err == hostdir.NoRoom, err == hostdir.BacklogFull, err == hostdir.Exchanged:
 		c.redialLater(key, err, name, hello)
 	default:
 		c.refuse(name, err)

@@ -462,7 +462,7 @@ func (e *Engine) dial(c *conn, name []byte) (b hostdir.Backend, err error) {
 
 // transient tells whether it is worth trying again after an error of a look-up.
 func transient(err error) bool {
-	return report.NoRoom(err) || report.BacklogFull(err) || report.Exchanged(err)
+	return err == hostdir.NoRoom || err == hostdir.BacklogFull || err == hostdir.Exchanged
 }
 
 // pause waits. It fails if there is no time left.
@@ -487,11 +487,11 @@ func (e *Engine) dialOnce(c *conn, name []byte) (b hostdir.Backend, place shares
 	case t.Clogged():
 		return b, place, report.ErrClogged
 	case !e.shares.Room.ForRelay(roomFor{e, c}, t, false):
-		return b, t.Key(), report.ErrNoRoom
+		return b, t.Key(), hostdir.NoRoom
 	}
 	place = t.EntryKey(entry.Name)
 	b, err = e.reach(c, t, string(entry.Name), name)
-	for report.NoRoom(err) && e.shares.Room.ForRelay(roomFor{e, c}, t, true) {
+	for err == hostdir.NoRoom && e.shares.Room.ForRelay(roomFor{e, c}, t, true) {
 		b, err = e.reach(c, t, string(entry.Name), name)
 	}
 	return b, place, err

@@ -1,4 +1,5 @@
-// Package hostname has the names of hosts as people write them, for the programs that people give names to.
+// Package hostname turns names of hosts, as people write them, into canonical names. The programs
+// that people give names to use it.
 package hostname
 
 import (
@@ -12,15 +13,15 @@ import (
 	"sniproxy/sni"
 )
 
-// Limits of the DNS, RFC 1035, Section 2.3.4, on a name without its root label. The profile enforces them, but its
-// error does not say so.
+// Limits of the DNS on a name without its root label: RFC 1035, Section 2.3.4. The profile enforces
+// them too, but its error does not name them.
 const (
 	maxLabel = 63
 	maxName  = 253
 )
 
-// The profile is UTS #46, non-transitional. The later options undo a part of MapForLookup: which ASCII characters and
-// hyphens may stand where is left to the rule that the proxy itself has.
+// The profile is UTS #46, non-transitional. The options after MapForLookup leave it to the proxy's
+// own rule where ASCII characters and hyphens may stand.
 var profile = idna.New(
 	idna.MapForLookup(),
 	idna.Transitional(false),
@@ -31,8 +32,8 @@ var profile = idna.New(
 	idna.BidiRule(),
 )
 
-// Parse returns the name for which the proxy looks a directory up, when a person calls it s: the canonical name of a
-// host, or a wildcard. The asterisk is no part of a name, so it is not mapped; only the one in ASCII is a wildcard. The
+// Parse returns the canonical name of the host, or the wildcard, that a person calls s. The
+// asterisk is not part of a name and so is not mapped: only the one in ASCII makes a wildcard. The
 // error is for people.
 func Parse(s string) ([]byte, error) {
 	if s == "*" {
@@ -52,14 +53,14 @@ func Parse(s string) ([]byte, error) {
 // canonical returns the canonical name of the host that a person calls s.
 func canonical(s string) ([]byte, error) {
 	if !utf8.ValidString(s) {
-		return nil, errors.New("not valid UTF-8") // the profile has an answer even then
+		return nil, errors.New("not valid UTF-8") // the profile accepts it
 	}
-	// Where the profile refuses s, it returns what it came to all the same. The proxy's rule looks at that first,
-	// since it can say more exactly what is wrong.
+	// Where the profile refuses s, it still returns a name. The proxy's rule comes first, since its
+	// error says more exactly what is wrong.
 	ascii, profileErr := profile.ToASCII(withoutRoot(s))
 	if profileErr == nil {
-		// Once more, for the profile looks for right-to-left characters before it maps: it would let ℵa pass, whose ℵ
-		// (U+2135) becomes the letter א, and which the Bidi rule then refuses.
+		// Once more: the profile looks for right-to-left characters before it maps. It lets ℵa
+		// pass, maps ℵ (U+2135) to the letter א, and only then would the Bidi rule refuse the name.
 		ascii, profileErr = profile.ToASCII(ascii)
 	}
 	name, err := sni.AppendCanonical(nil, []byte(ascii))
@@ -83,8 +84,8 @@ func canonical(s string) ([]byte, error) {
 	return name, nil
 }
 
-// withoutRoot returns s without the one dot that stands for the root at its end, or one of the characters that
-// UTS #46, Section 2.3 has for it: U+3002, U+FF0E and U+FF61.
+// withoutRoot returns s without the dot at its end, which stands for the root. The dot may also be
+// one of the characters that UTS #46, Section 2.3 maps to it: U+3002, U+FF0E and U+FF61.
 func withoutRoot(s string) string {
 	last, size := utf8.DecodeLastRuneInString(s)
 	if strings.ContainsRune(".。．｡", last) {

@@ -18,7 +18,6 @@ var (
 	ErrEOF     = sni.Alert{Description: sni.DecodeError, Reason: "the client ended the connection before the server name"}
 	ErrTimeout = sni.Alert{Description: sni.UserCanceled, Reason: "no complete server name within the time limit"}
 
-	ErrNoRoom        = &hostdir.Error{Problem: hostdir.NoRoom}
 	ErrClogged       = sni.Alert{Description: sni.InternalError, Reason: "too many descriptors that backends of this tenant have passed wait to be closed"}
 	ErrLookups       = sni.Alert{Description: sni.InternalError, Reason: "too many look-ups wait for a file system"}
 	ErrLookupTimeout = sni.Alert{Description: sni.UserCanceled, Reason: "the look-up has waited for a file system until the time limit"}
@@ -40,7 +39,7 @@ func Alert(name []byte, err error) sni.Alert {
 				return nameless(host.Ignored)
 			}
 			description = sni.UnrecognizedName
-		case hostdir.BacklogFull, hostdir.NoRoom, hostdir.Exchanged, hostdir.MayWait, hostdir.Other:
+		case hostdir.Other:
 		default:
 			description = sni.UnrecognizedName
 		}
@@ -102,23 +101,4 @@ func AcceptFailed(err error) {
 	if acceptFailures.Allow() {
 		logline.Err("cannot accept connections for the moment: %v", err)
 	}
-}
-
-// Errors of a look-up that are not the last word.
-
-// BacklogFull tells whether a backend had no room in its backlog.
-func BacklogFull(err error) bool { return isProblem(err, hostdir.BacklogFull) }
-
-// NoRoom tells whether the system refused a descriptor.
-func NoRoom(err error) bool { return isProblem(err, hostdir.NoRoom) }
-
-// Exchanged tells whether a directory was exchanged during a look-up.
-func Exchanged(err error) bool { return isProblem(err, hostdir.Exchanged) }
-
-// MayWait tells whether a look-up takes a thread that may wait for a file system.
-func MayWait(err error) bool { return isProblem(err, hostdir.MayWait) }
-
-func isProblem(err error, p hostdir.Problem) bool {
-	var host *hostdir.Error
-	return errors.As(err, &host) && host.Problem == p
 }

@@ -9,8 +9,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A place is nothing here: what is in the hosts directory is found by its path.
-type place struct{}
+// On other systems a Dialer works with paths.
+
+// A directory is nothing here: entries are found by their paths.
+type directory struct{}
 
 func (h *Hosts) open() error {
 	h.paths = errors.New("threads cannot have a working directory of their own on " + runtime.GOOS)
@@ -19,8 +21,8 @@ func (h *Hosts) open() error {
 
 func (h *Hosts) close() {}
 
-// ask asks for the owner of the hosts directory.
-func (h *Hosts) ask() (uint32, error) {
+// askOwner asks for the owner of the hosts directory.
+func (h *Hosts) askOwner() (uint32, error) {
 	var st unix.Stat_t
 	err := unix.Stat(".", &st)
 	return st.Uid, err
@@ -33,8 +35,8 @@ func (h *Hosts) lstat(entry []byte, _ bool) (status, error) {
 	return status{owner: st.Uid, kind: uint32(st.Mode) & unix.S_IFMT}, err
 }
 
-// socket takes two more calls than on Linux, since darwin has no flags for them.
-// No other process is started that could inherit the descriptor in between.
+// socket takes two calls more than on Linux, since darwin has no flags for them. No program is
+// started in between that could inherit the descriptor.
 func (h *Hosts) socket(bool) (int, error) {
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM, 0)
 	if err != nil {
@@ -48,7 +50,7 @@ func (h *Hosts) socket(bool) (int, error) {
 	return fd, nil
 }
 
-// connect connects a socket to a path. Only what is connected can be shut down.
+// connect connects a socket to a path. It can be shut down only once it is connected.
 func connect(fd int, path string, deaf bool) error {
 	err := unix.Connect(fd, &unix.SockaddrUnix{Name: path})
 	if err == nil && deaf {
@@ -57,19 +59,18 @@ func connect(fd int, path string, deaf bool) error {
 	return err
 }
 
-// A thread is nothing here.
-type thread struct{}
-
-func (thread) begin() error { return nil }
-
-// enterOwn is never called, since PathsOnly is never nil.
-func (d *Dialer) enterOwn(_, _ bool) error { return errAbsent }
-
-// connectOwn is never called either.
-func (d *Dialer) connectOwn(bool) (Backend, error) { return Backend{FD: -1}, errAbsent }
-
 // Release does nothing, since nothing is kept open.
 func (d *Dialer) Release() bool { return false }
 
-// Leave does nothing either.
+// Leave does nothing, since there is nothing to leave.
 func (d *Dialer) Leave() {}
+
+// The rest is never called, since Hosts.paths is never nil.
+
+type workdir struct{}
+
+func ownWorkdir() error { return nil }
+
+func (d *Dialer) enter(_, _ bool) error { return absent }
+
+func (d *Dialer) connectInside(bool) (Backend, error) { return none, absent }

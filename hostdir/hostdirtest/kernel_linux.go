@@ -1,0 +1,69 @@
+package hostdirtest
+
+import (
+	"fmt"
+	"runtime"
+	"testing"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// SOPassRights is SO_PASSRIGHTS, which package unix does not have.
+const SOPassRights = 83
+
+// Deny has the kernel refuse this process a system call with an error, as container engines do, and
+// kernels that do not have it. Args are those arguments, by their numbers, that the call must have.
+// It cannot be undone.
+func Deny(call uint32, args map[int]uint32, errno unix.Errno) error {
+	// What a filter looks at is struct seccomp_data: the number of the call comes first, the
+	// arguments from 16 on, with the lower halves first on the machines that there are. See
+	// seccomp(2).
+	var filter []unix.SockFilter
+	test := func(offset, value uint32) {
+		filter = append(filter,
+			unix.SockFilter{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: offset},
+			unix.SockFilter{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: value})
+	}
+	test(0, call)
+	for arg, value := range args {
+		test(16+8*uint32(arg), value)
+	}
+	for i := 1; i < len(filter); i += 2 {
+		filter[i].Jf = uint8(len(filter) - i) // to the instruction that allows the call
+	}
+	filter = append(filter,
+		unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ERRNO | uint32(errno)},
+		unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW})
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return err
+	}
+	program := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
+	if _, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC, uintptr(unsafe.Pointer(&program))); errno != 0 {
+		return fmt.Errorf("seccomp: %w", errno)
+	}
+	return nil
+}
+
+// OwnMounts gives the thread of the test a mount namespace: the programs that it starts see its
+// mounts and nobody else does, and the mounts end with them, whatever happens.
+func OwnMounts(t testing.TB) {
+	t.Helper()
+	runtime.LockOSThread() // for good, so that the thread ends with the test
+	err := unix.Unshare(unix.CLONE_NEWNS)
+	if err == nil {
+		err = unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
+	}
+	if err != nil {
+		t.Skipf("no mount namespace: %v", err)
+	}
+}
+
+// Mount mounts something until the end of the test.
+func Mount(t testing.TB, source, path, kind string, flags uintptr, options string) {
+	t.Helper()
+	if err := unix.Mount(source, path, kind, flags, options); err != nil {
+		t.Skipf("mount of %s on %s: %v", source, path, err)
+	}
+	t.Cleanup(func() { unix.Unmount(path, unix.MNT_DETACH|unix.MNT_FORCE) })
+}

@@ -1,0 +1,206 @@
+package hostdir
+
+import (
+	"bytes"
+	"runtime"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+)
+
+// A directory is the hosts directory as Linux opens it, and what the kernel offers for it.
+type directory struct {
+	fd     uintptr
+	device device
+	cached bool // openat2(2) has RESOLVE_CACHED: the kernel can tell whether a look-up may wait
+	local  bool // the hosts directory is in memory or on a disk: it keeps nobody waiting for long
+}
+
+// A device is what a file system is on. Its major number is 0 unless it is a block device.
+type device struct{ major, minor uint32 }
+
+// An inode tells a directory that is open from all others.
+type inode struct {
+	device device
+	number uint64
+}
+
+func (h *Hosts) open() error {
+	fd, err := unix.Open(".", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	h.fd = uintptr(fd)
+	if err := h.probe(); err != nil {
+		h.close()
+		return err
+	}
+	return nil
+}
+
+func (h *Hosts) close() { closeRaw(h.fd) }
+
+// probe finds out what the kernel offers.
+func (h *Hosts) probe() (err error) {
+	if h.overflow, err = overflowUID(); err != nil {
+		return err
+	}
+	st, errno := stat(h.fd, empty, true)
+	if errno != 0 {
+		return errno
+	}
+	h.device = deviceOf(&st)
+	h.local = h.device.major != 0 || inMemory(h.fd)
+	// Linux has openat2(2) since 5.6, RESOLVE_CACHED since 5.12.
+	fd, errno := openat2(h.fd, &dot[0], &cachedDirectory, true)
+	switch errno {
+	case 0:
+		closeRaw(fd)
+		h.cached = true
+	case unix.EMFILE, unix.ENFILE:
+		return errno
+	}
+	// Linux has SO_PASSRIGHTS since 6.16.
+	s, errno := socket()
+	if errno != 0 {
+		return errno
+	}
+	h.refuses = setInt(s, soPassRights, 0) == 0
+	closeRaw(s)
+	onOwnThread(func() { h.paths = unix.Unshare(unix.CLONE_FS) })
+	return nil
+}
+
+// overflowUID returns the user as which the kernel shows those that it has no number for.
+func overflowUID() (uint32, error) {
+	fd, err := unix.Open("/proc/sys/kernel/overflowuid", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err == unix.EMFILE || err == unix.ENFILE {
+		return 0, err
+	}
+	if err != nil {
+		return nobody, nil
+	}
+	defer unix.Close(fd)
+	var text [16]byte
+	n, _ := unix.Read(fd, text[:])
+	uid, err := strconv.ParseUint(string(bytes.TrimSpace(text[:max(n, 0)])), 10, 32)
+	if err != nil {
+		return nobody, nil
+	}
+	return uint32(uid), nil
+}
+
+// inMemory reports whether a directory is on a file system that exists only in memory.
+func inMemory(dir uintptr) bool {
+	var fs unix.Statfs_t
+	err := unix.Fstatfs(int(dir), &fs)
+	return err == nil && (uint32(fs.Type) == unix.TMPFS_MAGIC || uint32(fs.Type) == unix.RAMFS_MAGIC)
+}
+
+// onOwnThread calls do on a thread that ends afterwards. That is never the main thread, which would
+// not end with its goroutine.
+func onOwnThread(do func()) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			onOwnThread(do)
+			runtime.UnlockOSThread()
+			return
+		}
+		do()
+	}()
+	<-done
+}
+
+// askOwner asks for the owner of the hosts directory.
+func (h *Hosts) askOwner() (uint32, error) {
+	st, errno := stat(h.fd, empty, false)
+	if errno != 0 {
+		return 0, errno
+	}
+	return st.Uid, nil
+}
+
+// lstat tells about an entry of the hosts directory, whose name ends in a zero.
+func (h *Hosts) lstat(entry []byte, wait bool) (status, error) {
+	st, errno := stat(h.fd, entry, wait || !h.local)
+	if errno != 0 {
+		return status{}, errno
+	}
+	is := h.status(&st)
+	if !is.unsure || !wait {
+		return is, nil
+	}
+	fd, errno := openat(h.fd, &entry[0], unix.O_NOFOLLOW)
+	if errno != 0 {
+		return status{}, errno
+	}
+	defer closeRaw(fd)
+	return h.fstat(fd, true)
+}
+
+// fstat tells about an entry that is open. If there is time to wait, the file system itself says
+// whether it is a FUSE, which may lie about the owner; other file systems are believed.
+func (h *Hosts) fstat(fd uintptr, wait bool) (status, error) {
+	st, errno := stat(fd, empty, wait)
+	if errno != 0 {
+		return status{}, errno
+	}
+	is := h.status(&st)
+	if is.unsure && wait {
+		var fs unix.Statfs_t
+		is.unsure = false
+		if err := unix.Fstatfs(int(fd), &fs); err == nil && uint32(fs.Type) != unix.FUSE_SUPER_MAGIC {
+			is.owner = st.Uid
+		}
+	}
+	return is, nil
+}
+
+// status is what the kernel tells about an entry, as far as that can be believed. A user may mount
+// a FUSE on his directory (fusermount), and it can say that it belongs to root. A FUSE that he can
+// mount is on no block device.
+func (h *Hosts) status(st *unix.Statx_t) status {
+	is := status{owner: st.Uid, kind: uint32(st.Mode) & unix.S_IFMT}
+	on := deviceOf(st)
+	mounted := st.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0 || st.Attributes_mask&unix.STATX_ATTR_MOUNT_ROOT == 0
+	if mounted && on.major == 0 && on != h.device {
+		is.owner, is.unsure = nobody, true
+	}
+	return is
+}
+
+func deviceOf(st *unix.Statx_t) device { return device{st.Dev_major, st.Dev_minor} }
+
+func inodeOf(st *unix.Statx_t) inode { return inode{deviceOf(st), st.Ino} }
+
+// socket returns a socket to which no backend can pass descriptors, if the kernel can refuse them.
+// If not, a backend must at least not choose when the kernel drops them: it drops what came with an
+// out-of-band byte as soon as reading passes over that byte, so such bytes are read like all
+// others.
+func (h *Hosts) socket(deaf bool) (fd int, err error) {
+	s, errno := socket()
+	if errno != 0 {
+		return -1, errno
+	}
+	if h.refuses {
+		errno = setInt(s, soPassRights, 0)
+	} else {
+		errno = setInt(s, unix.SO_OOBINLINE, 1)
+	}
+	if errno == 0 && deaf {
+		errno = shutdown(s)
+	}
+	if errno != 0 {
+		closeRaw(s)
+		return -1, errno
+	}
+	return int(s), nil
+}
+
+// connect connects a socket, which is deaf already if it is to be, to a path.
+func connect(fd int, path string, _ bool) error {
+	return unix.Connect(fd, &unix.SockaddrUnix{Name: path})
+}
