@@ -61,6 +61,7 @@ type answer uint8
 const (
 	pending answer = iota
 	found
+	nameless
 	notHandshake
 	interleaved
 	emptyRecord
@@ -74,9 +75,6 @@ const (
 	emptyList
 	secondServerName
 	tooLate
-	noExtensions
-	noServerName
-	noHostName
 	emptyName
 	longName
 	emptyLabel
@@ -100,9 +98,6 @@ var alerts = [...]error{
 	emptyList:        Alert{DecodeError, "server name list is empty"},
 	secondServerName: Alert{DecodeError, "client hello has a second server name extension"},
 	tooLate:          Alert{InternalError, "no server name within the first 64 KiB"},
-	noExtensions:     Alert{UnrecognizedName, "client hello has no extensions"},
-	noServerName:     Alert{UnrecognizedName, "no server name"},
-	noHostName:       Alert{UnrecognizedName, "server name list has no host name"},
 	emptyName:        Alert{UnrecognizedName, "server name is empty"},
 	longName:         Alert{UnrecognizedName, "server name is longer than 254 bytes"},
 	emptyLabel:       Alert{UnrecognizedName, "server name has an empty label"},

@@ -27,7 +27,7 @@ func benchmarkParse(b *testing.B, what string, stream []byte) {
 		b.ReportAllocs()
 		for b.Loop() {
 			var p Parser
-			if name, err := p.Parse(stream); name == nil {
+			if _, done, err := p.Parse(stream); !done || err != nil {
 				b.Fatal(err)
 			}
 		}
@@ -47,9 +47,9 @@ func BenchmarkParseByteByByte(b *testing.B) {
 				var p Parser
 				var name []byte
 				for i := range stream {
-					name, _ = p.Parse(stream[i : i+1])
+					name, _, _ = p.Parse(stream[i : i+1])
 				}
-				if name == nil {
+				if len(name) == 0 {
 					b.Fatal("no name")
 				}
 			}

@@ -22,12 +22,12 @@ func ExampleParser() {
 			fmt.Println(err)
 			return
 		}
-		name, err := p.Parse(b[:n])
+		name, done, err := p.Parse(b[:n])
 		if err != nil {
 			fmt.Println(err)
 			return
 		}
-		if name != nil {
+		if done {
 			fmt.Printf("%s\n", name)
 			return
 		}
@@ -37,7 +37,7 @@ func ExampleParser() {
 
 func ExampleParser_Parse() {
 	var p sni.Parser
-	_, err := p.Parse([]byte("GET / HTTP/1.1\r\n"))
+	_, _, err := p.Parse([]byte("GET / HTTP/1.1\r\n"))
 	fmt.Println(err)
 
 	var alert sni.Alert
@@ -49,7 +49,7 @@ func ExampleParser_Parse() {
 	// 15 03 03 00 02 02 0a
 }
 
-func ExampleParser_Nameless() {
+func ExampleParser_nameless() {
 	client, conn := net.Pipe()
 	defer conn.Close()
 	go tls.Client(client, &tls.Config{InsecureSkipVerify: true}).Handshake()
@@ -62,12 +62,12 @@ func ExampleParser_Nameless() {
 			fmt.Println(err)
 			return
 		}
-		if _, err := p.Parse(b[:n]); err != nil {
-			fmt.Println(p.Nameless(), err)
+		if name, done, err := p.Parse(b[:n]); done {
+			fmt.Printf("%q, %v\n", name, err)
 			return
 		}
 	}
-	// Output: true no server name (alert 112, unrecognized_name)
+	// Output: "", <nil>
 }
 
 func ExampleAppendCanonical() {

@@ -7,7 +7,7 @@
 //
 // It answers with the name as soon as the last byte of the name has come, and looks at nothing
 // behind that. It answers that there is no name only after it has seen all of the hello and found
-// it valid: see [Parser.Nameless].
+// it valid.
 package sni
 
 // MaxHello is the number of raw bytes, with record headers, within which the name must come, or the
@@ -27,7 +27,7 @@ type Parser struct {
 	field field
 	got   uint8  // bytes so far of the field's value
 	flaw  answer // what is wrong; it does not matter if a name comes
-	none  answer // why there is no name, if none comes and there is no flaw
+	names bool   // a server_name extension has come
 	value uint32 // of the field, from the bytes so far
 	skip  uint32 // bytes left to skip before the field
 	left  uint32 // bytes left, after the field, in the structure around it
@@ -37,15 +37,20 @@ type Parser struct {
 	name [MaxName]byte
 }
 
-// Parse continues with b, the raw bytes that follow those of earlier calls.
+// Parse continues with b, the raw bytes that follow those of earlier calls. Done tells whether it has
+// an answer: the canonical name (see [AppendCanonical]), in memory of p itself, empty if the client
+// names no host; or an [Alert]. From then on it returns the same, and ignores b.
 //
-// It returns the canonical name (see [AppendCanonical]), in memory of p itself; or an [Alert]; or
-// neither, if it needs more bytes. Once it has returned a name or an Alert, further calls return
-// the same and ignore b.
+// A client names no host if its complete, valid ClientHello has no extensions, no server_name
+// extension, or no host_name in that. Other readers of the same bytes find no name either, so such a
+// client can be served without one. A valid hello has good records and good lengths up to its end; a
+// session id, cipher suites, compression methods and a server name list within the bounds of RFC 8446
+// and RFC 6066; and at most one server_name extension. What is inside other extensions, and inside
+// names of other types, does not matter.
 //
-// It does not look behind the name, since the rest of the hello is for the server to judge, nor
+// Parse does not look behind the name, since the rest of the hello is for the server to judge, nor
 // behind a hello without a name.
-func (p *Parser) Parse(b []byte) (name []byte, err error) {
+func (p *Parser) Parse(b []byte) (name []byte, done bool, err error) {
 	if p.answer == pending {
 		b = b[:min(len(b), MaxHello-int(p.taken))]
 		p.taken += uint32(len(b))
@@ -56,29 +61,12 @@ func (p *Parser) Parse(b []byte) (name []byte, err error) {
 	}
 	switch p.answer {
 	case pending:
-		return nil, nil
-	case found:
-		return p.name[:p.size], nil
+		return nil, false, nil
+	case found, nameless:
+		return p.name[:p.size], true, nil
 	default:
-		return nil, alerts[p.answer]
+		return nil, true, alerts[p.answer]
 	}
-}
-
-// Nameless reports whether Parse returned its Alert because a complete, valid ClientHello has no
-// server name: no extensions, no server_name extension, or no host_name in its list. Other readers
-// of the same bytes find no name either, so such a client can be served without one.
-//
-// It is false while Parse needs more bytes, for a name that is not canonical, and for a hello that
-// is not valid. A valid hello has good records and good lengths up to its end; a session id, cipher
-// suites, compression methods and a server name list within the bounds of RFC 8446 and RFC 6066;
-// and at most one server_name extension. What is inside other extensions, and inside names of other
-// types, does not matter.
-func (p *Parser) Nameless() bool {
-	switch p.answer {
-	case noExtensions, noServerName, noHostName:
-		return true
-	}
-	return false
 }
 
 // readRecords takes b apart into records and passes on their contents. RFC 8446, Section 5.1.
@@ -234,22 +222,20 @@ func (p *Parser) next(value uint32) {
 		if value == 0 {
 			p.flaw = noCompression
 		}
-		p.none = noExtensions
 		p.expect(extensions, value)
 	case extensions:
-		p.none = noServerName
 		p.expectList(extension, value)
 	case extension:
 		switch {
 		case kind != serverNameExt:
 			p.expect(extension, length)
-		case p.none == noHostName:
+		case p.names:
 			// "There MUST NOT be more than one extension of the same type".
 			p.answer = secondServerName
 		case length > p.left:
 			p.answer = overrun
 		default:
-			p.none = noHostName
+			p.names = true
 			p.after = p.left - length
 			p.left = length
 			p.expect(serverNameList, 0)
@@ -276,7 +262,7 @@ func (p *Parser) next(value uint32) {
 		p.left = p.after
 		p.expect(extension, 0)
 	case helloEnd:
-		p.answer = p.none
+		p.answer = nameless
 		if p.flaw != pending {
 			p.answer = p.flaw
 		}

@@ -649,15 +649,15 @@ func (v *conversation) unserved(c *chaosReport) string {
 	sent := make([]byte, size)
 	newChaosStream(v.begin, v.seed, 0).next(sent)
 	var p sni.Parser
-	name, err := p.Parse(sent)
+	_, done, err := p.Parse(sent)
 	got := alert(c.head)
 	want := -1
 	switch {
 	case err != nil:
 		want = int(err.(sni.Alert).Description)
-	case name == nil && v.took >= limits.Hello:
+	case !done && v.took >= limits.Hello:
 		want = int(sni.UserCanceled) // it waited for an answer before it ended
-	case name == nil:
+	case !done:
 		want = int(sni.DecodeError)
 	case v.fate == refused, v.fate == relayedOrRefused && got >= 0:
 		want = int(sni.UnrecognizedName)

@@ -150,6 +150,6 @@ func ReadHello(r io.Reader) (name string, rest []byte, err error) {
 		b = append(b, buf[:n]...)
 	}
 	var p sni.Parser
-	got, err := p.Parse(b)
+	got, _, err := p.Parse(b)
 	return string(got), b[5+int(b[3])<<8+int(b[4]):], err
 }

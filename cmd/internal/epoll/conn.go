@@ -253,17 +253,17 @@ func (c *conn) readHello() {
 			c.refuse(nil, report.ErrEOF)
 			return
 		}
-		name, err := parser.Parse(space[:n])
+		name, done, err := parser.Parse(space[:n])
 		hello := l.buffer[:headroom+n]
 		if p != nil {
 			p.hello = append(p.hello, space[:n]...)
 			hello = p.hello
 		}
 		switch {
-		case err != nil && !parser.Nameless():
+		case err != nil:
 			c.refuse(nil, err)
 			return
-		case name != nil || err != nil:
+		case done:
 			c.dial(name, hello)
 			return
 		}

@@ -395,7 +395,7 @@ func (e *Engine) serve(c *conn) {
 func (c *conn) hello() (hello, name []byte, err error) {
 	var parser sni.Parser
 	in := newSource(c.client, false)
-	for name == nil {
+	for done := false; !done; {
 		b, err := in.read(sni.MaxHello - len(hello))
 		switch {
 		case errors.Is(err, io.EOF):
@@ -406,11 +406,8 @@ func (c *conn) hello() (hello, name []byte, err error) {
 			return nil, nil, err
 		}
 		hello = append(hello, b...)
-		name, err = parser.Parse(b)
+		name, done, err = parser.Parse(b)
 		in.release()
-		if parser.Nameless() {
-			return hello, nil, nil
-		}
 		if err != nil {
 			return nil, nil, err
 		}
