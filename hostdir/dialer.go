@@ -99,16 +99,28 @@ func (d *Dialer) try(wildcard, wait bool) error {
 //
 // Connect neither waits for a backend whose backlog is full nor tries again: see [BacklogFull] and
 // [Exchanged]. After [NoRoom] it may be called again. The error is [Again] or an [*Error].
-func (d *Dialer) Connect(wait bool) (Backend, error) {
+func (d *Dialer) Connect(wait bool) (Backend, error) { return d.connect(-1, wait) }
+
+// ConnectDatagram is like Connect, for a tls-socket that is a datagram socket, and connects a socket of
+// the caller's, which stays his: see [NewDatagram]. It need not be new.
+func (d *Dialer) ConnectDatagram(fd int, wait bool) (Backend, error) { return d.connect(fd, wait) }
+
+// connect connects a datagram socket, or a new stream socket if there is none.
+func (d *Dialer) connect(datagram int, wait bool) (b Backend, err error) {
 	switch {
 	case d.err != nil:
 		return none, d.err
 	case d.hosts.paths == nil:
-		return d.connectInside(wait)
+		b, err = d.connectInside(datagram, wait)
 	case !wait:
 		return none, MayWait
+	default:
+		b, err = d.connectPath(datagram)
 	}
-	return d.connectPath()
+	if err == Datagram && datagram >= 0 {
+		err = Stream
+	}
+	return b, err
 }
 
 // none is no connection.

@@ -253,35 +253,41 @@ func (d *Dialer) open(dir uintptr, path []byte, wait bool) (uintptr, error) {
 
 // connectInside connects to the tls-socket in the working directory. For lack of a descriptor it
 // gives up the one that is kept open, so that the next try has that.
-func (d *Dialer) connectInside(wait bool) (Backend, error) {
-	b, err := d.connectOnce(wait)
+func (d *Dialer) connectInside(datagram int, wait bool) (Backend, error) {
+	b, err := d.connectOnce(datagram, wait)
 	if err == NoRoom {
 		d.Release()
 	}
 	return b, err
 }
 
-func (d *Dialer) connectOnce(wait bool) (Backend, error) {
+func (d *Dialer) connectOnce(datagram int, wait bool) (Backend, error) {
 	d.workdir.slow = d.workdir.slow || wait
 	if !wait {
 		if err := d.checkSocket(); err != nil {
 			return none, err
 		}
 	}
-	fd, err := d.hosts.socket(d.Deaf)
-	if err != nil {
-		return none, systemError(err)
+	b := Backend{FD: datagram, Datagram: datagram >= 0}
+	if !b.Datagram {
+		var err error
+		if b.FD, err = d.hosts.socket(d.Deaf); err != nil {
+			return none, systemError(err)
+		}
 	}
-	if errno := connectSocket(uintptr(fd)); errno != 0 {
-		closeRaw(uintptr(fd))
-		return none, connectError(".", errno)
+	var err error
+	if errno := connectSocket(uintptr(b.FD)); errno != 0 {
+		err = connectError(".", errno)
+	} else if errno = d.readMarkers(&b); errno != 0 {
+		err = lookError(errno)
 	}
-	b := Backend{FD: fd}
-	if errno := d.readMarkers(&b); errno != 0 {
-		closeRaw(uintptr(fd))
-		return none, lookError(errno)
+	if err == nil {
+		return b, nil
 	}
-	return b, nil
+	if !b.Datagram {
+		closeRaw(uintptr(b.FD))
+	}
+	return none, err
 }
 
 // checkSocket makes sure that connecting to tls-socket does not wait, wherever that leads.

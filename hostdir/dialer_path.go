@@ -44,7 +44,7 @@ func (d *Dialer) identify() error {
 }
 
 // connectPath connects to the tls-socket of the entry that was found.
-func (d *Dialer) connectPath() (Backend, error) {
+func (d *Dialer) connectPath(datagram int) (Backend, error) {
 	if d.path.before == (identity{}) {
 		if d.identify() != nil {
 			d.path.before = identity{}
@@ -52,19 +52,25 @@ func (d *Dialer) connectPath() (Backend, error) {
 		}
 	}
 	dir := string(d.found.Name)
-	fd, err := d.hosts.socket(d.Deaf)
-	if err != nil {
-		return none, systemError(err)
+	fd := datagram
+	if datagram < 0 {
+		var err error
+		if fd, err = d.hosts.socket(d.Deaf); err != nil {
+			return none, systemError(err)
+		}
 	}
 	b, err := d.connectTo(fd, dir)
+	b.Datagram = datagram >= 0
 	if identify(dir) != d.path.before { // an error, too, may be about what is gone by now
 		err = Exchanged
 	}
-	if err != nil {
-		unix.Close(fd)
-		return none, err
+	if err == nil {
+		return b, nil
 	}
-	return b, nil
+	if datagram < 0 {
+		unix.Close(fd)
+	}
+	return none, err
 }
 
 // connectTo connects a socket to the tls-socket in dir, and reads the markers there.

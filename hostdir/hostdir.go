@@ -61,9 +61,10 @@ type Entry struct {
 
 // A Backend is a connection to a backend.
 type Backend struct {
-	FD    int   // non-blocking, close-on-exec, the caller's to close; -1 if there is none
-	Proxy uint8 // the version of the PROXY protocol header to send, 0 for none
-	Log   bool  // the connection is to be logged
+	FD       int   // non-blocking, close-on-exec, the caller's to close; -1 if there is none
+	Datagram bool  // of a datagram socket: the client's connection is to be handed over
+	Proxy    uint8 // the version of the PROXY protocol header to send, 0 for none
+	Log      bool  // the connection is to be logged
 }
 
 // Again is an error that passes: the same look-up can succeed once what it names has been dealt
@@ -76,6 +77,8 @@ const (
 	NoRoom                       // no descriptor is left: close one
 	BacklogFull                  // the backlog of the backend's socket is full: try later
 	Exchanged                    // another directory took the host's place: find it anew after a pause
+	Datagram                     // tls-socket is a datagram socket: use ConnectDatagram
+	Stream                       // tls-socket is no datagram socket: use Connect
 )
 
 func (a Again) Error() string {
@@ -88,6 +91,10 @@ func (a Again) Error() string {
 		return "the backlog of tls-socket is full"
 	case Exchanged:
 		return "the directory was exchanged"
+	case Datagram:
+		return "tls-socket is a datagram socket"
+	case Stream:
+		return "tls-socket is not a datagram socket"
 	}
 	return fmt.Sprintf("hostdir.Again(%d)", uint8(a))
 }
@@ -101,7 +108,7 @@ const (
 	NoSocket                         // the directory has no tls-socket
 	NotPermitted                     // this process may not enter the directory or use the socket
 	NobodyListens                    // nobody listens on tls-socket
-	NotStream                        // tls-socket is not a stream socket
+	NotStream                        // tls-socket is neither a stream nor a datagram socket
 	PathTooLong                      // the path does not fit into the address of a socket
 	Other                            // another error of the system: see Errno
 )
@@ -111,7 +118,7 @@ var problems = [...]string{
 	NoSocket:      "no tls-socket in the directory",
 	NotPermitted:  "permission denied",
 	NobodyListens: "nobody listens on tls-socket",
-	NotStream:     "tls-socket is not a stream socket",
+	NotStream:     "tls-socket is neither a stream nor a datagram socket",
 	PathTooLong:   "the path of tls-socket is too long for a socket address, use hashed names",
 	Other:         "cannot connect to tls-socket",
 }
@@ -215,6 +222,7 @@ func enterError(err error) error {
 }
 
 // connectError translates the error of connect(2) to the tls-socket in dir. It looks what is there.
+// [Datagram] is for a stream socket that was connected to something else.
 func connectError(dir string, err error) error {
 	problem := Other
 	var st unix.Stat_t
@@ -237,7 +245,7 @@ func connectError(dir string, err error) error {
 			problem = NotStream
 		}
 	case unix.EPROTOTYPE:
-		problem = NotStream
+		return Datagram
 	case unix.EINVAL, unix.ENAMETOOLONG:
 		// The path is too long for sun_path. ENAMETOOLONG can also come from a symlink on the way,
 		// which makes no difference to the client.
@@ -247,6 +255,9 @@ func connectError(dir string, err error) error {
 	}
 	return &Error{Problem: problem, Errno: errno(err)}
 }
+
+// NotStreamSocket is the error when tls-socket is neither a stream nor a datagram socket.
+func NotStreamSocket() error { return &Error{Problem: NotStream, Errno: unix.EPROTOTYPE} }
 
 // systemError translates an error that says nothing about the host.
 func systemError(err error) error {

@@ -200,6 +200,11 @@ func (h *Hosts) socket(deaf bool) (fd int, err error) {
 	return int(s), nil
 }
 
+// NewDatagram returns a datagram socket for [Dialer.ConnectDatagram], non-blocking and close-on-exec.
+func NewDatagram() (int, error) {
+	return unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+}
+
 // connect connects a socket, which is deaf already if it is to be, to a path.
 func connect(fd int, path string, _ bool) error {
 	return unix.Connect(fd, &unix.SockaddrUnix{Name: path})

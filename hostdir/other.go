@@ -37,8 +37,13 @@ func (h *Hosts) lstat(entry []byte, _ bool) (status, error) {
 
 // socket takes two calls more than on Linux, since darwin has no flags for them. No program is
 // started in between that could inherit the descriptor.
-func (h *Hosts) socket(bool) (int, error) {
-	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM, 0)
+func (h *Hosts) socket(bool) (int, error) { return newSocket(unix.SOCK_STREAM) }
+
+// NewDatagram returns a datagram socket for [Dialer.ConnectDatagram], non-blocking and close-on-exec.
+func NewDatagram() (int, error) { return newSocket(unix.SOCK_DGRAM) }
+
+func newSocket(kind int) (int, error) {
+	fd, err := unix.Socket(unix.AF_UNIX, kind, 0)
 	if err != nil {
 		return -1, err
 	}
@@ -73,4 +78,4 @@ func ownWorkdir() error { return nil }
 
 func (d *Dialer) enter(_, _ bool) error { return absent }
 
-func (d *Dialer) connectInside(bool) (Backend, error) { return none, absent }
+func (d *Dialer) connectInside(int, bool) (Backend, error) { return none, absent }
