@@ -23,7 +23,9 @@ func TestCut(t *testing.T) {
 	d.signal(syscall.SIGTERM)
 	d.out.await(t, "shutting down")
 	d.signal(syscall.SIGTERM)
-	d.expectExit(0)
+	if status := d.wait(); status != 0 {
+		t.Errorf("exit status %d", status)
+	}
 	if got, err := io.ReadAll(open); !isReset(err) {
 		t.Errorf("a client whose backend has not ended got %q, error %v, want a reset", got, err)
 	}
