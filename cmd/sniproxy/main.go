@@ -75,8 +75,8 @@
 //	sni                         the name in a ClientHello
 //	proxyproto                  PROXY protocol headers
 //
-// A connection flows through an engine: accept, ClientHello, look-up, relay, end. Both engines do the
-// same.
+// A connection flows through an engine: accept, ClientHello, look-up, relay, end. Both engines do
+// the same.
 package main
 
 import (
@@ -105,8 +105,8 @@ unless systemd has passed sockets (LISTEN_FDS), and the working directory holds 
 directory NAME, with the Unix socket tls-socket in it, for each host.
 `
 
-// Keep the main thread for the main goroutine: the kernel prefers it for signals, and a thread stuck
-// in a file system takes none.
+// Keep the main thread for the main goroutine: the kernel prefers it for signals, and a thread
+// stuck in a file system takes none.
 func init() { runtime.LockOSThread() }
 
 func main() { os.Exit(run()) }
@@ -189,8 +189,8 @@ func run() int {
 	return status
 }
 
-// ownDescriptors returns how many descriptors the program will have besides those of connections: what
-// is open now, one for the hosts directory, and those of the engine.
+// ownDescriptors returns how many descriptors the program will have besides those of connections:
+// what is open now, one for the hosts directory, and those of the engine.
 func ownDescriptors(listeners int) int64 {
 	own := 1 + engineDescriptors(listeners)
 	if !descriptors.OpenPoller() {

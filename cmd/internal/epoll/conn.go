@@ -89,8 +89,8 @@ type endpoint struct {
 	urgent     bool   // there is, or was, urgent data: a short read may end before it
 }
 
-// Pending is what a connection needs before its relay, if the ClientHello did not come in one piece or
-// the backend is not ready.
+// Pending is what a connection needs before its relay, if the ClientHello did not come in one piece
+// or the backend is not ready.
 type pending struct {
 	parser sni.Parser
 	name   []byte
@@ -137,8 +137,8 @@ func (c *conn) enter(p phase) {
 	}
 }
 
-// acceptSome accepts connections after a full batch of events. As long as more is ready than fits into
-// one batch, the listening sockets take turns with all that: they are in one batch of many.
+// acceptSome accepts connections after a full batch of events. As long as more is ready than fits
+// into one batch, the listening sockets take turns with all that: they are in one batch of many.
 func (l *loop) acceptSome() {
 	for _, from := range l.engine.listeners[:l.listening] {
 		for n := 0; n < acceptMost && l.accept(from); n++ {
@@ -146,8 +146,8 @@ func (l *loop) acceptSome() {
 	}
 }
 
-// accept accepts one connection, and reports whether there was one. If there are more, the next wait
-// says so.
+// accept accepts one connection, and reports whether there was one. If there are more, the next
+// wait says so.
 func (l *loop) accept(from *inherit.Listener) bool {
 	// Whoever shares the socket may have made it blocking, as systemd does whenever it starts
 	// something with it. So the flag is set anew each time, and should it be gone again before the
@@ -193,8 +193,8 @@ func (l *loop) pause(errno unix.Errno) {
 	l.rest = limits.Now() + int64(limits.AcceptPause)
 }
 
-// listen adds the listening sockets to the poller, or takes them away. Of all loops that wait for one,
-// of this program and others, the kernel wakes up one for a client (EPOLLEXCLUSIVE).
+// listen adds the listening sockets to the poller, or takes them away. Of all loops that wait for
+// one, of this program and others, the kernel wakes up one for a client (EPOLLEXCLUSIVE).
 func (l *loop) listen(yes bool) {
 	for yes && l.listening < len(l.engine.listeners) {
 		if !l.listenTo(l.listening, unix.EPOLL_CTL_ADD, unix.EPOLLIN|unix.EPOLLEXCLUSIVE) {
@@ -277,8 +277,8 @@ func (c *conn) readHello() {
 	}
 }
 
-// register has the poller tell of events on a side, as soon as there are any and then whenever there
-// are new ones (EPOLLET). If it fails, that is the end of c.
+// register has the poller tell of events on a side, as soon as there are any and then whenever
+// there are new ones (EPOLLET). If it fails, that is the end of c.
 func (c *conn) register(on side, events uint32) bool {
 	s := &c.sockets[on]
 	if s.registered&events == events {
@@ -356,8 +356,8 @@ func (c *conn) belongTo(t *shares.Tenant) {
 	c.tenant = t
 }
 
-// begin begins the relay: a header, if asked for, and all bytes read so far go to the backend in one
-// write.
+// begin begins the relay: a header, if asked for, and all bytes read so far go to the backend in
+// one write.
 func (c *conn) begin(b hostdir.Backend, name, hello []byte) {
 	l := c.loop
 	c.enter(relaying)
@@ -391,7 +391,8 @@ func (c *conn) begin(b hostdir.Backend, name, hello []byte) {
 	}
 }
 
-// refuse tells the client with an alert why it is not served, and sees to it that the alert arrives.
+// refuse tells the client with an alert why it is not served, and sees to it that the alert
+// arrives.
 func (c *conn) refuse(name []byte, err error) {
 	alert := report.Alert(name, err)
 	report.Refused(int(c.sockets[client].fd), name, alert)
@@ -404,8 +405,8 @@ func (c *conn) refuse(name []byte, err error) {
 	c.linger()
 }
 
-// linger ends the sending side of the client, and reads and drops, within bounds, what it has still to
-// say: closing with input unread would send a reset, which can overtake what was sent before.
+// linger ends the sending side of the client, and reads and drops, within bounds, what it has still
+// to say: closing with input unread would send a reset, which can overtake what was sent before.
 func (c *conn) linger() {
 	c.enter(lingering)
 	s := &c.sockets[client]
@@ -454,8 +455,8 @@ func (l *loop) expireLingers() {
 	}
 }
 
-// abort closes both connections at once, that of the client with a reset, so that it does not mistake
-// what it has for all there is.
+// abort closes both connections at once, that of the client with a reset, so that it does not
+// mistake what it has for all there is.
 func (c *conn) abort() {
 	unix.SetsockoptLinger(int(c.sockets[client].fd), unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1, Linger: 0})
 	c.close()

@@ -1,5 +1,5 @@
-// Package epoll is the engine for Linux: event loops, one for each processor, and no goroutine, lock,
-// timer or buffer for each connection.
+// Package epoll is the engine for Linux: event loops, one for each processor, and no goroutine,
+// lock, timer or buffer for each connection.
 //
 // Read it in the order of a connection's life:
 //
@@ -9,15 +9,15 @@
 //	lookup.go    from the name to the backend
 //	relay.go     bytes both ways
 //
-// Beside these, each alone: poller.go waits, table.go has the connections by number, inbox.go has what
-// others give a loop, load.go measures how busy it is and handover.go gives work to the next loop.
-// watch.go frees a loop from a look-up that hangs, redial.go has those who wait for room, and room.go
-// ends connections to make room. limits.go says how much of everything, syscall.go has the raw calls.
-// README.md has what this costs, and what it survives.
+// Beside these, each alone: poller.go waits, table.go has the connections by number, inbox.go has
+// what others give a loop, load.go measures how busy it is and handover.go gives work to the next
+// loop. watch.go frees a loop from a look-up that hangs, redial.go has those who wait for room, and
+// room.go ends connections to make room. limits.go says how much of everything, syscall.go has the
+// raw calls. README.md has what this costs, and what it survives.
 //
-// Some words: a runner is the goroutine, with a thread of its own, that runs a loop; a standby is ready
-// to take its place. A flow is one direction of a relay, and takes a turn when there is more to move
-// than may be moved at once. A tenant is the owner of a host, see package shares.
+// Some words: a runner is the goroutine, with a thread of its own, that runs a loop; a standby is
+// ready to take its place. A flow is one direction of a relay, and takes a turn when there is more
+// to move than may be moved at once. A tenant is the owner of a host, see package shares.
 //
 // How a connection ends, and what its client sees:
 //

@@ -16,8 +16,8 @@ import (
 	"sniproxy/hostdir"
 )
 
-// An Engine is a number of loops, one for each processor that the program may use. A connection is in
-// one loop, and no lock is taken for it.
+// An Engine is a number of loops, one for each processor that the program may use. A connection is
+// in one loop, and no lock is taken for it.
 //
 // Only the first loop always accepts. A busy loop invites the next; a second idle loop would cost a
 // sixth more CPU in wake-ups. A busy loop also hands long-lived relays over to the next.

@@ -9,8 +9,8 @@ import (
 	"sniproxy/cmd/internal/report"
 )
 
-// shareWork finds out now and then how busy the loop is. A busy loop has the next one, in a ring, accept
-// connections too, and hands relays over to it.
+// shareWork finds out now and then how busy the loop is. A busy loop has the next one, in a ring,
+// accept connections too, and hands relays over to it.
 func (l *loop) shareWork() {
 	if l.rounds%measureRounds != 0 || l.next == l {
 		return
@@ -36,9 +36,9 @@ func (l *loop) invite(yes bool) {
 	}
 }
 
-// handOver hands relays over to the next loop, if that has fewer connections. It takes only those that
-// were there at the last two samples: short connections stay where they are. Call it between two
-// batches of events: one that is left for a relay would be lost.
+// handOver hands relays over to the next loop, if that has fewer connections. It takes only those
+// that were there at the last two samples: short connections stay where they are. Call it between
+// two batches of events: one that is left for a relay would be lost.
 func (l *loop) handOver() {
 	most := min(int(l.open.Load()-l.next.open.Load())/2, handedMost)
 	for i := 0; i < len(l.conns.all) && most > 0; i++ {
@@ -78,7 +78,8 @@ func (l *loop) hand(c *conn) {
 	}
 }
 
-// adopt makes c a connection of this loop. Once it is registered epoll tells whatever there is to do.
+// adopt makes c a connection of this loop. Once it is registered epoll tells whatever there is to
+// do.
 func (l *loop) adopt(c *conn) {
 	l.conns.put(c)
 	c.sample, c.active = l.load.samples, l.rounds

@@ -17,7 +17,8 @@ type inbox struct {
 	loss    loss
 }
 
-// A loss is that rich gives up a relay for needy, to make room. So many loops are still to be asked for one.
+// A loss is that rich gives up a relay for needy, to make room. So many loops are still to be asked
+// for one.
 type loss struct {
 	rich, needy *shares.Tenant
 	loops       int
@@ -38,8 +39,8 @@ func (l *loop) give(put func(*inbox)) bool {
 	return !closed
 }
 
-// emptyInbox takes what the loop was given. Look-ups wait in the loop until found has dealt with each:
-// it may end this goroutine.
+// emptyInbox takes what the loop was given. Look-ups wait in the loop until found has dealt with
+// each: it may end this goroutine.
 func (l *loop) emptyInbox() {
 	b := &l.inbox
 	b.mu.Lock()

@@ -56,11 +56,12 @@ const (
 	watchStuck  = 4
 	watchIdle   = 40
 
-	// When more than behindMost threads of loops are stuck, loops leave tenants' directories to other
-	// threads.
+	// When more than behindMost threads of loops are stuck, loops leave tenants' directories to
+	// other threads.
 	behindMost = 8
 
-	// quietChecks is how often within limits.HalfClosed a half-closed relay must have moved nothing.
+	// quietChecks is how often within limits.HalfClosed a half-closed relay must have moved
+	// nothing.
 	quietChecks = 8
 
 	// loopDescriptors are what a loop has itself: an epoll descriptor, an eventfd, the directory of

@@ -15,8 +15,8 @@ func (m *load) restart(now int64) {
 	m.wall, m.cpu = now, threadTime()
 }
 
-// sample returns which part of the time since the last sample the calling thread has worked. It fails
-// if measurePeriod has not passed.
+// sample returns which part of the time since the last sample the calling thread has worked. It
+// fails if measurePeriod has not passed.
 func (m *load) sample(now int64) (busy float64, ok bool) {
 	passed := now - m.wall
 	if passed < int64(measurePeriod) {

@@ -13,10 +13,10 @@ import (
 )
 
 // A runner is a goroutine, with a thread of its own, that runs a loop and makes the look-ups of its
-// connections as far as they wait for nothing. It can get stuck in one all the same: between looking
-// at a socket and connecting to it, a tenant can exchange the socket for a symlink to a file system
-// that does not answer. Then another runner goes on with the loop, and this one has just that look-up
-// left. So all that a look-up works with is the runner's own.
+// connections as far as they wait for nothing. It can get stuck in one all the same: between
+// looking at a socket and connecting to it, a tenant can exchange the socket for a symlink to a
+// file system that does not answer. Then another runner goes on with the loop, and this one has
+// just that look-up left. So all that a look-up works with is the runner's own.
 type runner struct {
 	dialer *hostdir.Dialer
 
@@ -55,11 +55,12 @@ type lookup struct {
 	err     error
 }
 
-// dial tries once to begin the relay. It finds the entry for the name, and so the tenant, makes room,
-// and connects to the backend. Another thread does what may wait, what has no room is tried again
-// later, and what fails is refused. Hello is all that was read so far, behind headroom.
+// dial tries once to begin the relay. It finds the entry for the name, and so the tenant, makes
+// room, and connects to the backend. Another thread does what may wait, what has no room is tried
+// again later, and what fails is refused. Hello is all that was read so far, behind headroom.
 //
-// The goroutine may end in a look-up, and another one go on with the loop: then dial does not return.
+// The goroutine may end in a look-up, and another one go on with the loop: then dial does not
+// return.
 func (c *conn) dial(name, hello []byte) {
 	l := c.loop
 	r, s := l.runner.Load(), l.engine.shares
@@ -104,8 +105,8 @@ func (c *conn) dial(name, hello []byte) {
 	c.dialled(t.EntryKey(entry.Name), name, hello, b, err)
 }
 
-// find finds the entry for the name of the runner. Like connect it does not return if the loop goes on
-// with another runner meanwhile.
+// find finds the entry for the name of the runner. Like connect it does not return if the loop goes
+// on with another runner meanwhile.
 func (l *loop) find(r *runner) (hostdir.Entry, error) {
 	this := l.beginLookup(r)
 	entry, err := r.dialer.Find(r.name, false)
@@ -131,8 +132,8 @@ func (l *loop) beginLookup(r *runner) uint64 {
 	return this
 }
 
-// finish is for a runner that was left behind in a look-up, and does not return. What came of the look-up
-// are entry and err, or b and err.
+// finish is for a runner that was left behind in a look-up, and does not return. What came of the
+// look-up are entry and err, or b and err.
 func (r *runner) finish(entry hostdir.Entry, b hostdir.Backend, err error) {
 	k := <-r.left
 	s := k.loop.engine.shares

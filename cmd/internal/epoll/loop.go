@@ -14,11 +14,11 @@ import (
 	"sniproxy/sni"
 )
 
-// A loop waits for events on its connections, and on the listening sockets, and deals with one after
-// the other. Nothing that it does waits for anything else.
+// A loop waits for events on its connections, and on the listening sockets, and deals with one
+// after the other. Nothing that it does waits for anything else.
 //
-// A connection is in the table of its loop from accept to its end, and in the queue of its phase. It is
-// also named in other places, which may outlive it there:
+// A connection is in the table of its loop from accept to its end, and in the queue of its phase.
+// It is also named in other places, which may outlive it there:
 //
 //   - events: their generation must be that of the number in the table.
 //   - lines of redials: an entry counts only while its pending.line is that line.
@@ -122,8 +122,9 @@ func (l *loop) start(started chan<- error) {
 
 // run runs the loop in the goroutine of r, for as long as there is something to do.
 //
-// Another goroutine may have begun the round, and got stuck in a look-up: see [loop.rescue]. So what is
-// left of a round must be in the loop, and not in local variables, wherever a look-up may be made.
+// Another goroutine may have begun the round, and got stuck in a look-up: see [loop.rescue]. So
+// what is left of a round must be in the loop, and not in local variables, wherever a look-up may
+// be made.
 func (l *loop) run(r *runner) {
 	l.runner.Store(r)
 	l.load.restart(limits.Now())
@@ -194,7 +195,8 @@ func (l *loop) dispatch(event *unix.EpollEvent) {
 	}
 }
 
-// timeout returns for how many milliseconds to wait for events, a negative number if there is no limit.
+// timeout returns for how many milliseconds to wait for events, a negative number if there is no
+// limit.
 func (l *loop) timeout() int {
 	if len(l.turns) > 0 {
 		return 0
@@ -237,11 +239,17 @@ func (l *loop) now() int64 {
 	return l.clock
 }
 
-// cut ends all connections.
+// cut ends all connections. A client whose backend has not ended gets a reset: it must not mistake
+// what it has for all there is.
 func (l *loop) cut() {
 	for _, c := range l.conns.all {
-		if c.phase != free {
-			c.printAccess(report.CutAtStop)
+		if c.phase == free {
+			continue
+		}
+		c.printAccess(report.CutAtStop)
+		if c.phase == relaying && !c.flows[backend].done {
+			c.abort()
+		} else {
 			c.close()
 		}
 	}

@@ -19,8 +19,8 @@ type poller struct {
 	dealt  int // how many of them were dealt with
 }
 
-// A token tells which descriptor an event is about: a side of a connection, a listening socket, or the
-// eventfd.
+// A token tells which descriptor an event is about: a side of a connection, a listening socket, or
+// the eventfd.
 type token struct {
 	number int32 // of a connection, or wakeEvent, or for listening sockets listenerEvent, listenerEvent-1 …
 	detail int32 // of a connection: its side, and its generation above that
@@ -66,12 +66,12 @@ func (p *poller) remove(fd int32) unix.Errno {
 
 var one = binary.NativeEndian.AppendUint64(nil, 1)
 
-// wakeUp ends the wait, from any thread. Nobody reads the eventfd: that would take another call, and
-// no loop is woken up so often that the sum of the ones runs over.
+// wakeUp ends the wait, from any thread. Nobody reads the eventfd: that would take another call,
+// and no loop is woken up so often that the sum of the ones runs over.
 func (p *poller) wakeUp() { write(p.wake, one) }
 
-// An epoll_wait that the scheduler knows of is expensive: sysmon takes our P away and keeps running.
-// So wait briefly without telling it, and tell it only for long waits.
+// An epoll_wait that the scheduler knows of is expensive: sysmon takes our P away and keeps
+// running. So wait briefly without telling it, and tell it only for long waits.
 
 // waitBriefly waits for events, for msec milliseconds but not for longer than briefWait; a negative
 // number stands for ever. It reports whether the wait is over.

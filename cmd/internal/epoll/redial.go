@@ -7,10 +7,10 @@ import (
 	"sniproxy/cmd/internal/shares"
 )
 
-// Redials are the clients that wait for room, in lines: one for each entry whose backend's backlog is
-// full or whose directory is being exchanged, and one for each tenant that gets no descriptor. (An entry
-// of the administrator's is a tenant by itself, so for it these two are one.) Every limits.Redial the
-// first client of each line tries again, and then the next while that helps.
+// Redials are the clients that wait for room, in lines: one for each entry whose backend's backlog
+// is full or whose directory is being exchanged, and one for each tenant that gets no descriptor.
+// (An entry of the administrator's is a tenant by itself, so for it these two are one.) Every
+// limits.Redial the first client of each line tries again, and then the next while that helps.
 type redials struct {
 	lines []*line
 	of    map[shares.Key]*line

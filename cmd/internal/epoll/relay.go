@@ -11,8 +11,8 @@ import (
 	"sniproxy/cmd/internal/report"
 )
 
-// A flow is one direction of a relay. It never reads while it holds unsent bytes: it holds at most one
-// read, and sees EOF only after everything before it was sent.
+// A flow is one direction of a relay. It never reads while it holds unsent bytes: it holds at most
+// one read, and sees EOF only after everything before it was sent.
 type flow struct {
 	conn *conn
 	from side
@@ -73,7 +73,8 @@ func (c *conn) relay(on side, events uint32) {
 	}
 }
 
-// pump moves bytes until there is nothing to read, or the other side takes no more, or the turn is over.
+// pump moves bytes until there is nothing to read, or the other side takes no more, or the turn is
+// over.
 func (f *flow) pump() {
 	l := f.conn.loop
 	f.conn.active = l.rounds
@@ -98,9 +99,10 @@ func (f *flow) pump() {
 
 // copy moves what one read gives. It reports how much that was, and whether there may be more.
 //
-// While reads are full there is much on its way. From TCP to a Unix socket it is then spliced, which
-// takes a third of the time. The other way splicing takes twice as long as copying in large pieces, so
-// those grow. If a client does not take all they shrink again: what it does not take has to be kept.
+// While reads are full there is much on its way. From TCP to a Unix socket it is then spliced,
+// which takes a third of the time. The other way splicing takes twice as long as copying in large
+// pieces, so those grow. If a client does not take all they shrink again: what it does not take has
+// to be kept.
 func (f *flow) copy() (n int, more bool) {
 	c, src := f.conn, f.src()
 	b := c.loop.buffer[headroom:][:f.size]
@@ -123,8 +125,8 @@ func (f *flow) copy() (n int, more bool) {
 		f.size = max(f.size/2, readMin)
 		return n, false
 	}
-	// After a short read there is no more, but with an end in sight there is still that, or the error,
-	// to read. And a read ends before and after urgent data.
+	// After a short read there is no more, but with an end in sight there is still that, or the
+	// error, to read. And a read ends before and after urgent data.
 	return n, full || src.eof || src.urgent
 }
 
@@ -186,8 +188,8 @@ func (f *flow) splice() (n int, more bool) {
 	return n, true
 }
 
-// receive reads from the backend where the system cannot refuse what backends pass. A read would close
-// that in this thread, which may take any time. So it is received, and the connection ends.
+// receive reads from the backend where the system cannot refuse what backends pass. A read would
+// close that in this thread, which may take any time. So it is received, and the connection ends.
 func (c *conn) receive(b []byte) (int, unix.Errno) {
 	l := c.loop
 	n, passed, errno := receive(c.sockets[backend].fd, b, l.control)
@@ -218,7 +220,8 @@ func (f *flow) got(n int, errno unix.Errno) bool {
 	return false
 }
 
-// send sends b on, and keeps what the other side does not take now. It reports whether all was taken.
+// send sends b on, and keeps what the other side does not take now. It reports whether all was
+// taken.
 func (f *flow) send(b []byte) bool {
 	n, errno := write(f.dst().fd, b)
 	if errno != 0 {
@@ -262,8 +265,8 @@ func (f *flow) resume() {
 }
 
 // unsendable deals with a failure to send. A backend that does not read any more may still have
-// something to say: that is forwarded until its end. Linux reports a reset once, and after a write that
-// was done in part it may have reported it there: then [conn.end] resets the client.
+// something to say: that is forwarded until its end. Linux reports a reset once, and after a write
+// that was done in part it may have reported it there: then [conn.end] resets the client.
 func (f *flow) unsendable(errno unix.Errno) {
 	c := f.conn
 	if f.from != client || errno != unix.EPIPE {
@@ -304,8 +307,8 @@ func (f *flow) finish() {
 	}
 }
 
-// settled tells whether the client has acknowledged all that was sent to it, and has sent nothing that
-// was not forwarded.
+// settled tells whether the client has acknowledged all that was sent to it, and has sent nothing
+// that was not forwarded.
 func (c *conn) settled() bool {
 	fd := c.sockets[client].fd
 	if c.flows[client].stalled() || unsent(fd) != 0 {
@@ -337,8 +340,8 @@ func (l *loop) checkHalfClosed() {
 }
 
 // endHalfClosed ends relays of which one half has ended, and the other has not moved a byte at
-// quietChecks checks in a row: with a reset if the backend has not ended, so that the client does not
-// mistake what it has for all there is.
+// quietChecks checks in a row: with a reset if the backend has not ended, so that the client does
+// not mistake what it has for all there is.
 func (l *loop) endHalfClosed() {
 	l.halfClosed = 0
 	for _, c := range l.conns.all {
@@ -363,8 +366,8 @@ func (l *loop) endHalfClosed() {
 	}
 }
 
-// A pipe is what splice(2) moves bytes through, without copying them. It is empty between two moves.
-// The zero pipe is none.
+// A pipe is what splice(2) moves bytes through, without copying them. It is empty between two
+// moves. The zero pipe is none.
 type pipe struct{ out, in int32 }
 
 func newPipe() (pipe, error) {
@@ -381,8 +384,8 @@ func newPipe() (pipe, error) {
 	return p, nil
 }
 
-// drain returns the n bytes that are in the pipe. It returns nil if it cannot read them, which does not
-// happen; then there is another pipe, or none.
+// drain returns the n bytes that are in the pipe. It returns nil if it cannot read them, which does
+// not happen; then there is another pipe, or none.
 func (p *pipe) drain(n int) []byte {
 	b := make([]byte, n)
 	if m, errno := read(p.out, b); errno != 0 || m != n {

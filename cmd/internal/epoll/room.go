@@ -13,8 +13,8 @@ import (
 // DropOldest is for [shares.Room.ForRelay], which makes room for the connection of the runner.
 func (l *loop) DropOldest(age time.Duration) bool { return l.dropOldest(l.runner.Load().conn, age) }
 
-// dropOldest drops a client that lingers, or else the one, other than except, that has waited longest
-// for its relay, if it has waited longer than age. It reports whether there was one.
+// dropOldest drops a client that lingers, or else the one, other than except, that has waited
+// longest for its relay, if it has waited longer than age. It reports whether there was one.
 func (l *loop) dropOldest(except *conn, age time.Duration) bool {
 	if told := l.lingers.first; told != nil {
 		told.close()
@@ -33,8 +33,8 @@ func (l *loop) dropOldest(except *conn, age time.Duration) bool {
 	return true
 }
 
-// ResetSilent is for [shares.Room.ForRelay]. If none of rich's relays is in this loop, the others are
-// asked one after the other, and that takes a moment.
+// ResetSilent is for [shares.Room.ForRelay]. If none of rich's relays is in this loop, the others
+// are asked one after the other, and that takes a moment.
 func (l *loop) ResetSilent(rich, needy *shares.Tenant) bool {
 	return l.lose(loss{rich, needy, len(l.engine.loops)})
 }

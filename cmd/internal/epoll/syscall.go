@@ -40,7 +40,8 @@ func recv(fd int32, b []byte, flags int) (int, unix.Errno) {
 	return int(n), errno
 }
 
-// receive is read, for a Unix socket, and returns what was passed with the bytes as well: control has room for that.
+// receive is read, for a Unix socket, and returns what was passed with the bytes as well: control
+// has room for that.
 func receive(fd int32, b, control []byte) (n int, passed []int, errno unix.Errno) {
 	iov := unix.Iovec{Base: unsafe.SliceData(b)}
 	iov.SetLen(len(b))

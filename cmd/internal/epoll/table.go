@@ -48,8 +48,8 @@ func (t *table) put(c *conn) {
 	t.all[c.number] = c
 }
 
-// A queue is a list of connections in the order of their deadlines. They come in this order, since all
-// have the same time.
+// A queue is a list of connections in the order of their deadlines. They come in this order, since
+// all have the same time.
 type queue struct{ first, last *conn }
 
 // due returns the first deadline, 0 if there is none.

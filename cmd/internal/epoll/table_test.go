@@ -6,8 +6,8 @@ import (
 	"testing"
 )
 
-// Goal: an event for a connection that has ended is not taken for the next one with its number, and a
-// connection that is handed over leaves its number to others.
+// Goal: an event for a connection that has ended is not taken for the next one with its number, and
+// a connection that is handed over leaves its number to others.
 func TestTable(t *testing.T) {
 	var table, next table
 	a := table.add()
@@ -76,7 +76,8 @@ func TestQueue(t *testing.T) {
 	}
 }
 
-// Goal: what a flow cannot send is taken out of the pipe, byte for byte, and the pipe is empty then.
+// Goal: what a flow cannot send is taken out of the pipe, byte for byte, and the pipe is empty
+// then.
 func TestPipeDrain(t *testing.T) {
 	p, err := newPipe()
 	if err != nil {

@@ -56,7 +56,8 @@ type check struct {
 	times  int
 }
 
-// look replaces runners that are stuck. It reports whether there was any look-up since the last time.
+// look replaces runners that are stuck. It reports whether there was any look-up since the last
+// time.
 func (w *watch) look(seen []check) (some bool) {
 	for i, l := range w.loops {
 		r := l.runner.Load()
@@ -76,8 +77,8 @@ func (w *watch) look(seen []check) (some bool) {
 	return some
 }
 
-// A standby is a runner that is ready to go on with a loop. The loop has one before it looks up what is
-// a tenant's: a thread may be hard to get just when one is stuck.
+// A standby is a runner that is ready to go on with a loop. The loop has one before it looks up
+// what is a tenant's: a thread may be hard to get just when one is stuck.
 type standby chan *runner // gets the one that is stuck, nil if it is not needed any more
 
 // hire has a standby made for the loop, if it may have one and none is being made.

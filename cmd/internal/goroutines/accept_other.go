@@ -8,12 +8,8 @@ import (
 	"sniproxy/cmd/internal/inherit"
 )
 
-// accept accepts a connection, or fails with EAGAIN if there is none. Whoever shares the
-// socket may have made it blocking, so the flag is set anew each time.
+// accept accepts a client. No program is started that could inherit its socket meanwhile.
 func accept(listener int) (fd int, err error) {
-	if err := unix.SetNonblock(listener, true); err != nil {
-		return -1, err
-	}
 	fd, _, err = unix.Accept(listener)
 	if err != nil {
 		return -1, err

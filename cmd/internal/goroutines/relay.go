@@ -5,7 +5,6 @@ import (
 	"io"
 	"os"
 	"sync"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -17,182 +16,241 @@ import (
 	"sniproxy/sni"
 )
 
-// While a backend takes nothing, its client, which is not read then, is looked at for a reset
-// every stallCheck.
-const stallCheck = 500 * time.Millisecond
-
-// relay sends the backend the header, if there is to be one, and the hello, then forwards bytes both ways until both
-// directions have ended, or one has failed.
-func (e *Engine) relay(c *conn, b hostdir.Backend, name, hello []byte) {
-	control(c.client, func(fd int) { c.access = e.logAll.AccessLine(limits.Now(), fd, name, b.Log) })
-	defer func() { c.access.Print(c.sent, time.Duration(limits.Now()-c.began), c.how) }()
-	if b.Proxy > 0 {
-		var header []byte
-		var err error
-		if closed := control(c.client, func(fd int) { header, err = socket.Header(fd, b.Proxy, name) }); closed != nil || err != nil {
-			c.endsAs(report.ResetByClient)
-			return
-		}
-		c.header = len(header)
-		hello = append(header, hello...)
-	}
-	var flows sync.WaitGroup
-	var sending sync.Mutex // to the backend
-	var broken, cut bool   // the backend does not read any more; in the middle of a write
-	over := make(chan struct{})
-	defer close(over)
-	sendUp := func(b []byte) error {
-		sending.Lock()
-		defer sending.Unlock()
-		n, err := send(c.backend, b, c.client, func(n int) { e.count(c, report.Up, n) })
-		broken = errors.Is(err, unix.EPIPE)
-		cut = broken && n > 0
-		if err != nil && !broken {
-			c.endsAs(report.ResetByBackend)
-		}
-		return err
-	}
-	flows.Go(func() {
-		err := sendUp(hello)
-		hello = nil
-		if err == nil {
-			err = forward(sendUp, newSource(c.client, false))
-		}
-		switch {
-		case err == nil:
-			shutdown(c.backend, unix.SHUT_WR)
-			go c.endQuiet(over, c.reset)
-		case broken:
-			// It may still have something to say: that is forwarded until its end. If it was reset, Linux says so once:
-			// to who reads, or in place of the rest of a write that was done in part.
-			shutdown(c.backend, unix.SHUT_WR)
-			go c.endQuiet(over, c.reset)
-		default:
-			c.endsAs(report.ResetByClient)
-			c.reset()
+// relay sends the backend the header, if there is to be one, and the hello. Then it forwards bytes
+// both ways until both have ended, or one has failed.
+func (c *conn) relay(b hostdir.Backend, name, hello []byte) {
+	var access *report.AccessLine
+	var gone error
+	closed := control(c.client, func(fd int) {
+		access = c.engine.logAll.AccessLine(limits.Now(), fd, name, b.Log)
+		if b.Proxy > 0 {
+			c.first, gone = socket.Header(fd, b.Proxy, name)
 		}
 	})
-	from := newSource(c.backend, !e.hosts.RefusesDescriptors())
-	from.passed = func(fds []int) {
-		report.Passed(len(fds), c.tenant)
-		c.tenant.CloseAway(e.shares.Threads, fds...)
-		c.endsAs(report.PassedByBackend)
+	if closed != nil || gone != nil {
+		c.end(report.ResetByClient)
 	}
-	err := forward(func(b []byte) error {
-		_, err := send(c.client, b, nil, func(n int) { e.count(c, report.Down, n) })
-		if err != nil {
-			c.endsAs(report.ResetByClient)
-		}
-		return err
-	}, from)
-	if err == nil && poll(c.backend)&unix.POLLHUP != 0 {
-		// If something is being sent to it just now, that fails, and tells how it ended.
-		sending.Lock()
-		if cut {
+	c.header = len(c.first)
+	c.first = append(c.first, hello...)
+	var up sync.WaitGroup
+	up.Go(c.forwardUp)
+	c.forwardDown()
+	up.Wait()
+	switch {
+	case c.lost:
+		c.end(report.ResetByBackend)
+	case c.deaf:
+		c.linger()
+		c.end(report.ClosedByBackend)
+	default:
+		c.ending.Do(func() { c.how = report.ClosedByBoth })
+	}
+	access.Print(c.sent, time.Duration(limits.Now()-c.accepted), c.how)
+}
+
+// forwardUp sends the backend the header and the hello, then what the client sends. A backend that
+// does not read any more may still have something to say, so that does not end the relay.
+func (c *conn) forwardUp() {
+	up := func(b []byte) error { return c.send(report.Up, c.backend, b) }
+	first := c.first
+	c.first = nil // as the relay may last
+	err := up(first)
+	for err == nil {
+		err = c.read(c.client, sni.MaxHello, up)
+	}
+	c.deaf = err == unix.EPIPE
+	if err != io.EOF && !c.deaf {
+		c.end(report.ResetByClient)
+		return
+	}
+	shutdown(c.backend, unix.SHUT_WR)
+	c.ended[report.Up].Store(limits.Now())
+}
+
+// forwardDown sends the client what the backend sends.
+func (c *conn) forwardDown() {
+	down := func(b []byte) error { return c.send(report.Down, c.client, b) }
+	var err error
+	for err == nil {
+		err = c.read(c.backend, sni.MaxHello, down)
+	}
+	if err == io.EOF && poll(c.backend)&unix.POLLHUP != 0 {
+		// The backend has closed its socket, so a write that is under way fails now. Linux tells of
+		// a reset only once: a read, or a write, or nobody if that write was done in part.
+		c.sending.Lock()
+		if c.lost {
 			err = unix.ECONNRESET
 		}
-		sending.Unlock()
+		c.sending.Unlock()
 	}
-	if err != nil {
-		c.endsAs(report.ResetByBackend)
-		c.reset()
-	} else {
-		c.drained.Store(true)
-		shutdown(c.client, unix.SHUT_WR)
-		go c.endQuiet(over, c.close)
+	if err != io.EOF {
+		c.end(report.ResetByBackend)
+		return
 	}
-	flows.Wait()
-	switch {
-	case cut:
-		c.endsAs(report.ResetByBackend)
-		c.reset()
-	case broken:
-		c.endsAs(report.ClosedByBackend)
-		linger(c.client)
-	}
-	c.endsAs(report.ClosedByBoth)
+	c.ended[report.Down].Store(limits.Now())
+	shutdown(c.client, unix.SHUT_WR)
 }
 
-// endsAs says how c ends. What is said first counts: the rest follows from it.
-func (c *conn) endsAs(how string) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.how == "" {
-		c.how = how
-	}
-}
+// stallCheck is how often a client is looked at for a reset while it is not read, since its backend
+// takes nothing.
+const stallCheck = 500 * time.Millisecond
 
-// count counts n bytes that a relay has moved. The PROXY header is not the client's.
-func (e *Engine) count(c *conn, way, n int) {
-	c.active.Store(limits.Now())
+// send sends b on, and counts what is the client's of it: not the header. If that fails it ends the
+// relay, except that EPIPE means that the backend does not read any more.
+func (c *conn) send(way int, to *os.File, b []byte) error {
 	if way == report.Up {
-		header := min(n, c.header)
-		c.header -= header
-		n -= header
+		c.sending.Lock()
+		defer c.sending.Unlock()
 	}
-	c.sent[way] += int64(n)
-	e.counts.Bytes[way].Add(int64(n))
-}
-
-// endQuiet calls end for a relay of which one half has ended, when the other has not moved anything for limits.HalfClosed.
-func (c *conn) endQuiet(over <-chan struct{}, end func()) {
-	for {
-		left := time.Duration(c.active.Load()-limits.Now()) + limits.HalfClosed
-		if left <= 0 {
-			break
+	for size := len(b); ; {
+		to.SetWriteDeadline(time.Now().Add(stallCheck))
+		n, err := to.Write(b)
+		if b = b[n:]; n > 0 {
+			c.moved.Store(limits.Now())
 		}
-		select {
-		case <-time.After(left):
-		case <-over:
-			return
+		if way == report.Up {
+			header := min(n, c.header)
+			c.header -= header
+			n -= header
 		}
-	}
-	c.endsAs(report.SilentHalfClosed)
-	end()
-}
-
-// forward calls send with all that comes from a source, until that ends.
-func forward(send func([]byte) error, in *source) error {
-	for {
-		b, err := in.read(sni.MaxHello)
-		switch err {
-		case nil:
-		case io.EOF:
+		c.sent[way] += int64(n)
+		c.engine.counters.Bytes[way].Add(int64(n))
+		switch {
+		case err == nil:
 			return nil
+		case errors.Is(err, os.ErrDeadlineExceeded) && poll(c.client)&unix.POLLERR == 0:
+			continue
+		case errors.Is(err, os.ErrDeadlineExceeded) || way == report.Down:
+			c.end(report.ResetByClient)
+		case errors.Is(err, unix.EPIPE):
+			c.lost = len(b) < size
+			return unix.EPIPE
 		default:
-			return err
+			c.lost = true
+			c.end(report.ResetByBackend)
 		}
-		err = send(b)
-		in.release()
-		if err != nil {
-			return err
-		}
+		return err
 	}
 }
 
-// send writes b to dst, calls count with each part that was written, and returns how much was.
-// While dst takes nothing, nobody reads from the client; if it is watched, its reset is noticed all
-// the same, and fails the write.
-func send(dst *os.File, b []byte, watched *os.File, count func(n int)) (n int, err error) {
-	for {
-		if err := dst.SetWriteDeadline(time.Now().Add(stallCheck)); err != nil {
-			return n, err
+// endSilent ends relays of which one way has ended and the other was silent for limits.HalfClosed.
+func (e *Engine) endSilent() {
+	for range time.Tick(limits.HalfClosed / 8) {
+		since := limits.Now() - int64(limits.HalfClosed)
+		e.mu.Lock()
+		for c := range e.relays {
+			up, down := c.ended[report.Up].Load(), c.ended[report.Down].Load()
+			if (up == 0) != (down == 0) && max(up, down, c.moved.Load()) < since {
+				c.end(report.SilentHalfClosed)
+			}
 		}
-		m, err := dst.Write(b[n:])
-		n += m
-		if m > 0 {
-			count(m)
-		}
-		if !errors.Is(err, os.ErrDeadlineExceeded) {
-			return n, err
-		}
-		if watched != nil && poll(watched)&unix.POLLERR != 0 {
-			return n, unix.ECONNRESET
-		}
+		e.mu.Unlock()
 	}
 }
 
-// poll returns what poll(2) tells of f unasked: POLLERR after a reset, POLLHUP after the end
+// end ends a relay at once, both ways; sniproxy-rs ends only the one that failed. Only the first
+// call counts: others follow from it. The client gets a reset, unless the backend's end was passed
+// on, so that it does not mistake what it has for all there is.
+func (c *conn) end(how string) {
+	c.ending.Do(func() {
+		c.how = how
+		if c.ended[report.Down].Load() == 0 {
+			control(c.client, func(fd int) {
+				unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1, Linger: 0})
+			})
+		}
+		c.client.Close()
+		shutdown(c.backend, unix.SHUT_RDWR) // so nobody waits for it; see closeBackend
+	})
+}
+
+// closeBackend closes the backend's socket, which nobody uses any more. It may hold descriptors
+// that the system could not refuse, and closing these may take any time: then another thread does
+// it.
+func (c *conn) closeBackend() {
+	e, own := c.engine, -1
+	if !e.hosts.RefusesDescriptors() && c.ended[report.Down].Load() == 0 {
+		control(c.backend, func(fd int) { own, _ = unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3) })
+	}
+	c.backend.Close()
+	if own >= 0 {
+		c.tenant.CloseAway(e.shares.Threads, own)
+	}
+}
+
+// A buffer is for what one call reads, and for descriptors that a backend passes besides.
+type buffer struct {
+	bytes   [sni.MaxHello]byte
+	control [socket.ControlSize]byte
+}
+
+var buffers = sync.Pool{New: func() any { return new(buffer) }}
+
+// read waits for input, and calls use with it: with most bytes at most. It has a buffer only from
+// the moment when there is input until use returns. At the end it fails with [io.EOF].
+func (c *conn) read(from *os.File, most int, use func([]byte) error) error {
+	raw, err := from.SyscallConn()
+	if err != nil {
+		return err
+	}
+	passes := from == c.backend && !c.engine.hosts.RefusesDescriptors()
+	var b *buffer
+	var n, size int
+	closed := raw.Read(func(fd uintptr) bool {
+		b = buffers.Get().(*buffer)
+		err = unix.EINTR
+		for err == unix.EINTR {
+			if passes { // no program is started that could inherit what is passed
+				n, size, _, _, err = unix.Recvmsg(int(fd), b.bytes[:most], b.control[:], 0)
+			} else {
+				n, err = unix.Read(int(fd), b.bytes[:most])
+			}
+		}
+		if err == unix.EAGAIN {
+			buffers.Put(b)
+			b = nil
+		}
+		return b != nil
+	})
+	if closed != nil {
+		return closed
+	}
+	defer buffers.Put(b)
+	if err != nil {
+		return err
+	}
+	if fds := socket.Passed(b.control[:size]); len(fds) > 0 {
+		report.Passed(len(fds), c.tenant)
+		c.tenant.CloseAway(c.engine.shares.Threads, fds...)
+		c.end(report.PassedByBackend)
+		return os.ErrClosed
+	}
+	if n == 0 {
+		return io.EOF
+	}
+	return use(b.bytes[:n])
+}
+
+// linger ends the sending side of the client's connection, then reads and drops, within bounds,
+// what the client still has to say: to close with unread input sends a reset, which can overtake
+// what was sent before.
+func (c *conn) linger() {
+	shutdown(c.client, unix.SHUT_WR)
+	err := c.client.SetReadDeadline(time.Now().Add(limits.Linger))
+	for size := 0; err == nil && size < limits.LingerSize; {
+		err = c.read(c.client, sni.MaxHello, func(b []byte) error {
+			size += len(b)
+			return nil
+		})
+	}
+}
+
+// shutdown ends a direction. It fails only where there is nothing left to end.
+func shutdown(f *os.File, how int) {
+	control(f, func(fd int) { unix.Shutdown(fd, how) })
+}
+
+// poll returns what poll(2) tells of a socket unasked: POLLERR after a reset, POLLHUP after the end
 // of both directions.
 func poll(f *os.File) (events int16) {
 	control(f, func(fd int) {
@@ -203,152 +261,11 @@ func poll(f *os.File) (events int16) {
 	return events
 }
 
-// linger ends the sending side of client, and reads and drops, within bounds, what it has
-// still to say: closing with input unread would send a reset, which can overtake what was
-// sent before.
-func linger(client *os.File) {
-	shutdown(client, unix.SHUT_WR)
-	if client.SetReadDeadline(time.Now().Add(limits.Linger)) != nil {
-		return
-	}
-	in := newSource(client, false)
-	for size := 0; size < limits.LingerSize; {
-		b, err := in.read(sni.MaxHello)
-		if err != nil {
-			return
-		}
-		size += len(b)
-		in.release()
-	}
-}
-
-// reset ends both connections at once, rather than the failed direction as sniproxy-rs does; that of the client with a
-// reset, so that it does not mistake what it has for all there is.
-func (c *conn) reset() {
-	control(c.client, func(fd int) {
-		unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1, Linger: 0})
-	})
-	c.close()
-}
-
-// close ends both connections at once.
-func (c *conn) close() {
-	c.client.Close()
-	c.closeBackend()
-}
-
-// closeBackend closes the connection to the backend: in another thread, if it may hold what the system could not refuse.
-func (c *conn) closeBackend() {
-	e := c.engine
-	if !e.hosts.RefusesDescriptors() && !c.drained.Load() {
-		// It is ended at once, and nobody waits for it to be closed.
-		control(c.backend, func(fd int) {
-			if own, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3); err == nil {
-				unix.Shutdown(fd, unix.SHUT_RDWR)
-				c.tenant.CloseAway(e.shares.Threads, own)
-			}
-		})
-	}
-	c.backend.Close()
-}
-
-// shutdown ends a direction. It fails only where there is nothing left to end.
-func shutdown(f *os.File, how int) {
-	control(f, func(fd int) { unix.Shutdown(fd, how) })
-}
-
-// control calls do with the descriptor of f, unless f is closed.
+// control calls do with the descriptor of a file, unless it is closed.
 func control(f *os.File, do func(fd int)) error {
 	raw, err := f.SyscallConn()
 	if err != nil {
 		return err
 	}
 	return raw.Control(func(fd uintptr) { do(int(fd)) })
-}
-
-// A buffer is for what one call reads, and for what a backend passes besides.
-type buffer struct {
-	bytes   [sni.MaxHello]byte
-	control [socket.ControlSize]byte
-}
-
-// buffers are for sources.
-var buffers = sync.Pool{New: func() any { return new(buffer) }}
-
-// A source reads from a file with a buffer that it holds only from the moment when there
-// is something to read until what was read is dealt with. Idle connections have none.
-type source struct {
-	raw    syscall.RawConn
-	try    func(fd uintptr) bool
-	passed func(fds []int) // gets descriptors that were received, which end the source
-
-	buf  *buffer
-	size int
-	n    int
-	err  error
-}
-
-// newSource returns a source. If descriptors can be passed with what it reads, it receives them.
-func newSource(f *os.File, passes bool) *source {
-	s := &source{}
-	s.raw, s.err = f.SyscallConn()
-	s.try = func(fd uintptr) bool {
-		s.buf = buffers.Get().(*buffer)
-		for {
-			if passes {
-				s.receive(int(fd))
-			} else {
-				s.n, s.err = unix.Read(int(fd), s.buf.bytes[:s.size])
-			}
-			switch s.err {
-			case unix.EINTR:
-				continue
-			case unix.EAGAIN:
-				s.release()
-				return false
-			}
-			return true
-		}
-	}
-	return s
-}
-
-var errPassed = errors.New("descriptors were passed")
-
-// No program is started that could inherit what is received.
-func (s *source) receive(fd int) {
-	var size int
-	s.n, size, _, _, s.err = unix.Recvmsg(fd, s.buf.bytes[:s.size], s.buf.control[:], 0)
-	if s.err == nil && size > 0 {
-		if fds := socket.Passed(s.buf.control[:size]); len(fds) > 0 {
-			s.passed(fds)
-			s.err = errPassed
-		}
-	}
-}
-
-// read waits for input, and returns at most size bytes of it. They are valid until
-// release, which must follow if there is no error. At the end it returns [io.EOF].
-func (s *source) read(size int) ([]byte, error) {
-	if s.raw == nil {
-		return nil, s.err
-	}
-	s.size = size
-	if err := s.raw.Read(s.try); err != nil {
-		return nil, err
-	}
-	if s.err == nil && s.n > 0 {
-		return s.buf.bytes[:s.n], nil
-	}
-	s.release()
-	if s.err == nil {
-		return nil, io.EOF
-	}
-	return nil, s.err
-}
-
-// release gives the buffer back.
-func (s *source) release() {
-	buffers.Put(s.buf)
-	s.buf = nil
 }

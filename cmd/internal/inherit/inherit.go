@@ -22,8 +22,9 @@ type Listener struct {
 }
 
 // Take takes over the sockets that systemd has passed (LISTEN_FDS), or else the one on standard
-// input. They all listen, or there is just one, and that is the connection of a client. (sniproxy-rs
-// knows only a listening standard input.) The error says what was found and what to do.
+// input. They all listen, or there is just one, and that is the connection of a client.
+// (sniproxy-rs knows only a listening standard input.) The error says what was found and what to
+// do.
 func Take() (listeners []*Listener, clients []int, err error) {
 	n, err := passed()
 	if err != nil {
@@ -95,8 +96,8 @@ func describe(fd int) string {
 
 var errConnection = errors.New("is a TCP connection")
 
-// check returns the address that the socket fd listens on, errConnection, or an error that says what
-// else fd is.
+// check returns the address that the socket fd listens on, errConnection, or an error that says
+// what else fd is.
 func check(fd int) (netip.AddrPort, error) {
 	none := netip.AddrPort{}
 	var st unix.Stat_t
@@ -164,8 +165,8 @@ func coverStandard(fd int) error {
 	return nil
 }
 
-// boundWaits is for a connection that others share, such as a wrapper of the program or systemd, and
-// may make blocking: reads and writes then end with EAGAIN after this time.
+// boundWaits is for a connection that others share, such as a wrapper of the program or systemd,
+// and may make blocking: reads and writes then end with EAGAIN after this time.
 func boundWaits(fd int) error {
 	for _, name := range []int{unix.SO_RCVTIMEO, unix.SO_SNDTIMEO} {
 		if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, name, &unix.Timeval{Usec: 10_000}); err != nil {
@@ -187,6 +188,6 @@ func (l *Listener) ShutDown() error {
 	return fmt.Errorf("the listening socket %v was shut down by another process that shares it", l.Addr)
 }
 
-// Pending tells whether accept(2) has something to say: that a client is waiting, or that the socket
-// was shut down.
+// Pending tells whether accept(2) has something to say: that a client is waiting, or that the
+// socket was shut down.
 func (l *Listener) Pending() bool { return socket.Events(l.FD) != 0 }

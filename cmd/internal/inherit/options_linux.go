@@ -8,7 +8,8 @@ import (
 	"sniproxy/cmd/internal/limits"
 )
 
-// setListenerOptions sets the options of a listening socket. On Linux accepted sockets inherit them.
+// setListenerOptions sets the options of a listening socket. On Linux accepted sockets inherit
+// them.
 func setListenerOptions(fd int) error {
 	for _, o := range []struct{ level, name, value int }{
 		{unix.IPPROTO_TCP, unix.TCP_NODELAY, 1},

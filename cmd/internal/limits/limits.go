@@ -1,5 +1,5 @@
-// Package limits says what a connection may take, and what each tenant may take of what all need. Both
-// engines keep to it.
+// Package limits says what a connection may take, and what each tenant may take of what all need.
+// Both engines keep to it.
 package limits
 
 import "time"
@@ -35,9 +35,9 @@ const (
 var HalfClosed = halfClosed
 
 // Keepalive, which sniproxy-rs does not set, finds clients that vanished without a word: after
-// KeepaliveIdle of silence they are probed every KeepaliveInterval and given up after KeepaliveCount
-// probes. The first is long enough not to wake up sleeping phones all the time and shorter than what
-// middleboxes commonly remember a connection for.
+// KeepaliveIdle of silence they are probed every KeepaliveInterval and given up after
+// KeepaliveCount probes. The first is long enough not to wake up sleeping phones all the time and
+// shorter than what middleboxes commonly remember a connection for.
 const (
 	KeepaliveIdle     = 4 * time.Minute
 	KeepaliveInterval = 30 * time.Second
@@ -46,9 +46,9 @@ const (
 
 // What each tenant may take.
 const (
-	// So many tasks that may wait for a file system run at once: in all, for one tenant, and for one
-	// entry of the hosts directory. One that waits for its turn is given up if none of those before
-	// it ends for TaskPatience.
+	// So many tasks that may wait for a file system run at once: in all, for one tenant, and for
+	// one entry of the hosts directory. One that waits for its turn is given up if none of those
+	// before it ends for TaskPatience.
 	Tasks         = 64
 	TasksOfTenant = 16
 	TasksOfEntry  = 4

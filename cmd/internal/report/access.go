@@ -8,8 +8,8 @@ import (
 	"sniproxy/cmd/internal/socket"
 )
 
-// An AccessLine is the line about a connection at its end, if the connections of its host are logged.
-// A nil AccessLine is never printed.
+// An AccessLine is the line about a connection at its end, if the connections of its host are
+// logged. A nil AccessLine is never printed.
 type AccessLine struct {
 	all    *LogAll
 	client string

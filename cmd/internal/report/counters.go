@@ -9,8 +9,8 @@ import (
 // Counters count what has happened since the start. Each loop of the engine for Linux has its own,
 // which others only read; the other engine has one for all connections.
 //
-// Count a connection in Accepted first and in Ended last: [All] reads them in the opposite order, so
-// it never says that more connections wait than are open.
+// Count a connection in Accepted first and in Ended last: [All] reads them in the opposite order,
+// so it never says that more connections wait than are open.
 type Counters struct {
 	Accepted, Ended atomic.Int64
 	Waiting         atomic.Int64      // connections that are neither relays nor refused, now

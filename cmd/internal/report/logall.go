@@ -20,10 +20,11 @@ const (
 	logAllPatience = 100 * time.Millisecond
 )
 
-// LogAll knows whether the connections of all hosts are logged: whether there is a log-connections of
-// the administrator's in the directory *. Looking there may take any time, since a symlink of the
-// administrator's can lead to a tenant's file system. So a goroutine does it, once in LogAllPeriod
-// while there are connections, and nobody waits for it. If it cannot find out, the last answer stays.
+// LogAll knows whether the connections of all hosts are logged: whether there is a log-connections
+// of the administrator's in the directory *. Looking there may take any time, since a symlink of
+// the administrator's can lead to a tenant's file system. So a goroutine does it, once in
+// LogAllPeriod while there are connections, and nobody waits for it. If it cannot find out, the
+// last answer stays.
 type LogAll struct {
 	yes   atomic.Bool
 	busy  atomic.Bool  // the goroutine is looking

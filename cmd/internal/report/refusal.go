@@ -23,8 +23,8 @@ var (
 	ErrLookupTimeout = sni.Alert{Description: sni.UserCanceled, Reason: "the look-up has waited for a file system until the time limit"}
 )
 
-// Alert turns the failure of a connection that has no backend into the alert for its client. The name
-// is empty if the client sent none, or none that is canonical.
+// Alert turns the failure of a connection that has no backend into the alert for its client. The
+// name is empty if the client sent none, or none that is canonical.
 func Alert(name []byte, err error) sni.Alert {
 	var alert sni.Alert
 	if errors.As(err, &alert) {
@@ -57,8 +57,8 @@ func nameless(ignored bool) sni.Alert {
 	return alert
 }
 
-// Refused logs that the client with the socket fd is refused, and why. The name is empty if the client
-// did not send a canonical one: what it did send may be anything, and is never printed.
+// Refused logs that the client with the socket fd is refused, and why. The name is empty if the
+// client did not send a canonical one: what it did send may be anything, and is never printed.
 func Refused(fd int, name []byte, alert sni.Alert) {
 	logline.Rationed(func() string {
 		if len(name) == 0 {

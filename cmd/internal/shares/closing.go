@@ -10,9 +10,9 @@ import (
 	"sniproxy/hostdir"
 )
 
-// A closing has what is left to close for a tenant where close(2) may take any time, or never return.
-// His backends can pass descriptors, and a file on a file system of his own may never be closed; a
-// socket may hold such a descriptor. One thread at a time closes them.
+// A closing has what is left to close for a tenant where close(2) may take any time, or never
+// return. His backends can pass descriptors, and a file on a file system of his own may never be
+// closed; a socket may hold such a descriptor. One thread at a time closes them.
 type closing struct {
 	mu      sync.Mutex
 	fds     []int

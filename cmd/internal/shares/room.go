@@ -8,9 +8,9 @@ import (
 	"sniproxy/cmd/internal/limits"
 )
 
-// Room knows how many descriptors there are. Relays never take a part of them, the reserve: so whoever
-// has all others cannot keep ClientHellos from being read. When relays have all the rest, somebody
-// makes room for a new one, or its client has to wait.
+// Room knows how many descriptors there are. Relays never take a part of them, the reserve: so
+// whoever has all others cannot keep ClientHellos from being read. When relays have all the rest,
+// somebody makes room for a new one, or its client has to wait.
 type Room struct {
 	conns   Connections
 	threads *Threads
@@ -28,9 +28,9 @@ type Connections interface {
 
 // A RoomMaker can end connections: an engine, or an event loop for its own.
 type RoomMaker interface {
-	// DropOldest drops a client that was refused, or else the one that has waited longest, if it has
-	// waited longer than age. It does not drop the client that the room is for. It reports whether
-	// there was one.
+	// DropOldest drops a client that was refused, or else the one that has waited longest, if it
+	// has waited longer than age. It does not drop the client that the room is for. It reports
+	// whether there was one.
 	DropOldest(age time.Duration) bool
 	// ResetSilent resets the relay of rich that has been silent longest, if he may lose one for
 	// needy. It reports whether there is room now.
@@ -57,12 +57,12 @@ func (r *Room) fits() bool {
 	return within(r.limit.Load())
 }
 
-// ForRelay makes room for a relay to a host of needy, unless there is some. If short, the system has
-// just refused a descriptor, whatever the numbers say. It reports whether there is room now.
+// ForRelay makes room for a relay to a host of needy, unless there is some. If short, the system
+// has just refused a descriptor, whatever the numbers say. It reports whether there is room now.
 //
-// If more clients wait than the reserve holds, those that have waited longest make room. Otherwise the
-// tenant with the most relays gives up one, at most one for each call: a backend that closes slowly
-// must not cost him more.
+// If more clients wait than the reserve holds, those that have waited longest make room. Otherwise
+// the tenant with the most relays gives up one, at most one for each call: a backend that closes
+// slowly must not cost him more.
 func (r *Room) ForRelay(by RoomMaker, needy *Tenant, short bool) bool {
 	for reset := false; short || !r.fits(); short = false {
 		tooMany := r.conns.NotRelays() > r.reserve(r.limit.Load())

@@ -9,8 +9,8 @@ import (
 	"sniproxy/hostdir"
 )
 
-// A Tenant is the owner of entries in the hosts directory. Each entry of root, or of the owner of the
-// hosts directory, is a tenant by itself.
+// A Tenant is the owner of entries in the hosts directory. Each entry of root, or of the owner of
+// the hosts directory, is a tenant by itself.
 type Tenant struct {
 	uid   uint32 // 0 where entry is set
 	entry string // empty for a user, who has all his entries together

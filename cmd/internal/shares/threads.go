@@ -20,8 +20,8 @@ const (
 	ThreadPause = 500 * time.Millisecond
 )
 
-// A Task is something that may wait for a file system, and so for ever: a tenant's symlink can lead to
-// one that hangs. It runs in a thread that has the time. A task owns all that it touches.
+// A Task is something that may wait for a file system, and so for ever: a tenant's symlink can lead
+// to one that hangs. It runs in a thread that has the time. A task owns all that it touches.
 type Task struct {
 	Tenant *Tenant
 	Entry  string // of the hosts directory
@@ -162,8 +162,8 @@ func (s *Threads) run(k *Task) {
 	}
 }
 
-// end counts a task as done, and runs one that waits for that. It tells whether the calling thread is
-// needed for another.
+// end counts a task as done, and runs one that waits for that. It tells whether the calling thread
+// is needed for another.
 func (s *Threads) end(k *Task) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -179,8 +179,9 @@ func (s *Threads) end(k *Task) bool {
 	return s.stay()
 }
 
-// runNext runs a task that waits and is allowed now. Tenants, and each tenant's entries, take turns.
-// It passes over no more tenants, and no more entries of one, than there are tasks under way.
+// runNext runs a task that waits and is allowed now. Tenants, and each tenant's entries, take
+// turns. It passes over no more tenants, and no more entries of one, than there are tasks under
+// way.
 func (s *Threads) runNext() {
 	for i, t := range s.waiting {
 		if t.tasks.running >= limits.TasksOfTenant {
@@ -277,7 +278,8 @@ func (s *Threads) stay() bool {
 // descriptors returns how many look-ups may have open, and how many wait to be closed.
 func (s *Threads) descriptors() int64 { return 2*s.lookups.Load() + s.closing.Load() }
 
-// LeaveBehind counts a thread of an event loop that is stuck in a look-up as one that runs the task.
+// LeaveBehind counts a thread of an event loop that is stuck in a look-up as one that runs the
+// task.
 func (s *Threads) LeaveBehind(k *Task) {
 	k.Tenant.hung.Add(1)
 	s.behind.Add(1)
@@ -287,8 +289,8 @@ func (s *Threads) LeaveBehind(k *Task) {
 	s.begin(k)
 }
 
-// ComeBack counts the task of a thread that was left behind as done. Its tenant is not trusted for a
-// while.
+// ComeBack counts the task of a thread that was left behind as done. Its tenant is not trusted for
+// a while.
 func (s *Threads) ComeBack(k *Task) {
 	k.Tenant.untrusted.Store(limits.Now() + int64(limits.Distrust))
 	k.Tenant.hung.Add(-1)
@@ -302,8 +304,8 @@ func (s *Threads) Behind() int64 { return s.behind.Load() }
 // Extra gives f a thread of its own, which ends with it, as soon as the system has room for one.
 func (s *Threads) Extra(f func()) { s.more <- f }
 
-// supply starts threads while the system lets the program have some more: Go's runtime may want one at
-// any moment as well, and ends the program when it is refused.
+// supply starts threads while the system lets the program have some more: Go's runtime may want one
+// at any moment as well, and ends the program when it is refused.
 func (s *Threads) supply() {
 	for f := range s.more {
 		for !s.room() {

@@ -8,8 +8,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// roomForThreads tells whether the system lets this user have threadsRoom threads more. It starts as many processes, which
-// count as threads do, and ends them at once. Where it cannot find out, it trusts that there is room.
+// roomForThreads tells whether the system lets this user have threadsRoom threads more. It starts
+// as many processes, which count as threads do, and ends them at once. Where it cannot find out, it
+// trusts that there is room.
 func roomForThreads() bool {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
@@ -30,8 +31,8 @@ func roomForThreads() bool {
 			break
 		}
 	}
-	// Go's runtime may just now want a thread, and tries for a fifth of a second. The scheduler is not told of these
-	// calls, so that nothing keeps them until then.
+	// Go's runtime may just now want a thread, and tries for a fifth of a second. The scheduler is
+	// not told of these calls, so that nothing keeps them until then.
 	for _, pid := range pids[:n] {
 		syscall.RawSyscall(unix.SYS_KILL, uintptr(pid), uintptr(unix.SIGKILL), 0)
 	}
@@ -45,9 +46,9 @@ func roomForThreads() bool {
 	return errno != unix.EAGAIN && errno != unix.ENOMEM
 }
 
-// startSleeper starts a process that is a copy of this one and does nothing but sleep for a second, or until the thread
-// ends that started it. It shares the descriptors: a socket that is closed meanwhile would otherwise stay open, and
-// in epoll.
+// startSleeper starts a process that is a copy of this one and does nothing but sleep for a second,
+// or until the thread ends that started it. It shares the descriptors: a socket that is closed
+// meanwhile would otherwise stay open, and in epoll.
 //
 //go:nosplit
 //go:norace

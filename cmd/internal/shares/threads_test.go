@@ -8,8 +8,8 @@ import (
 	"sniproxy/hostdir"
 )
 
-// Goal: while the system has no room for another thread, the threads that there were at the start go
-// on with whatever tasks come.
+// Goal: while the system has no room for another thread, the threads that there were at the start
+// go on with whatever tasks come.
 func TestThreadsNoRoom(t *testing.T) {
 	t.Chdir(t.TempDir())
 	hosts, err := hostdir.Open()

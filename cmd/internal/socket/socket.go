@@ -68,8 +68,8 @@ func Passed(control []byte) (fds []int) {
 	return fds
 }
 
-// Events returns what poll(2) tells of a socket: POLLIN if there is something to read or to accept, or
-// an end; POLLHUP of a listening socket that was shut down.
+// Events returns what poll(2) tells of a socket: POLLIN if there is something to read or to accept,
+// or an end; POLLHUP of a listening socket that was shut down.
 func Events(fd int) int16 {
 	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
 	if _, err := unix.Poll(p, 0); err != nil {
