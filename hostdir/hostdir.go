@@ -259,6 +259,20 @@ func connectError(dir string, err error) error {
 // NotStreamSocket is the error when tls-socket is neither a stream nor a datagram socket.
 func NotStreamSocket() error { return &Error{Problem: NotStream, Errno: unix.EPROTOTYPE} }
 
+// SendError translates the error of sending a datagram with a socket that [Dialer.ConnectDatagram] has
+// connected. It is [BacklogFull] if the queue is full, or if too many descriptors are under way.
+func SendError(err unix.Errno) error {
+	switch err {
+	case unix.EAGAIN, unix.ENOBUFS, unix.ETOOMANYREFS:
+		return BacklogFull
+	case unix.ECONNREFUSED, unix.ECONNRESET, unix.ENOTCONN:
+		return &Error{Problem: NobodyListens, Errno: err}
+	case unix.EACCES, unix.EPERM:
+		return &Error{Problem: NotPermitted, Errno: err}
+	}
+	return &Error{Problem: Other, Errno: err}
+}
+
 // systemError translates an error that says nothing about the host.
 func systemError(err error) error {
 	switch err {

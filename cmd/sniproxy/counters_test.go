@@ -22,11 +22,12 @@ type counted struct {
 	dropped                 int
 	up, down                int
 	descriptors, limit      int
+	handed                  int
 }
 
 var countersLine = regexp.MustCompile(`^sniproxy: accepted (\d+), open (\d+), waiting (\d+), ` +
 	`refused (\d+)(?: \((\d+: \d+(?:, \d+: \d+)*)\))?, dropped (\d+), ` +
-	`bytes up (\d+), bytes down (\d+), descriptors (\d+) of (\d+)$`)
+	`bytes up (\d+), bytes down (\d+), descriptors (\d+) of (\d+), handed (\d+)$`)
 
 // parseCounters parses a line of counters. The test fails if it is not well-formed, or if what it
 // says cannot be.
@@ -38,7 +39,7 @@ func parseCounters(t testing.TB, line string) (c counted) {
 	}
 	var refused int
 	for i, n := range map[int]*int{1: &c.accepted, 2: &c.open, 3: &c.waiting, 4: &refused, 6: &c.dropped,
-		7: &c.up, 8: &c.down, 9: &c.descriptors, 10: &c.limit} {
+		7: &c.up, 8: &c.down, 9: &c.descriptors, 10: &c.limit, 11: &c.handed} {
 		var err error
 		if *n, err = strconv.Atoi(m[i]); err != nil {
 			t.Errorf("%v in %q", err, line)
@@ -53,7 +54,7 @@ func parseCounters(t testing.TB, line string) (c counted) {
 		}
 		last = alert
 	}
-	if sum != refused || c.waiting > c.open || c.open > c.accepted || refused > c.accepted || c.dropped > c.accepted || c.descriptors > c.limit {
+	if sum != refused || c.waiting > c.open || c.open > c.accepted || refused > c.accepted || c.dropped > c.accepted || c.handed > c.accepted || c.descriptors > c.limit {
 		t.Errorf("the numbers do not fit each other: %q", line)
 	}
 	return c

@@ -38,7 +38,7 @@
 //
 // SIGUSR1, at any time, has it print a line of counters on standard error:
 //
-//	accepted N, open N, waiting N, refused N (ALERT: N, …), dropped N, bytes up N, bytes down N, descriptors N of N
+//	accepted N, open N, waiting N, refused N (ALERT: N, …), dropped N, bytes up N, bytes down N, descriptors N of N, handed N
 //
 // They are connections since the start, those open now, and of these those waiting for their
 // hello or backend; clients refused, and how many with which alert; those dropped, or reset, to
@@ -223,7 +223,8 @@ func openHosts() (*hostdir.Hosts, error) {
 // printCounters prints a line of counters whenever it is asked to.
 func printCounters(e *engine, asked <-chan os.Signal) {
 	for range asked {
-		logline.Err("%v, descriptors %d of %d", e.Counters(), descriptors.InUse(1<<16), descriptors.Limit())
+		all := e.Counters()
+		logline.Err("%v, descriptors %d of %d, handed %d", all, descriptors.InUse(1<<16), descriptors.Limit(), all.Handed())
 	}
 }
 

@@ -391,6 +391,53 @@ func (c *conn) begin(b hostdir.Backend, name, hello []byte) {
 	}
 }
 
+// handOver hands the connection itself over to the backend, with a header, if asked for, and all bytes
+// read so far. Then it is no business of the program any more.
+func (c *conn) handOver(key shares.Key, b hostdir.Backend, name, hello []byte) {
+	l, s := c.loop, &c.sockets[client]
+	var header []byte
+	var gone error
+	if b.Proxy > 0 {
+		header, gone = socket.Header(int(s.fd), b.Proxy, name)
+	} else if c.pending != nil || s.eof { // it may have ended since it was read from
+		_, gone = unix.Getpeername(int(s.fd))
+	}
+	if gone != nil {
+		l.engine.shares.Sent(c.tenant, b.FD, false)
+		c.close()
+		return
+	}
+	access := l.engine.logAll.AccessLine(l.now(), int(s.fd), name, b.Log)
+	first := hello[headroom-len(header):]
+	copy(first, header)
+	if s.registered != 0 { // closing it does not take it out of the poller
+		l.poller.remove(s.fd)
+		s.registered = 0
+	}
+	if s.fd == l.shared {
+		l.shared = 0
+		setPlain(s.fd, unix.SO_RCVTIMEO, unix.SO_SNDTIMEO)
+	} else {
+		setPlain(s.fd, unix.SO_RCVTIMEO)
+	}
+	errno := handOver(int32(b.FD), first, s.fd, l.rights)
+	l.engine.shares.Sent(c.tenant, b.FD, errno == 0)
+	if errno != 0 {
+		setNonblock(s.fd)
+		if err := hostdir.SendError(errno); err == hostdir.BacklogFull {
+			c.redialLater(key, err, name, hello)
+		} else {
+			c.refuse(name, err)
+		}
+		return
+	}
+	sent := int64(len(hello) - headroom)
+	l.counters.Handed.Add(1)
+	l.counters.Bytes[client].Add(sent)
+	access.Print(report.Traffic{report.Up: sent}, time.Duration(limits.Now()-c.accepted), report.HandedOver)
+	c.close()
+}
+
 // refuse tells the client with an alert why it is not served, and sees to it that the alert
 // arrives.
 func (c *conn) refuse(name []byte, err error) {

@@ -26,6 +26,7 @@ type runner struct {
 
 	name   []byte
 	entry  []byte         // that serves it, once it is found
+	sender int            // the tenant's, locked, while it is connected; otherwise -1
 	tenant *shares.Tenant // whose the entry is, nil until then
 
 	// For the runner that goes on with the loop.
@@ -40,7 +41,7 @@ func newRunner(hosts *hostdir.Hosts) (*runner, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &runner{dialer: dialer, left: make(chan *lookup, 1)}, nil
+	return &runner{dialer: dialer, sender: -1, left: make(chan *lookup, 1)}, nil
 }
 
 // A lookup is one that another thread makes for a connection of a loop.
@@ -85,7 +86,7 @@ func (c *conn) dial(name, hello []byte) {
 	case t.Clogged():
 		c.refuse(name, report.ErrClogged)
 		return
-	case err == hostdir.NoRoom, !s.Room.ForRelay(l, t, false):
+	case err == hostdir.NoRoom, !t.HasDatagram(entry.Name) && !s.Room.ForRelay(l, t, false):
 		c.redialLater(t.Key(), hostdir.NoRoom, name, hello)
 		return
 	case err == hostdir.MayWait, !l.mayConnect(t, entry):
@@ -116,10 +117,45 @@ func (l *loop) find(r *runner) (hostdir.Entry, error) {
 	return entry, err
 }
 
-// connect connects to the backend of the entry that was found.
-func (l *loop) connect(r *runner) (hostdir.Backend, error) {
+// connect connects to the backend of the entry that was found: what is a datagram socket with the
+// sender of the tenant, which is locked then.
+func (l *loop) connect(r *runner) (b hostdir.Backend, err error) {
+	s, t := l.engine.shares, r.tenant
+	was := t.HasDatagram(r.entry)
+	if !was {
+		if b, err = l.connectWith(r, -1); err != hostdir.Datagram {
+			return b, err
+		}
+	}
+	sender, err := s.Sender(t)
+	if err != nil {
+		return hostdir.Backend{FD: -1}, err
+	}
+	b, err = l.connectWith(r, sender)
+	if err != nil {
+		s.Sent(t, sender, false)
+	}
+	if is := err == nil; is != was && (is || err == hostdir.Stream) {
+		t.SetDatagram(r.entry, is)
+	}
+	if err == hostdir.Stream {
+		if was {
+			return l.connectWith(r, -1)
+		}
+		err = hostdir.NotStreamSocket()
+	}
+	return b, err
+}
+
+// connectWith connects a datagram socket, or a new stream socket if there is none.
+func (l *loop) connectWith(r *runner, sender int) (b hostdir.Backend, err error) {
+	r.sender = sender
 	this := l.beginLookup(r)
-	b, err := r.dialer.Connect(false)
+	if sender < 0 {
+		b, err = r.dialer.Connect(false)
+	} else {
+		b, err = r.dialer.ConnectDatagram(sender, false)
+	}
 	if !r.lookups.CompareAndSwap(this, this+1) {
 		r.finish(hostdir.Entry{}, b, err)
 	}
@@ -140,11 +176,19 @@ func (r *runner) finish(entry hostdir.Entry, b hostdir.Backend, err error) {
 	switch {
 	case r.tenant == nil && err == nil: // it has found the entry
 		k.tenant = s.Tenants.Of(entry)
-		k.backend, k.err = r.dialer.Connect(true)
+		k.backend, k.err = s.Connect(r.dialer, k.tenant)
 	case r.tenant == nil && err == hostdir.MayWait:
 		k.reach(r.dialer)
+	case err == hostdir.Datagram:
+		k.backend, k.err = s.ConnectOnce(r.dialer, r.tenant)
 	default: // it has connected, or failed
 		k.backend, k.err = b, err
+		if err != nil && r.sender >= 0 {
+			s.Sent(r.tenant, r.sender, false)
+		}
+		if err == hostdir.Stream {
+			k.err = hostdir.Exchanged
+		}
 	}
 	s.Threads.ComeBack(&k.task)
 	k.deliver()
@@ -197,12 +241,16 @@ func (k *lookup) deliver() {
 
 // discard is for a look-up that nobody waits for any more.
 func (k *lookup) discard() {
-	if k.err == nil {
-		t := k.tenant
-		if t == nil {
-			t = k.task.Tenant
-		}
-		t.CloseAway(k.loop.engine.shares.Threads, k.backend.FD)
+	t, s := k.tenant, k.loop.engine.shares
+	if t == nil {
+		t = k.task.Tenant
+	}
+	switch {
+	case k.err != nil:
+	case k.backend.Datagram:
+		s.Sent(t, k.backend.FD, false)
+	default:
+		t.CloseAway(s.Threads, k.backend.FD)
 	}
 	if k.tenant != nil {
 		k.tenant.Release()
@@ -235,6 +283,8 @@ func (l *loop) found(k *lookup) {
 // dialled goes on with what came of an attempt to connect to the backend of an entry.
 func (c *conn) dialled(key shares.Key, name, hello []byte, b hostdir.Backend, err error) {
 	switch {
+	case err == nil && b.Datagram:
+		c.handOver(key, b, name, hello)
 	case err == nil:
 		c.begin(b, name, hello)
 	case err == hostdir.NoRoom, err == hostdir.BacklogFull, err == hostdir.Exchanged:

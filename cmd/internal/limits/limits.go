@@ -57,6 +57,11 @@ const (
 	// A tenant for whom more than Closing descriptors wait to be closed gets no connection more.
 	Closing = 256
 
+	// A tenant has at most UnderWay connections under way to backends that they are handed over to,
+	// and at most one of UnderWayParts of the descriptors.
+	UnderWay      = 256
+	UnderWayParts = 4
+
 	// Relays never take one of ReserveParts of the descriptors, and never the last ReserveLeast: so
 	// ClientHellos can be read, whoever has all others.
 	ReserveParts = 8

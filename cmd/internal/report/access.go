@@ -28,6 +28,7 @@ const (
 	ResetForRoom     = "reset to make room for another host"
 	PassedByBackend  = "cut, since the backend has passed descriptors"
 	CutAtStop        = "cut at the stop"
+	HandedOver       = "handed over"
 )
 
 // AccessLine returns the line about the client with the socket fd, nil if there will be none. The

@@ -16,6 +16,7 @@ type Counters struct {
 	Waiting         atomic.Int64      // connections that are neither relays nor refused, now
 	Refused         [256]atomic.Int64 // by alert
 	Dropped         atomic.Int64      // to make room
+	Handed          atomic.Int64      // over to backends
 	Bytes           [2]atomic.Int64   // sent on, Up and Down
 }
 
@@ -46,6 +47,11 @@ func (a All) Open() int64 {
 
 func (a All) accepted() int64 {
 	return a.sum(func(c *Counters) *atomic.Int64 { return &c.Accepted })
+}
+
+// Handed returns how many connections were handed over.
+func (a All) Handed() int64 {
+	return a.sum(func(c *Counters) *atomic.Int64 { return &c.Handed })
 }
 
 // String returns what SIGUSR1 asks for. Programs read it, too: names and places stay.

@@ -18,6 +18,10 @@ type Room struct {
 	own     int64        // descriptors that are no connection's
 	single  bool         // one connection is served, and needs no reserve
 	limit   atomic.Int64 // of descriptors
+
+	senders atomic.Int64 // sockets of senders
+	giveUp  func()       // closes those that have nothing under way
+	given   atomic.Int64 // when that was done last, by the clock of limits
 }
 
 // Connections count what an engine has.
@@ -48,7 +52,7 @@ func (r *Room) fits() bool {
 	within := func(limit int64) bool {
 		reserve := r.reserve(limit)
 		others := max(0, r.conns.NotRelays()-1-reserve)
-		return r.own+r.threads.descriptors()+r.conns.RelayDescriptors()+others+2 <= limit-reserve
+		return r.own+r.senders.Load()+r.threads.descriptors()+r.conns.RelayDescriptors()+others+2 <= limit-reserve
 	}
 	if within(r.limit.Load()) {
 		return true
@@ -60,11 +64,14 @@ func (r *Room) fits() bool {
 // ForRelay makes room for a relay to a host of needy, unless there is some. If short, the system
 // has just refused a descriptor, whatever the numbers say. It reports whether there is room now.
 //
-// If more clients wait than the reserve holds, those that have waited longest make room. Otherwise
+// Idle sockets of senders go first. If more clients wait than the reserve holds, those that have waited longest make room. Otherwise
 // the tenant with the most relays gives up one, at most one for each call: a backend that closes
 // slowly must not cost him more.
 func (r *Room) ForRelay(by RoomMaker, needy *Tenant, short bool) bool {
 	for reset := false; short || !r.fits(); short = false {
+		if r.closeIdle() {
+			continue
+		}
 		tooMany := r.conns.NotRelays() > r.reserve(r.limit.Load())
 		switch {
 		case tooMany && by.DropOldest(0):
@@ -78,9 +85,20 @@ func (r *Room) ForRelay(by RoomMaker, needy *Tenant, short bool) bool {
 	return true
 }
 
+// closeIdle closes idle sockets of senders, at most once in limits.Redial: while descriptors are short
+// it is called for each client. It reports whether there were any.
+func (r *Room) closeIdle() bool {
+	before, now := r.senders.Load(), limits.Now()
+	if last := r.given.Load(); before == 0 || now-last < int64(limits.Redial) || !r.given.CompareAndSwap(last, now) {
+		return false
+	}
+	r.giveUp()
+	return r.senders.Load() < before
+}
+
 // Full tells whether fewer than spare descriptors are left, for anything.
 func (r *Room) Full(spare int64) bool {
-	return r.own+r.threads.descriptors()+r.conns.RelayDescriptors()+r.conns.NotRelays()+spare > r.limit.Load()
+	return r.own+r.senders.Load()+r.threads.descriptors()+r.conns.RelayDescriptors()+r.conns.NotRelays()+spare > r.limit.Load()
 }
 
 // reserve returns how many descriptors of a limit relays never take.

@@ -6,20 +6,28 @@
 // for a host is limited for its tenant too, whatever names clients ask for.
 package shares
 
-import "sniproxy/hostdir"
+import (
+	"sync/atomic"
+
+	"sniproxy/hostdir"
+)
 
 // Shares is what an engine works with.
 type Shares struct {
 	Tenants *Tenants
 	Threads *Threads
 	Room    *Room
+
+	sweeping atomic.Bool // sockets of senders are to be closed after a while
 }
 
 // New returns the shares of an engine. Own is how many descriptors the program has besides those of
 // connections, and single tells whether it serves just one connection.
 func New(hosts *hostdir.Hosts, own int64, single bool, conns Connections) *Shares {
 	tenants, threads := newTenants(), newThreads(hosts)
-	return &Shares{tenants, threads, newRoom(own, single, conns, threads, tenants)}
+	s := &Shares{Tenants: tenants, Threads: threads, Room: newRoom(own, single, conns, threads, tenants)}
+	s.Room.giveUp = func() { s.sweep(0) }
+	return s
 }
 
 // Reach looks a host up and connects to its backend, and waits for whatever there is to wait for.
@@ -29,6 +37,17 @@ func (s *Shares) Reach(d *hostdir.Dialer, name []byte) (b hostdir.Backend, t *Te
 	if err != nil {
 		return hostdir.Backend{}, nil, err
 	}
-	b, err = d.Connect(true)
-	return b, s.Tenants.Of(entry), err
+	t = s.Tenants.Of(entry)
+	b, err = s.Connect(d, t)
+	return b, t, err
+}
+
+// Connect connects to the backend of the entry that was found, which is a tenant's. It waits for
+// whatever there is to wait for. If the backend is a datagram socket, see [Shares.ConnectOnce].
+func (s *Shares) Connect(d *hostdir.Dialer, t *Tenant) (hostdir.Backend, error) {
+	b, err := d.Connect(true)
+	if err == hostdir.Datagram {
+		return s.ConnectOnce(d, t)
+	}
+	return b, err
 }

@@ -2,6 +2,8 @@ package shares
 
 import (
 	"fmt"
+	"maps"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -26,7 +28,9 @@ type Tenant struct {
 	entries map[string]*entryTasks
 	waiting []*entryTasks // those with tasks that wait
 
-	closing closing
+	closing   closing
+	sender    sender
+	datagrams datagrams
 }
 
 // Trusted tells whether an event loop may look up what is his.
@@ -109,10 +113,17 @@ func (s *Tenants) get(uid uint32, entry []byte) *Tenant {
 	return t
 }
 
+// list returns all of them.
+func (s *Tenants) list() []*Tenant {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Collect(maps.Values(s.all))
+}
+
 // forget removes tenants that nobody uses.
 func (s *Tenants) forget() {
 	for key, t := range s.all {
-		if t.users.Load() == 0 && t.Trusted() {
+		if t.users.Load() == 0 && t.Trusted() && !t.sender.inUse() {
 			delete(s.all, key)
 		}
 	}

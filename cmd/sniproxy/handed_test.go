@@ -1,0 +1,276 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"sniproxy/cmd/internal/limits"
+	"sniproxy/sni"
+)
+
+// bindDatagram makes the tls-socket of a host a datagram socket.
+func (d *daemon) bindDatagram(name string) *net.UnixConn {
+	d.t.Helper()
+	path := d.hostPath(name, "tls-socket")
+	os.Remove(path)
+	l, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	d.t.Cleanup(func() { l.Close() })
+	if err := os.Chmod(path, 0o777); err != nil {
+		d.t.Fatal(err)
+	}
+	return l
+}
+
+// receive takes a connection that was handed over, and the bytes that came with it.
+func receive(t testing.TB, l *net.UnixConn) (c *net.TCPConn, first []byte) {
+	t.Helper()
+	l.SetReadDeadline(time.Now().Add(patience))
+	c, first, err := tryReceive(l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c, first
+}
+
+func tryReceive(l *net.UnixConn) (c *net.TCPConn, first []byte, err error) {
+	b, control := make([]byte, 70_000), make([]byte, 1000)
+	n, size, flags, _, err := l.ReadMsgUnix(b, control)
+	if err != nil {
+		return nil, nil, err
+	}
+	messages, err := unix.ParseSocketControlMessage(control[:size])
+	if err != nil || len(messages) != 1 || flags&(unix.MSG_CTRUNC|unix.MSG_TRUNC) != 0 {
+		return nil, nil, fmt.Errorf("flags %x, %d control messages, error %v", flags, len(messages), err)
+	}
+	fds, err := unix.ParseUnixRights(&messages[0])
+	if err != nil || len(fds) != 1 {
+		return nil, nil, fmt.Errorf("descriptors %v, error %v", fds, err)
+	}
+	f := os.NewFile(uintptr(fds[0]), "client")
+	defer f.Close()
+	conn, err := net.FileConn(f)
+	if err != nil {
+		return nil, nil, err
+	}
+	conn.SetDeadline(time.Now().Add(4 * patience))
+	return conn.(*net.TCPConn), b[:n], nil
+}
+
+// serveHanded makes a host whose connections are handed over to handle.
+func (d *daemon) serveHanded(name string, handle func(c *net.TCPConn, first []byte)) {
+	d.t.Helper()
+	l := d.bindDatagram(name)
+	go func() {
+		for {
+			c, first, err := tryReceive(l)
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				handle(c, first)
+			}()
+		}
+	}()
+}
+
+// greetHanded answers like greet.
+func greetHanded(c *net.TCPConn, first []byte) {
+	name, _, err := readHello(bytes.NewReader(first))
+	if err != nil {
+		fmt.Fprintf(c, "error: %v", err)
+		return
+	}
+	io.WriteString(c, "this is "+name)
+}
+
+// Goal: a backend whose tls-socket is a datagram socket gets the connection itself, as accept(2) would
+// have returned it, and all bytes read so far, behind the header that a marker asks for. Then the
+// daemon has nothing of it any more.
+func TestHanded(t *testing.T) {
+	for _, marker := range []string{"", "send-proxy-v1", "send-proxy-v2"} {
+		for name, say := range map[string]func(c net.Conn, b []byte){
+			"whole":        func(c net.Conn, b []byte) { c.Write(b) },
+			"byte by byte": func(c net.Conn, b []byte) { sendSlowly(t, c.(*net.TCPConn), b) },
+		} {
+			t.Run(marker+" "+name, func(t *testing.T) {
+				d := start(t)
+				l := d.bindDatagram("a.example")
+				if marker != "" {
+					writeMarker(t, d.hostPath("a.example", marker))
+				}
+				base := d.fds()
+				for range 3 {
+					client := d.dial()
+					h := hello("A.example")
+					say(client, h)
+					c, first := receive(t, l)
+					begin := max(0, bytes.Index(first, h[:5]))
+					header, rest := first[:begin], make([]byte, max(0, begin+len(h)-len(first)))
+					if _, err := io.ReadFull(c, rest); err != nil {
+						t.Fatal(err)
+					}
+					if got := append(first[begin:], rest...); !bytes.Equal(got, h) || (begin > 0) != (marker != "") {
+						t.Fatalf("behind a header of %d bytes the backend got %d bytes other than the client has sent", begin, len(got))
+					}
+					if marker == "send-proxy-v1" && !strings.HasPrefix(string(header), "PROXY TCP4 127.0.0.1 127.0.0.1 ") {
+						t.Errorf("the header is %q", header)
+					}
+					if got := c.RemoteAddr().String(); got != client.LocalAddr().String() {
+						t.Errorf("the backend sees %v, the client has %v", got, client.LocalAddr())
+					}
+					expectPlain(t, c)
+					d.awaitFds(base + 1) // the socket that sends stays for a while
+					ping(t, client, c)
+					ping(t, c, client)
+					c.CloseWrite()
+					if got, err := io.ReadAll(client); err != nil || len(got) > 0 {
+						t.Errorf("the client got %q, error %v, want the end", got, err)
+					}
+				}
+				await(t, "the socket that sends to be closed", func() bool { return d.fds() == base })
+				d.signal(unix.SIGUSR1)
+				d.err.await(t, "handed 3")
+			})
+		}
+	}
+}
+
+// expectPlain fails the test unless a socket is as accept(2) returns it.
+func expectPlain(t *testing.T, c *net.TCPConn) {
+	t.Helper()
+	raw, err := c.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw.Control(func(fd uintptr) {
+		for _, name := range []int{unix.SO_RCVTIMEO, unix.SO_SNDTIMEO} {
+			if v, err := unix.GetsockoptTimeval(int(fd), unix.SOL_SOCKET, name); err != nil || *v != (unix.Timeval{}) {
+				t.Errorf("socket option %d is %v, error %v", name, v, err)
+			}
+		}
+	})
+}
+
+// Goal: the host of a datagram socket that nobody reads costs its clients ten seconds and alert 80, and
+// other hosts nothing; when it is read again those who wait are handed over.
+func TestHandedFull(t *testing.T) {
+	t.Parallel()
+	d := start(t)
+	d.serve("other.example", greet)
+	l := d.bindDatagram("deaf.example")
+	const clients = 600 // more than a tenant may have under way
+	h := hello("deaf.example")
+	waiting := d.crowd(clients, h)
+	await(t, "clients to wait", func() bool { return d.counters().waiting > 0 })
+	for range 20 {
+		if err := d.greeted("other.example"); err != nil {
+			t.Error(err)
+		}
+	}
+	handed := make(chan int, 1)
+	go func() {
+		n := 0
+		for l.SetReadDeadline(time.Now().Add(patience)); n < clients; n++ {
+			c, first, err := tryReceive(l)
+			if err != nil {
+				t.Errorf("after %d connections: %v", n, err)
+				break
+			}
+			greetHanded(c, first)
+			c.Close()
+		}
+		handed <- n
+	}()
+	for _, c := range waiting {
+		if got, err := io.ReadAll(c); err != nil || string(got) != "this is deaf.example" {
+			t.Fatalf("got %q, error %v", got, err)
+		}
+	}
+	if n := <-handed; n != clients {
+		t.Errorf("%d of %d were handed over", n, clients)
+	}
+}
+
+// Goal: each kind of failure has its alert.
+func TestHandedAlerts(t *testing.T) {
+	t.Parallel()
+	d := start(t)
+	l := d.bindDatagram("gone.example")
+	d.expectHanded(l, "gone.example")
+	l.Close()
+	d.expectAlert(hello("gone.example"), sni.UnrecognizedName)
+	if d.uid() != 0 {
+		d.bindDatagram("forbidden.example")
+		os.Chmod(d.hostPath("forbidden.example", "tls-socket"), 0o000)
+		d.expectAlert(hello("forbidden.example"), sni.UnrecognizedName)
+	}
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	path := d.hostPath("packets.example", "tls-socket")
+	if err := unix.Bind(fd, &unix.SockaddrUnix{Name: path}); err != nil {
+		t.Fatal(err)
+	}
+	unix.Listen(fd, 10)
+	os.Chmod(path, 0o777)
+	d.expectAlert(hello("packets.example"), sni.UnrecognizedName)
+	full := d.bindDatagram("full.example")
+	begin := time.Now()
+	crowd := d.crowd(300, hello("full.example"))
+	last := crowd[len(crowd)-1]
+	if got, err := io.ReadAll(last); err != nil || alert(got) != int(sni.InternalError) {
+		t.Errorf("behind a full queue a client got %x, error %v", got, err)
+	}
+	if took := time.Since(begin); took < limits.Hello-time.Second {
+		t.Errorf("it was refused after %v", took)
+	}
+	full.Close()
+}
+
+func (d *daemon) uid() int { return os.Geteuid() }
+
+// expectHanded has a client handed over.
+func (d *daemon) expectHanded(l *net.UnixConn, name string) {
+	d.t.Helper()
+	client := d.dial()
+	client.Write(hello(name))
+	c, _ := receive(d.t, l)
+	ping(d.t, client, c)
+	client.Close()
+	c.Close()
+}
+
+// Goal: a host may change between the two kinds of sockets at any time.
+func TestHandedSwitched(t *testing.T) {
+	d := start(t)
+	for range 5 {
+		l := d.bindDatagram("a.example")
+		d.expectHanded(l, "a.example")
+		d.expectHanded(l, "a.example")
+		l.Close()
+		os.Remove(d.hostPath("a.example", "tls-socket"))
+		stream := d.host("a.example")
+		for range 2 {
+			client, backend := d.pair(stream, "a.example")
+			ping(t, client, backend)
+			client.Close()
+			backend.Close()
+		}
+		stream.Close()
+	}
+}
