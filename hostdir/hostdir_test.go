@@ -173,7 +173,6 @@ func TestDialProblems(t *testing.T) {
 		in("directory", func(path string) error { return os.Mkdir(path, 0o777) })
 		bind(t, "bound", unix.SOCK_STREAM)
 		hostdirtest.Abandon(t, dirName("abandoned"))
-		bind(t, "datagram", unix.SOCK_DGRAM)
 		tests := map[string]failure{
 			"absent":          noDirectory,
 			"file":            noDirectory,
@@ -185,13 +184,8 @@ func TestDialProblems(t *testing.T) {
 			"regular":         notStream,
 			"fifo":            notStream,
 			"directory":       notStream,
-			"datagram":        notStream,
 			"bound":           nobodyListens,
 			"abandoned":       nobodyListens,
-		}
-		if runtime.GOOS == "linux" {
-			bind(t, "seqpacket", unix.SOCK_SEQPACKET)
-			tests["seqpacket"] = notStream
 		}
 		if !hostdir.Hashed && w.paths {
 			long := strings.Repeat("a", 254)

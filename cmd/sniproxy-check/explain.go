@@ -254,7 +254,7 @@ func kindOf(info fs.FileInfo) string {
 	case mode.IsDir():
 		return "a directory"
 	case mode&fs.ModeSocket != 0:
-		return "a datagram or a seqpacket socket"
+		return "a seqpacket socket"
 	case mode&fs.ModeNamedPipe != 0:
 		return "a FIFO"
 	}

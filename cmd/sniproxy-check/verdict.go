@@ -195,6 +195,9 @@ func (w *worker) look(d *hostdir.Dialer, h host) verdict {
 		remark("it leads to another file system, which may keep look-ups waiting")
 	}
 	text := "ok"
+	if b.Datagram {
+		text += ", handed over"
+	}
 	if b.Proxy > 0 {
 		text += fmt.Sprintf(", PROXY v%d", b.Proxy)
 	}
@@ -261,6 +264,9 @@ func dial(d *hostdir.Dialer, h host, limit time.Duration) (b hostdir.Backend, sl
 			if err == nil {
 				b, err = d.Connect(wait)
 			}
+			if err == hostdir.Datagram {
+				b, err = connectDatagram(d, wait)
+			}
 			if err == nil {
 				unix.Close(b.FD)
 			}
@@ -273,6 +279,22 @@ func dial(d *hostdir.Dialer, h host, limit time.Duration) (b hostdir.Backend, sl
 		b, err = redial(try(true), limit)
 	}
 	return b, slow, err
+}
+
+// connectDatagram connects to what is a datagram socket, and sends nothing.
+func connectDatagram(d *hostdir.Dialer, wait bool) (hostdir.Backend, error) {
+	fd, err := hostdir.NewDatagram()
+	if err != nil {
+		return hostdir.Backend{FD: -1}, hostdir.NoRoom
+	}
+	b, err := d.ConnectDatagram(fd, wait)
+	if err != nil {
+		unix.Close(fd)
+	}
+	if err == hostdir.Stream {
+		err = hostdir.NotStreamSocket()
+	}
+	return b, err
 }
 
 // redial tries as sniproxy does: again, while the backlog is full or the directory is exchanged.

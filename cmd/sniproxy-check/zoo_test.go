@@ -245,8 +245,10 @@ func (z *zoo) addHosts() {
 		animal{name: "directory.example", make: makeSocket(t, func(path string) error {
 			return errors.Join(os.Mkdir(path, 0o777), os.Chmod(path, 0o777))
 		}), says: is(notStream, "directory")},
-		animal{name: "datagram.example", make: func(dir string) { hostdirtest.Bind(t, dir, unix.SOCK_DGRAM) },
-			says: is(notStream, "datagram", "seqpacket")},
+		animal{name: "datagram.example", make: func(dir string) {
+			hostdirtest.ServeDatagram(t, dir, func(c *net.TCPConn, _ []byte) { fmt.Fprintf(c, "0 %s handed", filepath.Base(dir)) })
+		},
+			says: is("ok, handed over")},
 		animal{name: "silent.example", make: func(dir string) { hostdirtest.Bind(t, dir, unix.SOCK_STREAM) }, says: is(nobodyListens)},
 		animal{name: "abandoned.example", make: func(dir string) { hostdirtest.Abandon(t, dir) }, says: is(nobodyListens)},
 		animal{name: "deaf.example", make: func(dir string) { hostdirtest.FillBacklog(t, dir) },
@@ -634,7 +636,11 @@ func (v *visit) ask(a animal, h hello) outcome {
 		return outcome{text: reason[:strings.LastIndex(reason, " (alert ")]}
 	}
 	version, entry, _ := strings.Cut(string(got), " ")
+	entry, handed := strings.CutSuffix(entry, " handed")
 	text := "ok"
+	if handed {
+		text += ", handed over"
+	}
 	if version != "0" {
 		text += ", PROXY v" + version
 	}

@@ -13,30 +13,22 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sniproxy/cmd/internal/limits"
+	"sniproxy/hostdir/hostdirtest"
 	"sniproxy/sni"
 )
 
-// bindDatagram makes the tls-socket of a host a datagram socket.
+// bindDatagram makes the tls-socket of a host a datagram socket, in place of what there is.
 func (d *daemon) bindDatagram(name string) *net.UnixConn {
 	d.t.Helper()
-	path := d.hostPath(name, "tls-socket")
-	os.Remove(path)
-	l, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
-	if err != nil {
-		d.t.Fatal(err)
-	}
-	d.t.Cleanup(func() { l.Close() })
-	if err := os.Chmod(path, 0o777); err != nil {
-		d.t.Fatal(err)
-	}
-	return l
+	os.Remove(d.hostPath(name, "tls-socket"))
+	return hostdirtest.ListenDatagram(d.t, d.hostDir(name))
 }
 
 // receive takes a connection that was handed over, and the bytes that came with it.
 func receive(t testing.TB, l *net.UnixConn) (c *net.TCPConn, first []byte) {
 	t.Helper()
 	l.SetReadDeadline(time.Now().Add(patience))
-	c, first, err := tryReceive(l)
+	c, first, err := hostdirtest.Receive(l)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -44,46 +36,10 @@ func receive(t testing.TB, l *net.UnixConn) (c *net.TCPConn, first []byte) {
 	return c, first
 }
 
-func tryReceive(l *net.UnixConn) (c *net.TCPConn, first []byte, err error) {
-	b, control := make([]byte, 70_000), make([]byte, 1000)
-	n, size, flags, _, err := l.ReadMsgUnix(b, control)
-	if err != nil {
-		return nil, nil, err
-	}
-	messages, err := unix.ParseSocketControlMessage(control[:size])
-	if err != nil || len(messages) != 1 || flags&(unix.MSG_CTRUNC|unix.MSG_TRUNC) != 0 {
-		return nil, nil, fmt.Errorf("flags %x, %d control messages, error %v", flags, len(messages), err)
-	}
-	fds, err := unix.ParseUnixRights(&messages[0])
-	if err != nil || len(fds) != 1 {
-		return nil, nil, fmt.Errorf("descriptors %v, error %v", fds, err)
-	}
-	f := os.NewFile(uintptr(fds[0]), "client")
-	defer f.Close()
-	conn, err := net.FileConn(f)
-	if err != nil {
-		return nil, nil, err
-	}
-	conn.SetDeadline(time.Now().Add(4 * patience))
-	return conn.(*net.TCPConn), b[:n], nil
-}
-
 // serveHanded makes a host whose connections are handed over to handle.
 func (d *daemon) serveHanded(name string, handle func(c *net.TCPConn, first []byte)) {
 	d.t.Helper()
-	l := d.bindDatagram(name)
-	go func() {
-		for {
-			c, first, err := tryReceive(l)
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				handle(c, first)
-			}()
-		}
-	}()
+	hostdirtest.ServeDatagram(d.t, d.hostDir(name), handle)
 }
 
 // greetHanded answers like greet.
@@ -184,7 +140,7 @@ func TestHandedFull(t *testing.T) {
 	go func() {
 		n := 0
 		for l.SetReadDeadline(time.Now().Add(patience)); n < clients; n++ {
-			c, first, err := tryReceive(l)
+			c, first, err := hostdirtest.Receive(l)
 			if err != nil {
 				t.Errorf("after %d connections: %v", n, err)
 				break
@@ -217,7 +173,7 @@ func TestHandedAlerts(t *testing.T) {
 		os.Chmod(d.hostPath("forbidden.example", "tls-socket"), 0o000)
 		d.expectAlert(hello("forbidden.example"), sni.UnrecognizedName)
 	}
-	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_SEQPACKET, 0)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -231,9 +231,14 @@ func (c *conn) run(ctx context.Context) {
 		}
 		return
 	}
-	b, err := c.dial(ctx, name)
-	if err != nil {
+	b, err := c.dial(ctx, name, hello)
+	switch {
+	case err == errGone:
+		return
+	case err != nil:
 		c.refuse(name, err)
+		return
+	case b.Datagram: // it was handed over
 		return
 	}
 	c.backend = os.NewFile(uintptr(b.FD), "backend")
@@ -265,15 +270,15 @@ func (c *conn) hello() (hello, name []byte, err error) {
 	return hello, name, err
 }
 
-// dial connects to the backend of the host with a name. At the deadline it fails with what was in
-// the way.
-func (c *conn) dial(ctx context.Context, name []byte) (hostdir.Backend, error) {
-	b, key, err := c.tryDial(ctx, name)
+// dial connects to the backend of the host with a name, or hands the connection over. At the deadline
+// it fails with what was in the way.
+func (c *conn) dial(ctx context.Context, name, hello []byte) (hostdir.Backend, error) {
+	b, key, err := c.tryDial(ctx, name, hello)
 	for mayPass(err) && ctx.Err() == nil {
 		at, why := key, err
 		c.engine.inTurn(ctx, at, func() {
 			for key == at && mayPass(err) && ctx.Err() == nil {
-				if b, key, err = c.tryDial(ctx, name); mayPass(err) {
+				if b, key, err = c.tryDial(ctx, name, hello); mayPass(err) {
 					time.Sleep(limits.Redial)
 				}
 			}
@@ -322,9 +327,8 @@ func mayPass(err error) bool {
 	return err == hostdir.NoRoom || err == hostdir.BacklogFull || err == hostdir.Exchanged
 }
 
-// tryDial tries once to connect to the backend of the host with a name. The key is of the line to
-// wait in.
-func (c *conn) tryDial(ctx context.Context, name []byte) (b hostdir.Backend, key shares.Key, err error) {
+// tryDial tries once to do so. The key is of the line to wait in.
+func (c *conn) tryDial(ctx context.Context, name, hello []byte) (b hostdir.Backend, key shares.Key, err error) {
 	entry, _, err := c.engine.hosts.Find(name)
 	if err != nil {
 		return b, key, err
@@ -334,14 +338,53 @@ func (c *conn) tryDial(ctx context.Context, name []byte) (b hostdir.Backend, key
 	if t.Clogged() {
 		return b, key, report.ErrClogged
 	}
-	short := false // the system has refused a descriptor
-	for c.engine.shares.Room.ForRelay(c, t, short) {
+	was := t.HasDatagram(entry.Name) // then it takes no room
+	short := false                   // the system has refused a descriptor
+	for was && !short || c.engine.shares.Room.ForRelay(c, t, short) {
 		b, err = c.lookUp(ctx, t, string(entry.Name), name)
-		if short = err == hostdir.NoRoom; !short {
-			return b, t.EntryKey(entry.Name), err
+		if short = err == hostdir.NoRoom; short {
+			continue
 		}
+		if is := b.Datagram; err == nil && is != was {
+			t.SetDatagram(entry.Name, is)
+		}
+		if err == nil && b.Datagram {
+			err = c.handOver(b, name, hello)
+		}
+		return b, t.EntryKey(entry.Name), err
 	}
 	return b, t.Key(), hostdir.NoRoom
+}
+
+var errGone = errors.New("the client is gone, or was dropped")
+
+// handOver hands the connection itself over to the backend, with a header, if asked for, and all
+// bytes read so far. Then it is no business of the program any more.
+func (c *conn) handOver(b hostdir.Backend, name, hello []byte) error {
+	e := c.engine
+	err := errGone
+	sent := false
+	control(c.client, func(fd int) {
+		var header []byte
+		_, gone := unix.Getpeername(fd)
+		if b.Proxy > 0 && gone == nil {
+			header, gone = socket.Header(fd, b.Proxy, name)
+		}
+		if gone != nil {
+			return
+		}
+		access := e.logAll.AccessLine(limits.Now(), fd, name, b.Log)
+		socket.SetPlain(fd)
+		if sent, err = socket.HandOver(b.FD, append(header, hello...), fd); !sent {
+			unix.SetNonblock(fd, true)
+			return
+		}
+		e.counters.Handed.Add(1)
+		e.counters.Bytes[report.Up].Add(int64(len(hello)))
+		access.Print(report.Traffic{report.Up: int64(len(hello))}, time.Duration(limits.Now()-c.accepted), report.HandedOver)
+	})
+	e.shares.Sent(c.tenant, b.FD, sent)
+	return err
 }
 
 // lookUp has a thread look the host up and connect to its backend. The thread may hang, so the
@@ -365,7 +408,11 @@ func (c *conn) lookUp(ctx context.Context, t *shares.Tenant, entry string, name 
 				return
 			case <-ctx.Done():
 			}
-			if err == nil {
+			switch {
+			case err != nil:
+			case b.Datagram:
+				s.Sent(found, b.FD, false)
+			default:
 				unix.Close(b.FD) // the thread has the time that this may take
 			}
 			if found != nil {

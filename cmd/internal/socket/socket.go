@@ -7,6 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sniproxy/hostdir"
 	"sniproxy/proxyproto"
 )
 
@@ -66,6 +67,30 @@ func Passed(control []byte) (fds []int) {
 		}
 	}
 	return fds
+}
+
+// HandOver sends b with a datagram socket that is connected, and with it the descriptor of a client. It
+// reports whether that was sent; the error is of package hostdir.
+func HandOver(to int, b []byte, client int) (sent bool, err error) {
+	for {
+		err := unix.Sendmsg(to, b, unix.UnixRights(client), nil, unix.MSG_DONTWAIT)
+		switch errno, _ := err.(unix.Errno); errno {
+		case 0:
+			return true, nil
+		case unix.EINTR:
+		default:
+			return false, hostdir.SendError(errno)
+		}
+	}
+}
+
+// SetPlain makes a client's socket what accept(2) would have returned: blocking, without the time
+// limits that it has from the listening socket.
+func SetPlain(client int) {
+	unix.SetNonblock(client, false)
+	for _, name := range []int{unix.SO_RCVTIMEO, unix.SO_SNDTIMEO} {
+		unix.SetsockoptTimeval(client, unix.SOL_SOCKET, name, &unix.Timeval{})
+	}
 }
 
 // Events returns what poll(2) tells of a socket: POLLIN if there is something to read or to accept,
