@@ -14,6 +14,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sniproxy/cmd/internal/limits"
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
 // urge sends a byte out of band.
@@ -89,7 +91,7 @@ func (u urgent) send(from, to halfConn) error {
 	case err == nil && len(rest) < len(all)-1, err == nil && u.end && len(rest) < len(all):
 		return fmt.Errorf("%d of %d bytes, and then a clean end", len(rest), len(all))
 	}
-	to.SetReadDeadline(time.Now().Add(4 * patience))
+	to.SetReadDeadline(time.Now().Add(4 * hostdirtest.Patience))
 	sender.Wait()
 	if sendErr != nil && !isReset(sendErr) {
 		return fmt.Errorf("sending: %w", sendErr)
@@ -136,13 +138,11 @@ func TestEndsUrgentOften(t *testing.T) {
 				from, to = backend, client
 			}
 			for range 20 {
-				if err := (urgent{1 << 20, 1 << 16, false}).send(from, to); err != nil {
-					t.Fatal(err)
-				}
+				hostdirtest.Must(t, (urgent{1 << 20, 1 << 16, false}).send(from, to))
 				// What is left of it, since the urgent byte may have come as well.
 				to.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
 				io.Copy(io.Discard, to)
-				to.SetReadDeadline(time.Now().Add(4 * patience))
+				to.SetReadDeadline(time.Now().Add(4 * hostdirtest.Patience))
 			}
 			ping(t, to, from)
 		})
@@ -152,15 +152,13 @@ func TestEndsUrgentOften(t *testing.T) {
 // Goal: an urgent byte in the hello does not keep the client from being told, or served.
 func TestEndsUrgentHello(t *testing.T) {
 	d := start(t)
-	d.serve("a.example", greet)
+	d.serve("a.example", hostdirtest.Greet)
 	base := d.fds()
-	h := hello("a.example")
+	h := snitest.Hello("a.example")
 	for _, at := range []int{0, 1, 5, 100, len(h) - 1} {
 		c := d.dial()
 		say(t, c, h[:at])
-		if err := urge(c, h[at]); err != nil {
-			t.Fatal(err)
-		}
+		hostdirtest.Must(t, urge(c, h[at]))
 		say(t, c, h[at+1:])
 		c.CloseWrite()
 		// Without that byte, which may be left out, it is another hello, or not complete.

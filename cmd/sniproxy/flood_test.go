@@ -14,6 +14,9 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
 const silentClients = 1000
@@ -53,7 +56,7 @@ func (d *daemon) flood(beginnings ...[]byte) (count func() int64, stop func()) {
 		}
 	})
 	silent := func(beginning []byte) {
-		nc, err := net.DialTimeout("tcp", d.addr, patience)
+		nc, err := net.DialTimeout("tcp", d.addr, hostdirtest.Patience)
 		if err != nil {
 			return
 		}
@@ -97,14 +100,14 @@ type visits struct {
 // in a flood it drops those after 60 ms.
 const punctual = 20 * time.Millisecond
 
-// visit has n good clients that are punctual come to a host that is served by greet: a few at
+// visit has n good clients that are punctual come to a host that is served by Greet: a few at
 // once, with pauses.
 func (d *daemon) visit(name string, n int) *visits {
 	const width, pause = 4, 10 * time.Millisecond
-	h := hello(name)
+	h := snitest.Hello(name)
 	var v visits
 	var ended atomic.Int64
-	late := time.Now().Add(2 * patience)
+	late := time.Now().Add(2 * hostdirtest.Patience)
 	var clients sync.WaitGroup
 	for range width {
 		clients.Go(func() {
@@ -126,12 +129,12 @@ func (d *daemon) visit(name string, n int) *visits {
 // visitOnce returns how long a good client took to send its hello, and until it was served.
 func (d *daemon) visitOnce(h []byte, want string) (sent, took time.Duration, err error) {
 	begin := time.Now()
-	c, err := net.DialTimeout("tcp", d.addr, patience)
+	c, err := net.DialTimeout("tcp", d.addr, hostdirtest.Patience)
 	if err != nil {
 		return 0, 0, err
 	}
 	defer c.Close()
-	c.SetDeadline(begin.Add(patience))
+	c.SetDeadline(begin.Add(hostdirtest.Patience))
 	_, err = c.Write(h)
 	sent = time.Since(begin)
 	if err != nil {
@@ -179,10 +182,10 @@ func floods(t *testing.T, test func(t *testing.T, d *daemon, expectRelay func())
 	for _, processors := range []string{"1", "2"} {
 		t.Run("GOMAXPROCS="+processors, func(t *testing.T) {
 			d := start(t, func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, "GOMAXPROCS="+processors) }, limitFiles(256))
-			d.serve("a.example", greet)
-			d.serve("echo.example", echo)
+			d.serve("a.example", hostdirtest.Greet)
+			d.serve("echo.example", hostdirtest.Echo)
 			relay := d.dial()
-			relay.Write(hello("echo.example"))
+			relay.Write(snitest.Hello("echo.example"))
 			expectRelay := func() {
 				t.Helper()
 				ping(t, relay, relay)
@@ -204,7 +207,7 @@ func floods(t *testing.T, test func(t *testing.T, d *daemon, expectRelay func())
 // those that are free for a moment after it has made room.
 func (d *daemon) awaitFlood() {
 	d.t.Helper()
-	await(d.t, "the daemon to run out of descriptors", func() bool { return d.allFds() >= 250 })
+	hostdirtest.Await(d.t, "the daemon to run out of descriptors", func() bool { return d.allFds() >= 250 })
 }
 
 // Goal: with 256 descriptors, 1,000 silent clients that come back whenever they are dropped,
@@ -215,7 +218,7 @@ func TestFlood(t *testing.T) {
 		before := d.visit("a.example", 200)
 		t.Logf("before the flood: %v", before)
 
-		h := hello("a.example")
+		h := snitest.Hello("a.example")
 		count, stop := d.flood(nil, h[:1], h[:bytes.Index(h, []byte("a.example"))])
 		d.awaitFlood()
 		made, begin := count(), time.Now()
@@ -256,10 +259,10 @@ func TestFloodBacklog(t *testing.T) {
 		more := func(n int64) {
 			t.Helper()
 			made := count()
-			await(t, "more silent clients", func() bool { return count() >= made+n })
+			hostdirtest.Await(t, "more silent clients", func() bool { return count() >= made+n })
 		}
 		more(100)
-		good := d.crowd(20, hello("a.example"))
+		good := d.crowd(20, snitest.Hello("a.example"))
 		more(300)
 		d.signal(syscall.SIGCONT)
 		for _, c := range good {

@@ -6,6 +6,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir/hostdirtest"
 )
 
 func TestWrongStdinLinux(t *testing.T) {
@@ -16,9 +18,7 @@ func TestWrongStdinLinux(t *testing.T) {
 			t.Skipf("no terminals: %v", err)
 		}
 		defer master.Close()
-		if err := unix.IoctlSetPointerInt(int(master.Fd()), unix.TIOCSPTLCK, 0); err != nil {
-			t.Fatal(err)
-		}
+		hostdirtest.Must(t, unix.IoctlSetPointerInt(int(master.Fd()), unix.TIOCSPTLCK, 0))
 		n, err := unix.IoctlGetInt(int(master.Fd()), unix.TIOCGPTN)
 		if err != nil {
 			t.Fatal(err)
@@ -28,12 +28,12 @@ func TestWrongStdinLinux(t *testing.T) {
 			t.Skipf("no terminals: %v", err)
 		}
 		defer terminal.Close()
-		launch(t, terminal, hostsDir(t)).expectRefusal("a terminal")
+		launch(t, terminal, hostdirtest.Dir(t)).expectRefusal("a terminal")
 	})
 	t.Run("seqpacket", func(t *testing.T) {
-		launch(t, socketFD(t, unix.AF_UNIX, unix.SOCK_SEQPACKET, nil), hostsDir(t)).expectRefusal("Unix socket")
+		launch(t, socketFD(t, unix.AF_UNIX, unix.SOCK_SEQPACKET, nil), hostdirtest.Dir(t)).expectRefusal("Unix socket")
 	})
 	t.Run("netlink", func(t *testing.T) {
-		launch(t, socketFD(t, unix.AF_NETLINK, unix.SOCK_RAW, nil), hostsDir(t)).expectRefusal("another kind")
+		launch(t, socketFD(t, unix.AF_NETLINK, unix.SOCK_RAW, nil), hostdirtest.Dir(t)).expectRefusal("another kind")
 	})
 }

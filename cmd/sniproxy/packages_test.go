@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"sniproxy/hostdir/hostdirtest"
 )
 
 // Goal: the packages that the package comment lists are those that the program is made of, and each
@@ -24,7 +26,7 @@ func TestPackages(t *testing.T) {
 	}
 	found := make(map[string]bool)
 	for _, tags := range []string{"", "portable", "hashed"} {
-		list := exec.Command(need(t, "go"), "list", "-deps", "-tags", tags, "-f", "{{.ImportPath}} {{join .Imports \" \"}}", ".")
+		list := exec.Command(hostdirtest.Need(t, "go"), "list", "-deps", "-tags", tags, "-f", "{{.ImportPath}} {{join .Imports \" \"}}", ".")
 		out, err := list.Output()
 		if err != nil {
 			t.Fatalf("go list: %v", err)

@@ -14,6 +14,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sniproxy/cmd/internal/limits"
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
 // deafHost makes a host whose backend accepts nothing, and has no room for more connections.
@@ -42,14 +44,14 @@ func TestRedialNames(t *testing.T) {
 	const clients, seconds = 200, 2
 	// At most two tries in limits.Redial: the engines need not agree on when the time begins.
 	const most = 2 * seconds * int(time.Second/limits.Redial)
-	strace := need(t, "strace")
+	strace := hostdirtest.Need(t, "strace")
 	log := filepath.Join(t.TempDir(), "strace")
 	d := start(t, traced(strace, log, "-e", "trace=connect"), oneLoop)
 	l, filling := d.deafHost("*.deaf.example")
 	base := d.fds()
 	told := d.askEach(clients, func(i int) string { return fmt.Sprintf("n%d.deaf.example", i) })
 	tries := func() int { return countCalls(t, log)["connect"] }
-	await(t, "all clients to be accepted", func() bool { return d.fds() >= base+clients || tries() > 4*clients })
+	hostdirtest.Await(t, "all clients to be accepted", func() bool { return d.fds() >= base+clients || tries() > 4*clients })
 	<-time.After(time.Second) // each may try for itself once
 	before := tries()
 	<-time.After(seconds * time.Second)
@@ -77,7 +79,7 @@ func TestRedialNames(t *testing.T) {
 			}
 			go func() {
 				defer c.Close()
-				greet(c)
+				hostdirtest.Greet(c)
 			}()
 		}
 	}()
@@ -104,17 +106,17 @@ func TestRedialDies(t *testing.T) {
 	if denied("unshare") {
 		clients = 100 // each tries on a thread of its own at first, which takes strace long
 	}
-	strace := need(t, "strace")
+	strace := hostdirtest.Need(t, "strace")
 	log := filepath.Join(t.TempDir(), "strace")
 	d := start(t, traced(strace, log, "-e", "trace=connect,epoll_pwait"), oneLoop)
 	l, _ := d.deafHost("deaf.example")
 	base := d.fds()
-	h := hello("deaf.example")
+	h := snitest.Hello("deaf.example")
 	var waiting []*net.TCPConn
 	for range clients {
 		waiting = append(waiting, d.crowd(1, h)...)
 	}
-	await(t, "all clients to be accepted", func() bool { return d.fds() >= base+clients })
+	hostdirtest.Await(t, "all clients to be accepted", func() bool { return d.fds() >= base+clients })
 	// What strace has written until now are the first tries of clients that were accepted.
 	before, err := os.Stat(log)
 	if err != nil {

@@ -19,6 +19,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
 // A halfConn is either end of a relayed connection.
@@ -33,17 +36,17 @@ type halfConn interface {
 func (d *daemon) pair(l *net.UnixListener, name string) (client *net.TCPConn, backend *net.UnixConn) {
 	d.t.Helper()
 	client = d.dial()
-	sent := hello(name)
+	sent := snitest.Hello(name)
 	if _, err := client.Write(sent); err != nil {
 		d.t.Fatal(err)
 	}
-	l.SetDeadline(time.Now().Add(patience))
+	l.SetDeadline(time.Now().Add(hostdirtest.Patience))
 	backend, err := l.AcceptUnix()
 	if err != nil {
 		d.t.Fatal(err)
 	}
 	d.t.Cleanup(func() { backend.Close() })
-	backend.SetDeadline(time.Now().Add(4 * patience))
+	backend.SetDeadline(time.Now().Add(4 * hostdirtest.Patience))
 	got := make([]byte, len(sent))
 	if _, err := io.ReadFull(backend, got); err != nil || !bytes.Equal(got, sent) {
 		d.t.Fatalf("the backend got %x, error %v, want %x", got, err, sent)
@@ -157,9 +160,7 @@ func TestRelayBulk(t *testing.T) {
 			flows.Go(func() { got[0], errs[2] = receive(backend, test.slowBackend, test.readChunks) })
 			flows.Go(func() { got[1], errs[3] = receive(client, test.slowClient, test.readChunks) })
 			flows.Wait()
-			if err := errors.Join(errs[:]...); err != nil {
-				t.Fatal(err)
-			}
+			hostdirtest.Must(t, errors.Join(errs[:]...))
 			for i, direction := range []string{"client to backend", "backend to client"} {
 				if !bytes.Equal(got[i], sent[i]) {
 					t.Errorf("%s: the SHA-256 is %x, want %x", direction, got[i], sent[i])
@@ -174,14 +175,14 @@ func TestRelayBulk(t *testing.T) {
 func TestRelayPingPong(t *testing.T) {
 	const conns, rounds = 20, 300
 	d := start(t)
-	d.serve("echo.example", echo)
+	d.serve("echo.example", hostdirtest.Echo)
 	talk := func(seed uint32) error {
 		c, err := d.tryDial()
 		if err != nil {
 			return err
 		}
 		defer c.Close()
-		if _, err := c.Write(hello("echo.example")); err != nil {
+		if _, err := c.Write(snitest.Hello("echo.example")); err != nil {
 			return err
 		}
 		for i := range uint32(rounds) {
@@ -269,12 +270,12 @@ func TestRelayEndWithLastBytes(t *testing.T) {
 // nothing, and gets the answer.
 func TestRelayEndWithHello(t *testing.T) {
 	d := start(t)
-	d.serve("echo.example", echo)
+	d.serve("echo.example", hostdirtest.Echo)
 	want := randomBytes(100_000)
 	for range 20 {
 		c := d.dial()
 		go func() {
-			c.Write(append(hello("echo.example"), want...))
+			c.Write(append(snitest.Hello("echo.example"), want...))
 			c.CloseWrite()
 		}()
 		if got, err := io.ReadAll(c); err != nil || !bytes.Equal(got, want) {
@@ -353,7 +354,7 @@ func (zeros) Read(b []byte) (int, error) {
 
 // Goal: when the process of a backend is killed, its clients learn of it.
 func TestRelayBackendKilled(t *testing.T) {
-	sleep := need(t, "sleep")
+	sleep := hostdirtest.Need(t, "sleep")
 	d := start(t)
 	l := d.host("killed.example")
 	// hold gives a connection to another process, which is the only one to have it.
@@ -365,9 +366,7 @@ func TestRelayBackendKilled(t *testing.T) {
 		defer f.Close()
 		cmd := exec.Command(sleep, "1000")
 		cmd.ExtraFiles = []*os.File{f}
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
+		hostdirtest.Must(t, cmd.Start())
 		t.Cleanup(func() {
 			cmd.Process.Kill()
 			cmd.Wait()
@@ -480,7 +479,7 @@ func awaitStill(t testing.TB, counter *atomic.Int64) {
 	t.Helper()
 	var last int64
 	still := 0
-	await(t, "the writers to be held up", func() bool {
+	hostdirtest.Await(t, "the writers to be held up", func() bool {
 		now := counter.Load()
 		if now != last || now == 0 {
 			last, still = now, 0
@@ -529,9 +528,7 @@ func TestRelayBackendStopsReading(t *testing.T) {
 	l := d.host("deaf.example")
 	base := d.fds()
 	client, backend := d.pair(l, "deaf.example")
-	if err := backend.CloseRead(); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, backend.CloseRead())
 	go io.Copy(client, zeros{})
 	ping(t, backend, client)
 	backend.Close()

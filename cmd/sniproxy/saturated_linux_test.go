@@ -8,6 +8,9 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
 var (
@@ -42,16 +45,16 @@ func TestSaturatedAccept(t *testing.T) {
 	const batch, waiting = 128, 20
 	relays := descriptorsFor(t, 1000)
 	log := filepath.Join(t.TempDir(), "strace")
-	d := start(t, traced(need(t, "strace"), log, "-e", "trace=accept4,read"), oneLoop)
-	d.serve("echo.example", echo)
-	clients := d.crowd(relays, hello("echo.example"))
+	d := start(t, traced(hostdirtest.Need(t, "strace"), log, "-e", "trace=accept4,read"), oneLoop)
+	d.serve("echo.example", hostdirtest.Echo)
+	clients := d.crowd(relays, snitest.Hello("echo.example"))
 	for _, c := range clients {
 		ping(t, c, c)
 	}
 	before := len(readsAtAccepts(t, log))
 
 	d.signal(syscall.SIGSTOP)
-	await(t, "the daemon to stop", d.stopped)
+	hostdirtest.Await(t, "the daemon to stop", d.stopped)
 	d.crowd(waiting, nil) // which is told of first
 	for _, c := range clients {
 		say(t, c, []byte("a"))
@@ -63,7 +66,7 @@ func TestSaturatedAccept(t *testing.T) {
 		}
 	}
 	var at []int
-	await(t, "all to be accepted", func() bool {
+	hostdirtest.Await(t, "all to be accepted", func() bool {
 		at = readsAtAccepts(t, log)[before:]
 		return len(at) >= waiting
 	})

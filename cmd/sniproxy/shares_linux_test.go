@@ -13,6 +13,8 @@ import (
 
 	"sniproxy/cmd/internal/limits"
 	"sniproxy/hostdir"
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
 // Users that have hosts in tests of what each may have.
@@ -24,12 +26,10 @@ const (
 // give gives a tenant the entry of a host; of a symlink, the link itself.
 func (d *daemon) give(name string, uid int) {
 	d.t.Helper()
-	if err := os.Lchown(d.hostDir(name), uid, uid); err != nil {
-		d.t.Fatal(err)
-	}
+	hostdirtest.Must(d.t, os.Lchown(d.hostDir(name), uid, uid))
 }
 
-// A house is a daemon with few descriptors, and hosts of tenants, whose backends are like echo.
+// A house is a daemon with few descriptors, and hosts of tenants, whose backends are like Echo.
 type house struct {
 	*daemon
 	relays map[string]*atomic.Int64 // by host, as many as backends know of
@@ -46,7 +46,7 @@ const (
 
 func newHouse(t *testing.T, tenants map[string]int, setups ...setup) *house {
 	t.Helper()
-	needRoot(t)
+	hostdirtest.NeedRoot(t)
 	h := &house{start(t, append(setups, limitFiles(houseFiles))...), map[string]*atomic.Int64{}}
 	for name, uid := range tenants {
 		n := new(atomic.Int64)
@@ -54,7 +54,7 @@ func newHouse(t *testing.T, tenants map[string]int, setups ...setup) *house {
 		h.serve(name, func(c *net.UnixConn) {
 			n.Add(1)
 			defer n.Add(-1)
-			echo(c)
+			hostdirtest.Echo(c)
 		})
 		h.give(name, uid)
 	}
@@ -66,7 +66,7 @@ func (h *house) enter(name string) (*net.TCPConn, error) {
 	h.t.Helper()
 	c := h.dial()
 	c.SetDeadline(time.Now().Add(limits.Hello + 2*time.Second))
-	return c, says(append(hello(name), "ping"...))(c)
+	return c, says(append(snitest.Hello(name), "ping"...))(c)
 }
 
 // echoes reports why what was sent last does not come back.
@@ -82,9 +82,9 @@ func echoes(c *net.TCPConn) error {
 func (h *house) fill(names ...string) (clients []*net.TCPConn) {
 	h.t.Helper()
 	for i := range manyRelays {
-		clients = append(clients, h.crowd(1, append(hello(names[i%len(names)]), "ping"...))...)
+		clients = append(clients, h.crowd(1, append(snitest.Hello(names[i%len(names)]), "ping"...))...)
 	}
-	await(h.t, "the descriptors to be taken", func() bool { return h.count(names...) >= fewRelays })
+	hostdirtest.Await(h.t, "the descriptors to be taken", func() bool { return h.count(names...) >= fewRelays })
 	return clients
 }
 
@@ -125,7 +125,7 @@ func TestSharesRelays(t *testing.T) {
 					t.Fatalf("client %d of the other tenant: %v", i, err)
 				}
 				clients = append(clients, c)
-				h.expectAlert(hello("absent.example"), 112)
+				h.expectAlert(snitest.Hello("absent.example"), 112)
 				if g, m := h.count(tt.full...), h.count("b.example"); g < m {
 					t.Fatalf("the tenant that had all relays has %d, the other %d", g, m)
 				}
@@ -137,7 +137,7 @@ func TestSharesRelays(t *testing.T) {
 				}
 			}
 			told := regexp.MustCompile(`(?m)^sniproxy: .*to make room.*` + tt.told)
-			await(t, "a line about a relay that made room", func() bool { return told.MatchString(h.err.String()) })
+			hostdirtest.Await(t, "a line about a relay that made room", func() bool { return told.MatchString(h.err.String()) })
 			for _, c := range clients {
 				c.Close()
 			}
@@ -155,16 +155,16 @@ func TestSharesOneForOne(t *testing.T) {
 			t.Parallel()
 			h := newHouse(t, map[string]int{"a.example": greedy, "b.example": modest}, setups...)
 			// One by one, until there is no room: then nobody else takes what is made.
-			ping := append(hello("a.example"), "ping"...)
+			ping := append(snitest.Hello("a.example"), "ping"...)
 			for {
 				relays := h.count("a.example")
 				c := h.crowd(1, ping)[0]
-				if !awaitFor(2*time.Second, func() bool { return h.count("a.example") > relays }) {
+				if !hostdirtest.AwaitFor(2*time.Second, func() bool { return h.count("a.example") > relays }) {
 					c.Close()
 					break
 				}
 			}
-			await(t, "the client to be told that there is no room", func() bool { return h.counters().waiting == 0 })
+			hostdirtest.Await(t, "the client to be told that there is no room", func() bool { return h.counters().waiting == 0 })
 			before := h.counters().dropped
 			for i := range clients {
 				if _, err := h.enter("b.example"); err != nil {
@@ -189,16 +189,16 @@ func TestSharesHalf(t *testing.T) {
 		if round == 8 {
 			t.Fatalf("after %d clients of the other tenant one has %d relays, the other %d", round*10, g.Load(), m.Load())
 		}
-		some := h.crowd(10, append(hello("modest.example"), "ping"...))
+		some := h.crowd(10, append(snitest.Hello("modest.example"), "ping"...))
 		clients = append(clients, some...)
 		for _, c := range some {
 			c.SetReadDeadline(time.Now().Add(2 * time.Second))
 			echoes(c) // unless it waits
 		}
 	}
-	clients = append(clients, h.crowd(30, append(hello("modest.example"), "ping"...))...)
-	clients = append(clients, h.crowd(30, append(hello("greedy.example"), "ping"...))...)
-	h.expectAlert(hello("absent.example"), 112)
+	clients = append(clients, h.crowd(30, append(snitest.Hello("modest.example"), "ping"...))...)
+	clients = append(clients, h.crowd(30, append(snitest.Hello("greedy.example"), "ping"...))...)
+	h.expectAlert(snitest.Hello("absent.example"), 112)
 	if g, m := g.Load(), m.Load(); g < m-8 || m < g-8 {
 		t.Errorf("one tenant has %d relays, the other %d", g, m)
 	}
@@ -252,7 +252,7 @@ func TestSharesOwn(t *testing.T) {
 			if len(relays) < fewRelays {
 				t.Errorf("there is room for %d relays, want %d at least", len(relays), fewRelays)
 			}
-			h.expectAlert(hello("absent.example"), 112)
+			h.expectAlert(snitest.Hello("absent.example"), 112)
 			for _, c := range relays {
 				say(t, c, []byte("ping"))
 				if err := echoes(c); err != nil {
@@ -279,7 +279,7 @@ func TestSharesOwn(t *testing.T) {
 // coming who have all others, clients of another tenant that say what they want are served.
 func TestSharesSilent(t *testing.T) {
 	h := newHouse(t, map[string]int{"greedy.example": greedy})
-	h.serve("modest.example", greet)
+	h.serve("modest.example", hostdirtest.Greet)
 	h.give("modest.example", modest)
 	base := h.fds()
 	clients := h.fill("greedy.example")
@@ -291,7 +291,7 @@ func TestSharesSilent(t *testing.T) {
 		var some []*net.TCPConn
 		for !over.Load() {
 			<-tick.C
-			nc, err := net.DialTimeout("tcp", h.addr, patience)
+			nc, err := net.DialTimeout("tcp", h.addr, hostdirtest.Patience)
 			if err != nil {
 				t.Error(err)
 				break
@@ -302,9 +302,9 @@ func TestSharesSilent(t *testing.T) {
 			c.Close()
 		}
 	})
-	await(t, "the descriptors to be taken", func() bool { return h.allFds() >= houseFiles-houseFiles/20 })
+	hostdirtest.Await(t, "the descriptors to be taken", func() bool { return h.allFds() >= houseFiles-houseFiles/20 })
 	for i := range 100 {
-		got, err := h.exchangeWithin(hello("modest.example"), limits.Hello)
+		got, err := h.exchangeWithin(snitest.Hello("modest.example"), limits.Hello)
 		if err != nil || string(got) != "this is modest.example" {
 			t.Errorf("client %d: got %q, error %v", i, got, err)
 			break

@@ -13,6 +13,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
 // stuckPerTenant limits the look-ups of a tenant that wait for a file system.
@@ -21,11 +24,11 @@ const stuckPerTenant = 16
 // slowHost makes a host that cannot be looked up without asking a file system, which answers.
 func (d *daemon) slowHost(t *testing.T, name string) {
 	t.Helper()
-	fs := mountUserFS(t, hostsDir(t), unix.S_IFDIR)
-	fs.add(rootNode, "x", unix.S_IFDIR|0o755, "")
-	fs.serve(0)
-	symlink(t, filepath.Join(fs.dir, "x"), d.hostDir(name))
-	serveSocket(t, filepath.Join(fs.dir, "x", "tls-socket"), greet)
+	fs := hostdirtest.MountUserFS(t, hostdirtest.Dir(t), unix.S_IFDIR)
+	fs.Add(hostdirtest.RootNode, "x", unix.S_IFDIR|0o755, "")
+	fs.Serve(0)
+	symlink(t, filepath.Join(fs.Dir, "x"), d.hostDir(name))
+	hostdirtest.Serve(t, filepath.Join(fs.Dir, "x"), hostdirtest.Greet)
 }
 
 // Goal: however many names there are below a wildcard, or hosts of one tenant, that lead into a file
@@ -72,23 +75,21 @@ func TestSharesStuck(t *testing.T) {
 		}},
 	} {
 		run := func(t *testing.T) {
-			needRoot(t)
-			ownMounts(t)
+			hostdirtest.NeedRoot(t)
+			hostdirtest.OwnMounts(t)
 			d := start(t)
 			d.slowHost(t, "slow.example")
 			d.give("slow.example", modest)
-			if err := d.greeted("slow.example"); err != nil {
-				t.Fatal(err)
-			}
+			hostdirtest.Must(t, d.greeted("slow.example"))
 			base := d.fds()
-			fs := mountUserFS(t, hostsDir(t), unix.S_IFDIR)
-			stuck := d.askEach(tt.clients, tt.do(t, d, fs.dir))
+			fs := hostdirtest.MountUserFS(t, hostdirtest.Dir(t), unix.S_IFDIR)
+			stuck := d.askEach(tt.clients, tt.do(t, d, fs.Dir))
 			stop := d.steady("slow.example")
 			defer stop()
 			expectTold(t, stuck, tt.clients-tt.stuck, "alert 80")
 			expectTold(t, stuck, tt.stuck, "alert 90")
 			stop()
-			fs.abort()
+			fs.Abort()
 			d.awaitFds(base)
 		}
 		all.Go(func() { t.Run(tt.what, run) })
@@ -114,8 +115,8 @@ func TestSharesStuckThreads(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			needRoot(t)
-			ownMounts(t)
+			hostdirtest.NeedRoot(t)
+			hostdirtest.OwnMounts(t)
 			setups := []setup{ordinaryUser(t), func(cmd *exec.Cmd) {
 				cmd.SysProcAttr.Credential = &syscall.Credential{Uid: tt.uid, Gid: tt.uid}
 			}}
@@ -123,16 +124,14 @@ func TestSharesStuckThreads(t *testing.T) {
 				setups = append(setups, limitThreads(tt.limit))
 			}
 			d := start(t, setups...)
-			d.serve("victim.example", greet)
-			if err := d.greeted("victim.example"); err != nil {
-				t.Fatal(err)
-			}
+			d.serve("victim.example", hostdirtest.Greet)
+			hostdirtest.Must(t, d.greeted("victim.example"))
 			base, threads := d.fds(), d.threads()
-			fs := mountUserFS(t, hostsDir(t), unix.S_IFDIR)
+			fs := hostdirtest.MountUserFS(t, hostdirtest.Dir(t), unix.S_IFDIR)
 			for i := range stuckTenants {
 				name := fmt.Sprintf("t%d.example", i)
-				serveSocket(t, d.hostPath(name, "tls-socket"), greet)
-				symlink(t, filepath.Join(fs.dir, "x"), d.hostPath(name, "other"))
+				hostdirtest.Serve(t, d.hostDir(name), hostdirtest.Greet)
+				symlink(t, filepath.Join(fs.Dir, "x"), d.hostPath(name, "other"))
 				d.give(name, 100_000+i)
 			}
 			stop := func() {}
@@ -153,9 +152,9 @@ func TestSharesStuckThreads(t *testing.T) {
 			if limit := threads + stuckInAll + 16; most > limit {
 				t.Errorf("the daemon had up to %d threads, and %d before, want at most %d", most, threads, limit)
 			}
-			fs.abort()
+			fs.Abort()
 			d.awaitFds(base)
-			await(t, "all hosts to be served", func() bool { return d.greeted("victim.example") == nil })
+			hostdirtest.Await(t, "all hosts to be served", func() bool { return d.greeted("victim.example") == nil })
 			d.signal(unix.SIGTERM)
 			d.expectExit(0)
 		})
@@ -167,7 +166,7 @@ func TestSharesStuckThreads(t *testing.T) {
 func (d *daemon) exchangeSockets(t *testing.T, name string) {
 	stop := keepSwapping(t, d.hostDir(name), "tls-socket", "other")
 	defer stop()
-	h := hello(name)
+	h := snitest.Hello(name)
 	var clients sync.WaitGroup
 	defer clients.Wait()
 	over := time.After(100 * time.Millisecond)

@@ -7,6 +7,9 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
 // Goal: what the daemon holds of an upload that is stalled, because the backend reads nothing, or has
@@ -72,13 +75,13 @@ func TestStalledUpload(t *testing.T) {
 				}
 				var of []procSocket
 				// The table changes while it is read, so one may be missing, or be there twice.
-				await(t, "the daemon's socket", func() bool {
+				hostdirtest.Await(t, "the daemon's socket", func() bool {
 					of = d.sockets(client.LocalAddr())
 					return len(of) > 0
 				})
 				held += n - int64(unsent) - of[0].unread
 			}
-			held += int64(tt.conns*len(hello("stalled.example"))) - int64(d.counters().up)
+			held += int64(tt.conns*len(snitest.Hello("stalled.example"))) - int64(d.counters().up)
 			t.Logf("the daemon holds %d KiB for each connection", held>>10/int64(tt.conns))
 			if held > int64(tt.conns*most) {
 				t.Errorf("the daemon holds %d KiB for each of %d connections, want at most %d", held>>10/int64(tt.conns), tt.conns, most>>10)

@@ -17,7 +17,9 @@ import (
 	"testing"
 
 	"sniproxy/hostdir"
+	"sniproxy/hostdir/hostdirtest"
 	"sniproxy/sni"
+	"sniproxy/sni/snitest"
 )
 
 // answering is a backend that reads a hello, whatever is in it, and answers with a word.
@@ -31,7 +33,7 @@ func answering(word string) func(*net.UnixConn) {
 }
 
 // sayHello returns a hello with any name, also one that crypto/tls would not send.
-func sayHello(name string) []byte { return records(shape{name: name}.message(), 1<<14) }
+func sayHello(name string) []byte { return snitest.Named(name).Stream() }
 
 // expectAnswers fails the test unless clients that ask for the names get the words. The word ""
 // stands for the alert unrecognized_name.
@@ -88,12 +90,8 @@ func TestWildcard(t *testing.T) {
 	d.expectAnswers(words)
 
 	d.serve("com", answering("com"))
-	if err := os.RemoveAll(d.hostDir("*.example.com")); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Rename(d.hostDir("exact.example.com"), d.hostDir("a.b.example.com")); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, os.RemoveAll(d.hostDir("*.example.com")))
+	hostdirtest.Must(t, os.Rename(d.hostDir("exact.example.com"), d.hostDir("a.b.example.com")))
 	for name, word := range words {
 		if word == "*.example.com" {
 			words[name] = "*"
@@ -104,9 +102,7 @@ func TestWildcard(t *testing.T) {
 	})
 	d.expectAnswers(words)
 
-	if err := os.RemoveAll(d.hostDir("*")); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, os.RemoveAll(d.hostDir("*")))
 	for name, word := range words {
 		if word == "*" {
 			words[name] = ""
@@ -136,9 +132,7 @@ func TestWildcardDown(t *testing.T) {
 					word = "*" // what is neither a directory nor a symlink is no wildcard
 				}
 				d.expectAnswers(map[string]string{name: word, "good.up.example": "wildcard", "exact.down.example": "", "any.example": "*"})
-				if err := os.RemoveAll(d.hostDir(entry)); err != nil {
-					t.Fatal(err)
-				}
+				hostdirtest.Must(t, os.RemoveAll(d.hostDir(entry)))
 				word = "*"
 				if entry == "bad.up.example" {
 					word = "wildcard"
@@ -147,16 +141,12 @@ func TestWildcardDown(t *testing.T) {
 			}
 		})
 	}
-	if err := os.RemoveAll(d.hostDir("*")); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, os.RemoveAll(d.hostDir("*")))
 	for what, do := range bad {
 		t.Run(what+" for everything", func(t *testing.T) {
 			d.put("*", do)
 			d.expectAnswers(map[string]string{"any.example": "", "any": "", "good.up.example": "wildcard"})
-			if err := os.RemoveAll(d.hostDir("*")); err != nil {
-				t.Fatal(err)
-			}
+			hostdirtest.Must(t, os.RemoveAll(d.hostDir("*")))
 		})
 	}
 }
@@ -191,8 +181,8 @@ func TestWildcardLongNames(t *testing.T) {
 	// in any case, unless they have a directory of their own, whatever its length.
 	d := start(t)
 	d.serve("*", answering("*"))
-	elsewhere := hostsDir(t)
-	serveHost(t, elsewhere, "target", answering("wildcard"))
+	elsewhere := hostdirtest.Dir(t)
+	hostdirtest.Serve(t, hostDir(elsewhere, "target"), answering("wildcard"))
 	label := strings.Repeat("a", 63)
 	rest := strings.Repeat("."+label, 3)
 	for _, first := range []int{1, 61, 62, 63} {
@@ -211,13 +201,9 @@ func TestWildcardLongNames(t *testing.T) {
 			word = ""
 		}
 		for _, entry := range entries {
-			if err := os.Symlink(hostDir(elsewhere, "target"), d.hostDir(entry)); err != nil {
-				t.Fatal(err)
-			}
+			hostdirtest.Must(t, os.Symlink(hostDir(elsewhere, "target"), d.hostDir(entry)))
 			d.expectAnswers(map[string]string{name: word})
-			if err := os.Remove(d.hostDir(entry)); err != nil {
-				t.Fatal(err)
-			}
+			hostdirtest.Must(t, os.Remove(d.hostDir(entry)))
 		}
 	}
 }
@@ -297,16 +283,18 @@ func TestWildcardComesAndGoes(t *testing.T) {
 
 // namelessHellos are hellos that are complete and valid, and name no host.
 func namelessHellos() map[string][]byte {
-	other := byte(7) // a type of name that there is not
+	pad := func(n int) *snitest.Message {
+		return helloWith(func(m *snitest.Message) { m.Extension(snitest.Padding, make([]byte, n)) })
+	}
 	return map[string][]byte{
-		"of crypto/tls":          hello(""),
-		"of crypto/tls, TLS 1.2": helloConfig(&tls.Config{MaxVersion: tls.VersionTLS12}),
-		"without extensions":     record(22, shape{}.client(nil)...),
-		"with an empty list":     record(22, shape{}.client(shape{}.vector("extensions", 2, nil))...),
-		"with other extensions":  record(22, shape{}.client(shape{}.vector("extensions", 2, shape{}.extension(padding, 300)))...),
-		"with another type":      record(22, shape{kind: other, name: "a.example"}.message()...),
-		"in records of 3 bytes":  records(shape{}.client(shape{}.vector("extensions", 2, shape{}.extension(padding, 30))), 3),
-		"large":                  records(shape{}.client(shape{}.vector("extensions", 2, shape{}.extension(padding, 30_000))), 1<<14),
+		"of crypto/tls":          snitest.Hello(""),
+		"of crypto/tls, TLS 1.2": snitest.HelloConfig(&tls.Config{MaxVersion: tls.VersionTLS12}),
+		"without extensions":     snitest.ClientHello{}.Build().Stream(),
+		"with an empty list":     helloWith(func(*snitest.Message) {}).Stream(),
+		"with other extensions":  pad(300).Stream(),
+		"with another type":      otherName(func(*snitest.Message) {}).Stream(),
+		"in records of 3 bytes":  snitest.Records(pad(30).Bytes, 3),
+		"large":                  pad(30_000).Stream(),
 	}
 }
 
@@ -321,7 +309,7 @@ func TestNameless(t *testing.T) {
 		}
 	}
 	c := d.dial()
-	c.Write(hello(""))
+	c.Write(snitest.Hello(""))
 	io.ReadAll(c)
 	d.expectNotice(notice{c.LocalAddr().String(), "", "no server name", sni.UnrecognizedName})
 
@@ -345,15 +333,13 @@ func TestNamelessDown(t *testing.T) {
 	for what, do := range badHosts {
 		t.Run(what, func(t *testing.T) {
 			d.put("*", do)
-			d.expectAlert(hello(""), sni.UnrecognizedName)
-			if err := os.RemoveAll(d.hostDir("*")); err != nil {
-				t.Fatal(err)
-			}
+			d.expectAlert(snitest.Hello(""), sni.UnrecognizedName)
+			hostdirtest.Must(t, os.RemoveAll(d.hostDir("*")))
 		})
 	}
 	d.put("*", badHosts["no socket"])
 	c := d.dial()
-	c.Write(hello(""))
+	c.Write(snitest.Hello(""))
 	got, err := io.ReadAll(c)
 	expectRecord(t, got, err, sni.UnrecognizedName)
 	d.expectNotice(notice{c.LocalAddr().String(), "", "no tls-socket in the directory", sni.UnrecognizedName})
@@ -394,41 +380,44 @@ func TestNotUnderstood(t *testing.T) {
 	}
 
 	// Whatever length is wrong, without a name and up to a name.
-	extensions := func(s shape) []byte {
-		return s.client(s.vector("extensions", 2, s.extension(43, 2), s.extension(padding, 20)))
+	extensions := func() *snitest.Message {
+		return helloWith(func(m *snitest.Message) {
+			m.Extension(43, make([]byte, 2))
+			m.Extension(snitest.Padding, make([]byte, 20))
+		})
 	}
-	for _, length := range []string{"message", "session", "suites", "compression", "extensions", "other"} {
+	for _, length := range []string{"message", "session id", "cipher suites", "compression methods", "extensions", "extension 43", "extension 21"} {
 		for _, by := range []int{1, -1, 4, 1 << 16} {
-			message := extensions(shape{wrong: []string{length}, by: by})
 			what := fmt.Sprintf("nameless, length of %s wrong by %d", length, by)
 			// One that is too long may only wait for the rest.
-			expectRefused(what, record(22, message...), true)
+			expectRefused(what, wrong(extensions(), by, length).Stream(), true)
 		}
 	}
-	for _, length := range []string{"name", "list", "server name"} {
+	for _, length := range []string{"host name", "server name list", "server name"} {
 		for _, by := range []int{1, 1 << 16} {
-			message := shape{name: "a.example", wrong: []string{length}, by: by}.message()
-			expectRefused(fmt.Sprintf("length of %s wrong by %d", length, by), record(22, message...), true)
+			expectRefused(fmt.Sprintf("length of %s wrong by %d", length, by), wrong(snitest.Named("a.example"), by, length).Stream(), true)
 		}
 	}
 
 	// Whatever is cut off, or not there.
-	whole := hello("")
+	whole := snitest.Hello("")
 	for _, n := range []int{0, 1, 5, 6, 60, len(whole) / 2, len(whole) - 1} {
 		expectRefused(fmt.Sprintf("nameless, %d bytes of %d", n, len(whole)), whole[:n], true)
 	}
-	good := extensions(shape{})
+	good := extensions().Bytes
 	half := len(good) / 2
 	for what, sent := range map[string][]byte{
 		"plain HTTP":                []byte("GET / HTTP/1.1\r\nHost: a.example\r\n\r\n"),
 		"SSH":                       []byte("SSH-2.0-OpenSSH_9.2\r\n"),
 		"a record that is too long": {22, 3, 1, 0x48, 0},
-		"another message":           record(22, append([]byte{2}, good[1:]...)...),
-		"an alert in the middle":    slices.Concat(record(22, good[:half]...), record(21, 1, 0), record(22, good[half:]...)),
-		"an empty record":           slices.Concat(record(22, good[:half]...), record(22), record(22, good[half:]...)),
-		"the name twice": record(22, shape{}.client(shape{}.vector("extensions", 2,
-			[]byte{0, 0, 0, 0}, []byte{0, 0, 0, 0}))...),
-		"an empty server name": record(22, shape{}.client(shape{}.vector("extensions", 2, []byte{0, 0, 0, 0}))...),
+		"another message":           snitest.Record(22, append([]byte{2}, good[1:]...)...),
+		"an alert in the middle":    slices.Concat(snitest.Record(22, good[:half]...), snitest.Record(21, 1, 0), snitest.Record(22, good[half:]...)),
+		"an empty record":           slices.Concat(snitest.Record(22, good[:half]...), snitest.Record(22), snitest.Record(22, good[half:]...)),
+		"the name twice": helloWith(func(m *snitest.Message) {
+			m.Extension(0, nil)
+			m.Extension(0, nil)
+		}).Stream(),
+		"an empty server name": helloWith(func(m *snitest.Message) { m.Extension(0, nil) }).Stream(),
 	} {
 		expectRefused(what, sent, true)
 	}
@@ -490,9 +479,7 @@ func startOwned(t *testing.T, owner int, mode os.FileMode) *daemon {
 		t.Skip("only root can give files away")
 	}
 	d := start(t, ordinaryUser(t))
-	if err := errors.Join(os.Chown(d.dir, owner, owner), os.Chmod(d.dir, mode)); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, errors.Join(os.Chown(d.dir, owner, owner), os.Chmod(d.dir, mode)))
 	return d
 }
 
@@ -533,12 +520,10 @@ func TestWildcardOwners(t *testing.T) {
 	} {
 		t.Run(fmt.Sprintf("%d %v", hosts.owner, hosts.mode), func(t *testing.T) {
 			d := startOwned(t, hosts.owner, hosts.mode)
-			elsewhere := hostsDir(t)
+			elsewhere := hostdirtest.Dir(t)
 			for name, owner := range map[string]int{"roots": 0, "tenants": lodger} {
-				serveHost(t, elsewhere, name, answering("link"))
-				if err := os.Chown(hostDir(elsewhere, name), owner, owner); err != nil {
-					t.Fatal(err)
-				}
+				hostdirtest.Serve(t, hostDir(elsewhere, name), answering("link"))
+				hostdirtest.Must(t, os.Chown(hostDir(elsewhere, name), owner, owner))
 			}
 			refused := func(name, reason string, sent []byte) {
 				t.Helper()
@@ -564,30 +549,24 @@ func TestWildcardOwners(t *testing.T) {
 					} else if err := os.Symlink(hostDir(elsewhere, target), entry); err != nil {
 						t.Fatal(err)
 					}
-					if err := os.Lchown(entry, owner, owner); err != nil {
-						t.Fatal(err)
-					}
+					hostdirtest.Must(t, os.Lchown(entry, owner, owner))
 					if counts {
 						d.expectAnswers(map[string]string{"a.example": word})
 					} else {
 						refused("a.example", ignored, sayHello("a.example"))
 					}
 					// The same as the entry for everything else.
-					if err := os.Rename(entry, d.hostDir("*")); err != nil {
-						t.Fatal(err)
-					}
+					hostdirtest.Must(t, os.Rename(entry, d.hostDir("*")))
 					if counts {
 						d.expectAnswers(map[string]string{"a.example": word, "single": word})
-						if got, err := d.exchange(hello("")); err != nil || string(got) != word {
+						if got, err := d.exchange(snitest.Hello("")); err != nil || string(got) != word {
 							t.Errorf("without a name: got %q, error %v, want %q", got, err, word)
 						}
 					} else {
 						refused("single", ignored, sayHello("single"))
-						refused("", "no server name, and the directory * belongs neither to root nor to the owner of the hosts directory", hello(""))
+						refused("", "no server name, and the directory * belongs neither to root nor to the owner of the hosts directory", snitest.Hello(""))
 					}
-					if err := os.RemoveAll(d.hostDir("*")); err != nil {
-						t.Fatal(err)
-					}
+					hostdirtest.Must(t, os.RemoveAll(d.hostDir("*")))
 				}
 			}
 		})
@@ -602,9 +581,7 @@ func TestWildcardIgnored(t *testing.T) {
 	d := startOwned(t, 0, os.ModeSticky|0o777)
 	give := func(name string, owner int) {
 		t.Helper()
-		if err := os.Lchown(d.hostDir(name), owner, owner); err != nil {
-			t.Fatal(err)
-		}
+		hostdirtest.Must(t, os.Lchown(d.hostDir(name), owner, owner))
 	}
 	d.serve("a.example", answering("exact"))
 	give("a.example", lodger)
@@ -615,24 +592,18 @@ func TestWildcardIgnored(t *testing.T) {
 	d.serve("*", answering("everything"))
 	d.expectAnswers(map[string]string{"a.example": "exact", "b.example": "everything", "a.b.example": "everything"})
 
-	if err := os.Rename(d.hostPath("*", "tls-socket"), d.hostPath("*", "aside")); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, os.Rename(d.hostPath("*", "tls-socket"), d.hostPath("*", "aside")))
 	c := d.dial()
 	c.Write(sayHello("b.example"))
 	got, err := io.ReadAll(c)
 	expectRecord(t, got, err, sni.UnrecognizedName)
 	d.expectNotice(notice{c.LocalAddr().String(), "b.example", "no tls-socket in the directory", sni.UnrecognizedName})
-	if err := os.Rename(d.hostPath("*", "aside"), d.hostPath("*", "tls-socket")); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, os.Rename(d.hostPath("*", "aside"), d.hostPath("*", "tls-socket")))
 
 	// * is ignored as well, and a name without another candidate has nothing to be said of.
 	give("*", 65534)
 	d.expectAnswers(map[string]string{"a.example": "exact", "b.example": "", "single": ""})
-	if err := os.RemoveAll(d.hostDir("*")); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, os.RemoveAll(d.hostDir("*")))
 	c = d.dial()
 	c.Write(sayHello("a.b.example"))
 	got, err = io.ReadAll(c)
@@ -645,9 +616,7 @@ func TestWildcardIgnored(t *testing.T) {
 
 	// A directory cannot have two owners, but it can change hands.
 	for _, owner := range []int{lodger, 0, lodger} {
-		if err := os.Chown(d.dir, owner, owner); err != nil {
-			t.Fatal(err)
-		}
+		hostdirtest.Must(t, os.Chown(d.dir, owner, owner))
 		word := "tenant's"
 		if owner == 0 {
 			word = ""
@@ -679,15 +648,11 @@ func TestWildcardProtectedSymlinks(t *testing.T) {
 	} {
 		t.Run(fmt.Sprintf("link of %d in %v of %d", tt.link, tt.mode, tt.owner), func(t *testing.T) {
 			d := startOwned(t, tt.owner, tt.mode)
-			elsewhere := hostsDir(t)
-			serveHost(t, elsewhere, "target", answering("served"))
+			elsewhere := hostdirtest.Dir(t)
+			hostdirtest.Serve(t, hostDir(elsewhere, "target"), answering("served"))
 			for _, entry := range []string{"a.example", "*"} {
-				if err := os.Symlink(hostDir(elsewhere, "target"), d.hostDir(entry)); err != nil {
-					t.Fatal(err)
-				}
-				if err := os.Lchown(d.hostDir(entry), tt.link, tt.link); err != nil {
-					t.Fatal(err)
-				}
+				hostdirtest.Must(t, os.Symlink(hostDir(elsewhere, "target"), d.hostDir(entry)))
+				hostdirtest.Must(t, os.Lchown(d.hostDir(entry), tt.link, tt.link))
 				c := d.dial()
 				c.Write(sayHello("a.example"))
 				got, err := io.ReadAll(c)
@@ -697,9 +662,7 @@ func TestWildcardProtectedSymlinks(t *testing.T) {
 				} else if err != nil || string(got) != "served" {
 					t.Errorf("%s: got %q, error %v", entry, got, err)
 				}
-				if err := os.Remove(d.hostDir(entry)); err != nil {
-					t.Fatal(err)
-				}
+				hostdirtest.Must(t, os.Remove(d.hostDir(entry)))
 			}
 		})
 	}
@@ -711,9 +674,7 @@ func TestWildcardSymlinks(t *testing.T) {
 	d := start(t)
 	d.serve("one.example", answering("one"))
 	for link, target := range map[string]string{"*.one.example": "one.example", "www.two.example": "*.one.example"} {
-		if err := os.Symlink(hostDir("", target), d.hostDir(link)); err != nil {
-			t.Fatal(err)
-		}
+		hostdirtest.Must(t, os.Symlink(hostDir("", target), d.hostDir(link)))
 	}
 	d.expectAnswers(map[string]string{
 		"one.example": "one", "www.one.example": "one", "www.two.example": "one",
