@@ -435,7 +435,7 @@ func checkPlain(t *testing.T, typ reflect.Type) {
 		}
 	case reflect.Array:
 		checkPlain(t, typ.Elem())
-	case reflect.Uint8, reflect.Uint16, reflect.Uint32:
+	case reflect.Bool, reflect.Uint8, reflect.Uint16, reflect.Uint32:
 	default:
 		t.Errorf("a Parser holds a %v", typ)
 	}

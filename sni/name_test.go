@@ -94,7 +94,7 @@ func TestCharacters(t *testing.T) {
 // Goal: every error is an Alert, its text names the reason and the alert, and none quotes anything.
 func TestAlertText(t *testing.T) {
 	text := regexp.MustCompile(`^[a-z][a-zA-Z0-9 ^,'._-]* \(alert (10|22|50|80|112), [a-z_]+\)$`)
-	for _, err := range alerts[found+1:] {
+	for _, err := range alerts[nameless+1:] {
 		var a Alert
 		if !errors.As(err, &a) || !text.MatchString(err.Error()) {
 			t.Errorf("%#v: %v", err, err)
