@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/crypto/blake2s"
 
+	"sniproxy/hostdir/hostdirtest"
 	"sniproxy/sni"
 )
 
@@ -78,7 +79,7 @@ func firsts(t *testing.T, pattern, text string) []string {
 // Goal: mandoc has nothing to say against a manual page, but for what depends on the machine: which
 // manuals of others it has, and its clock.
 func TestManualLint(t *testing.T) {
-	mandoc := program(t, "mandoc")
+	mandoc := hostdirtest.Need(t, "mandoc")
 	foreign := regexp.MustCompile(`: STYLE: referenced manual not found: |: date in the future, using it anyway: `)
 	for _, page := range manuals(t) {
 		out, err := exec.Command(mandoc, "-T", "lint", "-W", "all", page).Output()

@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"sniproxy/hostdir/hostdirtest"
 	"sniproxy/sni"
 )
 
@@ -108,7 +109,7 @@ func TestReadmeLayout(t *testing.T) {
 		named = append(named, row[1])
 	}
 	packages := map[string]bool{}
-	for name := range strings.FieldsSeq(command(t, program(t, "go"), "list", "-e", "sniproxy/...")) {
+	for name := range strings.FieldsSeq(command(t, hostdirtest.Need(t, "go"), "list", "-e", "sniproxy/...")) {
 		packages[strings.TrimPrefix(name, "sniproxy/")] = true
 	}
 	for dir := range packages {

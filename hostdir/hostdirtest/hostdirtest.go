@@ -48,11 +48,11 @@ func Missing(t testing.TB, name string) {
 	t.Skipf("%s is not installed", name)
 }
 
-// NeedRoot skips the test where files cannot be given away.
+// NeedRoot skips the test for users other than root, who cannot give files away, for example.
 func NeedRoot(t testing.TB) {
 	t.Helper()
 	if os.Geteuid() != 0 {
-		t.Skip("only root can give files away")
+		t.Skip("needs root")
 	}
 }
 
