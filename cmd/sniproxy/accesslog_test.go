@@ -42,9 +42,9 @@ func (d *daemon) expectServed(addr net.Addr, name string, sentUp, sentDown int, 
 	}
 }
 
+// Goal: a connection to a host with the marker has a line at its end, with all bytes each way,
+// without the header for the backend, and how it ended. Others have none.
 func TestAccessLog(t *testing.T) {
-	// Goal: a connection to a host with the marker has a line at its end, with all bytes
-	// each way, without the header for the backend, and how it ended. Others have none.
 	const halfClosed = "800ms"
 	for _, all := range []bool{false, true} {
 		t.Run(fmt.Sprintf("of all hosts %v", all), func(t *testing.T) {
@@ -145,8 +145,8 @@ func TestAccessLog(t *testing.T) {
 	}
 }
 
+// Goal: a tenant cannot have connections logged, neither those of its own host nor all.
 func TestAccessLogOwner(t *testing.T) {
-	// Goal: a tenant cannot have connections logged, neither those of its own host nor all.
 	if os.Getuid() != 0 {
 		t.Skip("needs root")
 	}
@@ -204,9 +204,9 @@ func TestAccessLogOwner(t *testing.T) {
 	expect("a marker of the owner of the hosts directory", 1)
 }
 
+// Goal: while the log takes nothing, connections are served as ever; lines are dropped, and
+// counted: in the end each connection has a line or is among those dropped.
 func TestAccessLogFull(t *testing.T) {
-	// Goal: while the log takes nothing, connections are served as ever; lines are dropped,
-	// and counted: in the end each connection has a line or is among those dropped.
 	const conns, before = 3000, 20
 	r, w, err := os.Pipe()
 	if err != nil {

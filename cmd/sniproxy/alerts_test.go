@@ -95,9 +95,9 @@ func served(c *net.UnixConn) {
 	io.WriteString(c, "served")
 }
 
+// Goal: each kind of bad hello gets its alert, and nothing but the alert and a clean end, however
+// it is cut.
 func TestAlerts(t *testing.T) {
-	// Goal: each kind of bad hello gets its alert, and nothing but the alert and a clean
-	// end, however it is cut.
 	type test struct {
 		name string
 		sent []byte
@@ -229,10 +229,10 @@ func hello64K(beyond int) []byte {
 	}
 }
 
+// Goal: what is just within the limits is served, however it is cut: a record of 2^14 bytes, a name
+// that ends with the 65,536th byte, records of one byte, an end of the client's side right behind
+// the name.
 func TestLimitsNotReached(t *testing.T) {
-	// Goal: what is just within the limits is served, however it is cut: a record of 2^14
-	// bytes, a name that ends with the 65,536th byte, records of one byte, an end of the
-	// client's side right behind the name.
 	d := start(t)
 	d.serve("a.example", served)
 	full := paddedBehind("a.example", 1<<14-len(paddedBehind("a.example", 0).Bytes))
@@ -252,9 +252,9 @@ func TestLimitsNotReached(t *testing.T) {
 	}
 }
 
+// Goal: 100 of 100 clients that have sent all they have before they read get the alert and a clean
+// end, also when much of it comes after the name, or all of it is HTTP.
 func TestAlertsArrive(t *testing.T) {
-	// Goal: 100 of 100 clients that have sent all they have before they read get the alert
-	// and a clean end, also when much of it comes after the name, or all of it is HTTP.
 	const unknown = "unknown.example"
 	d := start(t)
 	base := d.fds()
@@ -279,10 +279,10 @@ func TestAlertsArrive(t *testing.T) {
 	d.awaitFds(base)
 }
 
+// Goal: a refused client that never reads, and sends without end, is cut off: one that sends as
+// fast as it can within a bounded size, one that sends a little at a time, or nothing more, within
+// a bounded time; until then it can send.
 func TestRefusedUpload(t *testing.T) {
-	// Goal: a refused client that never reads, and sends without end, is cut off: one that
-	// sends as fast as it can within a bounded size, one that sends a little at a time, or
-	// nothing more, within a bounded time; until then it can send.
 	t.Parallel() // it waits for that time
 	d := start(t)
 	base := d.fds()
@@ -336,10 +336,10 @@ func TestRefusedUpload(t *testing.T) {
 	})
 }
 
+// Goal: ten seconds after it was accepted, not before, a connection without a complete name gets
+// its alert, whether or not bytes still come; a relay is not bound by them, whether its hello came
+// at once or in pieces.
 func TestTenSeconds(t *testing.T) {
-	// Goal: ten seconds after it was accepted, not before, a connection without a complete
-	// name gets its alert, whether or not bytes still come; a relay is not bound by them,
-	// whether its hello came at once or in pieces.
 	t.Parallel()
 	d := start(t)
 	d.serve("a.example", hostdirtest.Echo)
@@ -396,9 +396,9 @@ func expectTimeout(t *testing.T, d *daemon, first, others []byte) {
 	}
 }
 
+// Goal: a client of a backend whose backlog is full for ten seconds gets internal_error, not
+// before; nobody else is hurt.
 func TestBacklogStaysFull(t *testing.T) {
-	// Goal: a client of a backend whose backlog is full for ten seconds gets
-	// internal_error, not before; nobody else is hurt.
 	if runtime.GOOS != "linux" {
 		t.Skip("other systems do not tell a full backlog apart")
 	}

@@ -72,9 +72,9 @@ func bindUnix(path string, kind int) error {
 	return errors.Join(unix.Bind(fd, &unix.SockaddrUnix{Name: path}), os.Chmod(path, 0o777))
 }
 
+// Goal: whatever is wrong with a host, its clients get unrecognized_name, others are served, no
+// descriptor is lost, and the host is served once it is right.
 func TestBadHosts(t *testing.T) {
-	// Goal: whatever is wrong with a host, its clients get unrecognized_name, others are
-	// served, no descriptor is lost, and the host is served once it is right.
 	d := start(t)
 	d.serve("good.example", hostdirtest.Greet)
 	base := d.fds()
@@ -108,9 +108,9 @@ func TestBadHosts(t *testing.T) {
 	d.awaitFds(base)
 }
 
+// Goal: a directory or a socket that the daemon has no permission for gives unrecognized_name, and
+// the host is served once there is permission.
 func TestNotPermitted(t *testing.T) {
-	// Goal: a directory or a socket that the daemon has no permission for gives
-	// unrecognized_name, and the host is served once there is permission.
 	d := start(t, ordinaryUser(t))
 	d.serve("good.example", hostdirtest.Greet)
 	hostdirtest.Must(t, d.greeted("good.example"))
@@ -156,9 +156,9 @@ func ordinaryUser(t *testing.T) setup {
 	}
 }
 
+// Goal: hosts and sockets that are made, removed and made again while the daemon runs are seen at
+// once, in both directions.
 func TestHostComesAndGoes(t *testing.T) {
-	// Goal: hosts and sockets that are made, removed and made again while the daemon runs
-	// are seen at once, in both directions.
 	d := start(t)
 	for range 3 {
 		d.expectAlert(snitest.Hello("a.example"), sni.UnrecognizedName)
@@ -194,9 +194,9 @@ func expectWord(t *testing.T, d *daemon, name, word string) {
 	}
 }
 
+// Goal: symlinks are followed wherever they lead: relative or not, to a directory or a socket,
+// inside or outside the hosts directory, through one another.
 func TestSymlinks(t *testing.T) {
-	// Goal: symlinks are followed wherever they lead: relative or not, to a directory or a
-	// socket, inside or outside the hosts directory, through one another.
 	d := start(t)
 	elsewhere := hostdirtest.Dir(t)
 	hostdirtest.Serve(t, hostDir(elsewhere, "target"), saying("outside"))
@@ -227,10 +227,10 @@ func TestSymlinks(t *testing.T) {
 	}
 }
 
+// Goal: a host whose symlink is switched from one directory to another while it is in use, by
+// renaming a new symlink over it, is served by one or the other at any time, and gets a PROXY
+// header exactly where there is a marker beside the socket.
 func TestAtomicSwitch(t *testing.T) {
-	// Goal: a host whose symlink is switched from one directory to another while it is in
-	// use, by renaming a new symlink over it, is served by one or the other at any time, and
-	// gets a PROXY header exactly where there is a marker beside the socket.
 	for _, marker := range []bool{false, true} {
 		t.Run(fmt.Sprintf("marker %v", marker), func(t *testing.T) {
 			d := start(t)
@@ -296,9 +296,9 @@ func TestAtomicSwitch(t *testing.T) {
 	}
 }
 
+// Goal: a name is looked up in lower case, may have underscores, and hyphens within and at the end
+// of labels; the backend gets it as it was sent.
 func TestNames(t *testing.T) {
-	// Goal: a name is looked up in lower case, may have underscores, and hyphens within
-	// and at the end of labels; the backend gets it as it was sent.
 	d := start(t)
 	for _, c := range []struct{ sent, canonical string }{
 		{"a", "a"},
@@ -321,9 +321,9 @@ func TestNames(t *testing.T) {
 	}
 }
 
+// Goal: a name that is not canonical, but for the case, never becomes a path, even if there is a
+// socket at that path.
 func TestForbiddenNames(t *testing.T) {
-	// Goal: a name that is not canonical, but for the case, never becomes a path, even if
-	// there is a socket at that path.
 	parent := hostdirtest.Dir(t)
 	hosts := filepath.Join(parent, "hosts")
 	hostdirtest.Must(t, os.Mkdir(hosts, 0o755))
@@ -355,10 +355,10 @@ func TestForbiddenNames(t *testing.T) {
 	}
 }
 
+// Goal: names of up to 254 bytes are served if the path of the socket fits into a socket address,
+// as that of a hash always does, or if none is needed; else they are unknown, although there is a
+// directory.
 func TestLongNames(t *testing.T) {
-	// Goal: names of up to 254 bytes are served if the path of the socket fits into a socket
-	// address, as that of a hash always does, or if none is needed; else they are unknown, although there is a
-	// directory.
 	d := start(t)
 	elsewhere := hostdirtest.Dir(t)
 	hostdirtest.Serve(t, hostDir(elsewhere, "target"), saying("found"))
@@ -396,9 +396,9 @@ func firstRead(c *net.UnixConn) {
 	}
 }
 
+// Goal: with a marker, whatever it is, the backend gets the right header, and with it, in one
+// write, the hello; without one, the hello alone.
 func TestProxyHeader(t *testing.T) {
-	// Goal: with a marker, whatever it is, the backend gets the right header, and with it,
-	// in one write, the hello; without one, the hello alone.
 	markers := map[string]func(path string) error{
 		"none":             nil,
 		"empty file":       func(path string) error { return os.WriteFile(path, nil, 0) },
@@ -451,9 +451,9 @@ func TestProxyHeader(t *testing.T) {
 	}
 }
 
+// Goal: the header comes once, before all bytes of the client, however the hello is cut and
+// whatever follows it.
 func TestProxyHeaderFirst(t *testing.T) {
-	// Goal: the header comes once, before all bytes of the client, however the hello is cut
-	// and whatever follows it.
 	d := start(t)
 	d.serve("a.example", func(c *net.UnixConn) { io.Copy(c, c) })
 	hostdirtest.Touch(t, d.hostPath("a.example", "send-proxy-v1"))

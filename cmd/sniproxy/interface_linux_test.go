@@ -10,8 +10,8 @@ import (
 	"sniproxy/hostdir/hostdirtest"
 )
 
+// Goal: as TestWrongStdin, for what is opened in another way elsewhere.
 func TestWrongStdinLinux(t *testing.T) {
-	// Goal: as TestWrongStdin, for what is opened in another way elsewhere.
 	t.Run("terminal", func(t *testing.T) {
 		master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
 		if err != nil {

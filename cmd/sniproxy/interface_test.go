@@ -18,8 +18,8 @@ import (
 	"sniproxy/sni/snitest"
 )
 
+// Goal: any argument gives the usage and status 2, even where the socket is right.
 func TestArguments(t *testing.T) {
-	// Goal: any argument gives the usage and status 2, even where the socket is right.
 	for _, args := range [][]string{{"-h"}, {"--help"}, {"-version"}, {"8443"}, {""}, {"--"}, {"a", "b"}} {
 		t.Run(strings.Join(args, " "), func(t *testing.T) {
 			f := socketFile(t, hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0"))
@@ -37,9 +37,9 @@ func TestArguments(t *testing.T) {
 	}
 }
 
+// Goal: what is neither a listening TCP socket nor a connection is refused with one line, which
+// says what was found and what to do.
 func TestWrongStdin(t *testing.T) {
-	// Goal: what is neither a listening TCP socket nor a connection is refused with one line, which says what
-	// was found and what to do.
 	for _, c := range []struct {
 		name  string
 		found string // a part of the line
@@ -152,9 +152,9 @@ func socketFD(t *testing.T, domain, kind int, addr unix.Sockaddr) *os.File {
 	return f
 }
 
+// Goal: IPv4, IPv6 and dual-stack listeners are served, MPTCP ones as well; the line on standard
+// output has the address, and is the only one.
 func TestListening(t *testing.T) {
-	// Goal: IPv4, IPv6 and dual-stack listeners are served, MPTCP ones as well; the line
-	// on standard output has the address, and is the only one.
 	for _, c := range []struct {
 		network, addr string
 		clients       []string
@@ -201,9 +201,8 @@ func TestListening(t *testing.T) {
 	}
 }
 
+// Goal: SIGHUP and SIGTERM stop an idle daemon with status 0 and one line, and the port is free.
 func TestStopSignals(t *testing.T) {
-	// Goal: SIGHUP and SIGTERM stop an idle daemon with status 0 and one line, and the
-	// port is free.
 	for _, s := range []syscall.Signal{syscall.SIGHUP, syscall.SIGTERM} {
 		t.Run(unix.SignalName(s), func(t *testing.T) {
 			d := start(t)
@@ -254,9 +253,9 @@ func (c openRelay) works() {
 	}
 }
 
+// Goal: after a signal the port can be bound at once, an open connection goes on, the exit follows
+// its end, and nothing is said about cut connections.
 func TestStopGraceful(t *testing.T) {
-	// Goal: after a signal the port can be bound at once, an open connection goes on, the
-	// exit follows its end, and nothing is said about cut connections.
 	for _, s := range []syscall.Signal{syscall.SIGHUP, syscall.SIGTERM} {
 		t.Run(unix.SignalName(s), func(t *testing.T) {
 			d := start(t)
@@ -288,9 +287,9 @@ func TestStopGraceful(t *testing.T) {
 	}
 }
 
+// Goal: a second signal, the same or the other, ends the daemon at once, with status 0, while a
+// connection is open, and says that this was cut.
 func TestSecondSignal(t *testing.T) {
-	// Goal: a second signal, the same or the other, ends the daemon at once, with status
-	// 0, while a connection is open, and says that this was cut.
 	for _, s := range [][2]syscall.Signal{
 		{syscall.SIGHUP, syscall.SIGHUP},
 		{syscall.SIGHUP, syscall.SIGTERM},
@@ -314,9 +313,9 @@ func TestSecondSignal(t *testing.T) {
 	}
 }
 
+// Goal: connections that stay open are cut ten seconds after the signal, not before, with status 0,
+// and their number is told.
 func TestStopCutsAfterTenSeconds(t *testing.T) {
-	// Goal: connections that stay open are cut ten seconds after the signal, not before,
-	// with status 0, and their number is told.
 	t.Parallel()
 	d := start(t)
 	d.serve("a.example", hostdirtest.Echo)
@@ -352,9 +351,9 @@ func expectComplaint(t *testing.T, d *daemon, parts ...string) {
 	}
 }
 
+// Goal: when somebody who shares the listening socket shuts it down, the daemon says so and ends
+// with status 1, after the open connections.
 func TestCannotGoOn(t *testing.T) {
-	// Goal: when somebody who shares the listening socket shuts it down, the daemon says
-	// so and ends with status 1, after the open connections.
 	l := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
 	d := startOn(t, l, hostdirtest.Dir(t))
 	d.serve("a.example", hostdirtest.Echo)
@@ -376,9 +375,9 @@ func TestCannotGoOn(t *testing.T) {
 	expectComplaint(t, d, "listening socket")
 }
 
+// Goal: the daemon is made of the standard library's small packages, golang.org/x/sys and, in
+// hashed builds, the hash.
 func TestDependencies(t *testing.T) {
-	// Goal: the daemon is made of the standard library's small packages, golang.org/x/sys
-	// and, in hashed builds, the hash.
 	program := hostdirtest.Need(t, "go")
 	for _, tags := range []string{"", "hashed", "portable"} {
 		out, err := exec.Command(program, "list", "-deps", "-tags", tags, "sniproxy/cmd/sniproxy").Output()

@@ -90,10 +90,10 @@ func onFamilies(t *testing.T, test func(t *testing.T, d *daemon)) {
 	}
 }
 
+// Goal: with send-proxy-v2, whatever it is, the backend gets the header of version 2, exact to the
+// byte, with the canonical name, and with it, in one write, the hello; also if there is a
+// send-proxy-v1, which alone gives a header of version 1.
 func TestProxyV2(t *testing.T) {
-	// Goal: with send-proxy-v2, whatever it is, the backend gets the header of version 2, exact
-	// to the byte, with the canonical name, and with it, in one write, the hello; also if there
-	// is a send-proxy-v1, which alone gives a header of version 1.
 	markers := map[string]func(path string) error{
 		"empty file":       func(path string) error { return os.WriteFile(path, nil, 0) },
 		"text":             func(path string) error { return os.WriteFile(path, []byte("no"), 0o644) },
@@ -127,10 +127,10 @@ func TestProxyV2(t *testing.T) {
 	})
 }
 
+// Goal: the header has the name that the client asked for, in lower case, also if it is as long as
+// names get and if a wildcard or * serves it; that is whose marker counts. A client that named no
+// host has no name there.
 func TestProxyV2Names(t *testing.T) {
-	// Goal: the header has the name that the client asked for, in lower case, also if it is
-	// as long as names get and if a wildcard or * serves it; that is whose marker counts. A client
-	// that named no host has no name there.
 	onFamilies(t, func(t *testing.T, d *daemon) {
 		for _, entry := range []string{"exact.example", "*.example", "*"} {
 			d.serve(entry, firstRead)
@@ -167,9 +167,9 @@ func TestProxyV2Names(t *testing.T) {
 	})
 }
 
+// Goal: the header comes once, before all bytes of the client, however the hello is cut and
+// whatever follows it.
 func TestProxyV2First(t *testing.T) {
-	// Goal: the header comes once, before all bytes of the client, however the hello is cut
-	// and whatever follows it.
 	d := start(t)
 	d.serve("a.example", func(c *net.UnixConn) { io.Copy(c, c) })
 	hostdirtest.Touch(t, d.hostPath("a.example", "send-proxy-v2"))

@@ -120,11 +120,11 @@ func (d *daemon) echoed(hello, want []byte) error {
 	return err
 }
 
+// Goal: whatever a tenant puts where its directory, its socket or its marker is expected, while
+// clients ask for all of it at once, and others are held up by backends that do not accept, do not
+// read, or send without end: each host's clients get what they must, those of another one all their
+// bytes, and nothing is left behind.
 func TestTenants(t *testing.T) {
-	// Goal: whatever a tenant puts where its directory, its socket or its marker is
-	// expected, while clients ask for all of it at once, and others are held up by backends
-	// that do not accept, do not read, or send without end: each host's clients get
-	// what they must, those of another one all their bytes, and nothing is left behind.
 	d := start(t, ordinaryUser(t), oneLoop)
 	base := d.fds()
 	d.serve("echo.example", hostdirtest.Echo)
@@ -192,9 +192,9 @@ func TestTenants(t *testing.T) {
 	d.expectExit(0)
 }
 
+// Goal: hundreds of clients of a backend that does not accept any more are told so after ten
+// seconds. Until then they cost no other client its answer.
 func TestTenantDeaf(t *testing.T) {
-	// Goal: hundreds of clients of a backend that does not accept any more are told so after
-	// ten seconds. Until then they cost no other client its answer.
 	if runtime.GOOS != "linux" {
 		t.Skip("other systems do not tell a full backlog apart")
 	}
@@ -222,10 +222,10 @@ func TestTenantDeaf(t *testing.T) {
 	d.awaitFds(base)
 }
 
+// Goal: backends that never read while their clients send without end, and backends that send
+// without end to clients that never read, cost the daemon a bounded amount of memory, and no
+// processor time; another host is served, and nothing is left behind.
 func TestTenantStuck(t *testing.T) {
-	// Goal: backends that never read while their clients send without end, and backends
-	// that send without end to clients that never read, cost the daemon a bounded amount of
-	// memory, and no processor time; another host is served, and nothing is left behind.
 	t.Parallel() // it waits for them to stand still
 	const conns = 50
 	for _, tt := range []struct {
@@ -275,11 +275,11 @@ func TestTenantStuck(t *testing.T) {
 // testHalfClosed is how long a connection may be half-closed in tests without moving a byte.
 const testHalfClosed = 1500 * time.Millisecond
 
+// Goal: a connection of which one direction has ended is ended when the other has not moved a byte
+// for the time that it may take, not before; the client gets a clean end if the backend has ended,
+// otherwise a reset. One of which no direction has ended lives on. All of that also while loops
+// hand relays over to each other.
 func TestHalfClosed(t *testing.T) {
-	// Goal: a connection of which one direction has ended is ended when the other has not
-	// moved a byte for the time that it may take, not before; the client gets a clean end if
-	// the backend has ended, otherwise a reset. One of which no direction has ended lives on.
-	// All of that also while loops hand relays over to each other.
 	t.Parallel()
 	for _, share := range []string{"", "1"} {
 		t.Run("share "+share, func(t *testing.T) {
@@ -500,10 +500,10 @@ func (d *daemon) expectPlain() {
 	}
 }
 
+// Goal: for each refused client there is one line that says who it was, what it asked for, if that
+// can be said, what it was told, and why. Nothing that a client sends gets into the log unless it
+// is a canonical name.
 func TestLogReasons(t *testing.T) {
-	// Goal: for each refused client there is one line that says who it was, what it asked
-	// for, if that can be said, what it was told, and why. Nothing that a client sends gets
-	// into the log unless it is a canonical name.
 	type test struct {
 		sent []byte
 		end  bool // the client's side ends
@@ -585,9 +585,9 @@ func TestLogReasons(t *testing.T) {
 	}
 }
 
+// Goal: there is one line, with the right reason, for a client that has not said what it wants
+// within ten seconds, and for one whose backend did not accept.
 func TestLogLate(t *testing.T) {
-	// Goal: there is one line, with the right reason, for a client that has not said
-	// what it wants within ten seconds, and for one whose backend did not accept.
 	if runtime.GOOS != "linux" {
 		t.Skip("other systems do not tell a full backlog apart")
 	}
@@ -619,9 +619,9 @@ func TestLogLate(t *testing.T) {
 	clients.Wait()
 }
 
+// Goal: the address of a client is in brackets if it is of IPv6, and dotted if it is of IPv4, also
+// where the socket is for both.
 func TestLogAddresses(t *testing.T) {
-	// Goal: the address of a client is in brackets if it is of IPv6, and dotted if it is of
-	// IPv4, also where the socket is for both.
 	for _, tt := range []struct{ network, listener, client, begin string }{
 		{"tcp4", "127.0.0.1:0", "127.0.0.1", "127.0.0.1:"},
 		{"tcp6", "[::1]:0", "::1", "[::1]:"},
@@ -647,8 +647,8 @@ func TestLogAddresses(t *testing.T) {
 	}
 }
 
+// Goal: there is one line for a client that was dropped to make room.
 func TestLogDropped(t *testing.T) {
-	// Goal: there is one line for a client that was dropped to make room.
 	d := start(t, limitFiles(64), oneLoop)
 	d.serve("a.example", hostdirtest.Greet)
 	first := d.dial()
@@ -667,9 +667,9 @@ func TestLogDropped(t *testing.T) {
 	}
 }
 
+// Goal: nothing is said of clients that are served, however they end, nor of those that are gone
+// before there is something to tell them.
 func TestLogServed(t *testing.T) {
-	// Goal: nothing is said of clients that are served, however they end, nor of those that
-	// are gone before there is something to tell them.
 	d := start(t)
 	d.serve("greet.example", hostdirtest.Greet)
 	d.serve("echo.example", hostdirtest.Echo)
@@ -721,10 +721,10 @@ func (d *daemon) refuse(n, width int) {
 	})
 }
 
+// Goal: of many lines about refused clients only some are printed, and of the others it is told how
+// many they are, though nothing more happens; then there is room again. At the stop it is told at
+// once.
 func TestLogRation(t *testing.T) {
-	// Goal: of many lines about refused clients only some are printed, and of the others it
-	// is told how many they are, though nothing more happens; then there is room again.
-	// At the stop it is told at once.
 	t.Parallel() // it waits for the ration
 	const burst, perSecond, clients = 50, 10, 1000
 	d := start(t)
@@ -755,9 +755,9 @@ func TestLogRation(t *testing.T) {
 	}
 }
 
+// Goal: while so many clients are refused that most lines about them are left out, what the daemon
+// says of itself is not.
 func TestLogLifecycle(t *testing.T) {
-	// Goal: while so many clients are refused that most lines about them are left out, what
-	// the daemon says of itself is not.
 	t.Parallel() // it waits for the ration
 	d := start(t)
 	l := d.host("live.example")
@@ -786,9 +786,9 @@ func TestLogLifecycle(t *testing.T) {
 	}
 }
 
+// Goal: while nobody reads the log, and no line more fits into it, clients are refused and served
+// as ever; nothing of what happened is lost when somebody reads again.
 func TestLogUnread(t *testing.T) {
-	// Goal: while nobody reads the log, and no line more fits into it, clients are refused
-	// and served as ever; nothing of what happened is lost when somebody reads again.
 	t.Parallel() // it waits for the number of lines left out
 	const clients = 1000
 	r, w := openPipe(t)

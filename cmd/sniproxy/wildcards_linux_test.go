@@ -46,10 +46,9 @@ func keepSwapping(t *testing.T, dir, a, b string) (stop func()) {
 	}
 }
 
+// Goal: while the directory of a name, or that of its wildcard, is exchanged for another one under
+// load, each client is served by the one or the other, with the header for which that has a marker.
 func TestDirectoryExchanged(t *testing.T) {
-	// Goal: while the directory of a name, or that of its wildcard, is exchanged for another
-	// one under load, each client is served by the one or the other, with the header for which
-	// that has a marker.
 	for _, entry := range []string{"a.example", "*.example", "*"} {
 		t.Run(entry, func(t *testing.T) {
 			d := start(t)
@@ -102,10 +101,10 @@ func TestDirectoryExchanged(t *testing.T) {
 	}
 }
 
+// Goal: where tenants may rename the administrator's wildcard, since the hosts directory has no
+// sticky bit, no moment for exchanging it with one of their own gets them a client. That holds for
+// directories and symlinks, also on a file system on which times have coarse steps.
 func TestWildcardTenantExchanges(t *testing.T) {
-	// Goal: where tenants may rename the administrator's wildcard, since the hosts directory has
-	// no sticky bit, no moment for exchanging it with one of their own gets them a client. That
-	// holds for directories and symlinks, also on a file system on which times have coarse steps.
 	if os.Geteuid() != 0 {
 		t.Skip("only root can give files away")
 	}

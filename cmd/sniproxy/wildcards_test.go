@@ -47,10 +47,10 @@ func (d *daemon) expectAnswers(words map[string]string) {
 	}
 }
 
+// Goal: a wildcard serves the names with exactly one label in the place of its asterisk that have
+// no directory of their own, and * serves all others; without * these are unknown. What is made or
+// removed meanwhile counts at once.
 func TestWildcard(t *testing.T) {
-	// Goal: a wildcard serves the names with exactly one label in the place of its asterisk
-	// that have no directory of their own, and * serves all others; without * these are unknown.
-	// What is made or removed meanwhile counts at once.
 	d := start(t)
 	for _, name := range []string{"exact.example.com", "*.example.com", "*.b.example.com", "*.com", "*.c"} {
 		d.serve(name, answering(name))
@@ -111,10 +111,10 @@ func TestWildcard(t *testing.T) {
 	d.expectAnswers(words)
 }
 
+// Goal: what is there and cannot serve has no substitute: neither the wildcard for a name that has
+// a directory, or anything in the place of one, nor * for a wildcard. The reason in the log is that
+// of what is there.
 func TestWildcardDown(t *testing.T) {
-	// Goal: what is there and cannot serve has no substitute: neither the wildcard for a
-	// name that has a directory, or anything in the place of one, nor * for a wildcard. The reason
-	// in the log is that of what is there.
 	d := start(t, ordinaryUser(t))
 	d.serve("*", answering("*"))
 	d.serve("*.up.example", answering("wildcard"))
@@ -151,9 +151,9 @@ func TestWildcardDown(t *testing.T) {
 	}
 }
 
+// Goal: the line about a client that is refused has the reason why what is there cannot serve,
+// whichever entry that is.
 func TestWildcardDownLog(t *testing.T) {
-	// Goal: the line about a client that is refused has the reason why what is there cannot
-	// serve, whichever entry that is.
 	d := start(t, ordinaryUser(t))
 	uid := os.Geteuid()
 	if uid == 0 {
@@ -176,9 +176,9 @@ func TestWildcardDownLog(t *testing.T) {
 	}
 }
 
+// Goal: the longest names reach their wildcard as far as the path of its socket fits, and * in any
+// case, unless they have a directory of their own, whatever its length.
 func TestWildcardLongNames(t *testing.T) {
-	// Goal: the longest names reach their wildcard as far as the path of its socket fits, and *
-	// in any case, unless they have a directory of their own, whatever its length.
 	d := start(t)
 	d.serve("*", answering("*"))
 	elsewhere := hostdirtest.Dir(t)
@@ -235,10 +235,10 @@ func (d *daemon) flows(n int, names []string, answered func(name, got string)) {
 	}
 }
 
+// Goal: while the directory of a name comes and goes under load, its clients are served by it or by
+// the wildcard, and while the wildcard comes and goes, by it or by *. None is refused, and none is
+// served by anything else.
 func TestWildcardComesAndGoes(t *testing.T) {
-	// Goal: while the directory of a name comes and goes under load, its clients are served by
-	// it or by the wildcard, and while the wildcard comes and goes, by it or by *. None is
-	// refused, and none is served by anything else.
 	for _, tt := range []struct{ entry, word, other, third string }{
 		{"a.example", "exact", "wildcard", "everything"},
 		{"*.example", "wildcard", "everything", "exact"},
@@ -298,9 +298,9 @@ func namelessHellos() map[string][]byte {
 	}
 }
 
+// Goal: clients whose complete hello has no server name are served by *, however the hello is cut,
+// and get all bytes; without * they are refused, with a line that says why.
 func TestNameless(t *testing.T) {
-	// Goal: clients whose complete hello has no server name are served by *, however the hello
-	// is cut, and get all bytes; without * they are refused, with a line that says why.
 	d := start(t)
 	for what, sent := range namelessHellos() {
 		got, err := d.exchange(sent)
@@ -326,9 +326,9 @@ func TestNameless(t *testing.T) {
 	}
 }
 
+// Goal: a * that cannot serve gives clients without a name the alert unrecognized_name, with the
+// reason in the log, as it does to those with one.
 func TestNamelessDown(t *testing.T) {
-	// Goal: a * that cannot serve gives clients without a name the alert unrecognized_name, with
-	// the reason in the log, as it does to those with one.
 	d := start(t, ordinaryUser(t))
 	for what, do := range badHosts {
 		t.Run(what, func(t *testing.T) {
@@ -345,11 +345,11 @@ func TestNamelessDown(t *testing.T) {
 	d.expectNotice(notice{c.LocalAddr().String(), "", "no tls-socket in the directory", sni.UnrecognizedName})
 }
 
+// Goal: what cannot be understood is served by nobody, also where there is a * and a wildcard for
+// anything: a hello that is malformed, cut or not TLS, at any place and behind the place of the
+// name as well, and one with a name that is not canonical. The alerts are those that there are
+// without a *.
 func TestNotUnderstood(t *testing.T) {
-	// Goal: what cannot be understood is served by nobody, also where there is a * and a
-	// wildcard for anything: a hello that is malformed, cut or not TLS, at any place and behind the place
-	// of the name as well, and one with a name that is not canonical. The alerts are those that
-	// there are without a *.
 	d, without := start(t), start(t)
 	var served atomic.Int64
 	for _, name := range []string{"*", "*.example", "*.0.0.1", "*.a"} {
@@ -429,9 +429,9 @@ func TestNotUnderstood(t *testing.T) {
 	d.expectAnswers(map[string]string{"127.0.0.1": "served", "10.20.30.40": "served", "a.example": "served"})
 }
 
+// Goal: the clients in use that name no host, since they are told not to or since they connect to
+// an address, reach the site in *.
 func TestNamelessClients(t *testing.T) {
-	// Goal: the clients in use that name no host, since they are told not to or since they
-	// connect to an address, reach the site in *.
 	d := start(t)
 	ca := newAuthority(t)
 	d.serveHTTPS("*", &tls.Config{Certificates: []tls.Certificate{ca.issue(t, "site.example")}})
@@ -500,11 +500,11 @@ func (d *daemon) followed(owner int) bool {
 
 const notCounted = ", and the wildcard for it belongs neither to root nor to the owner of the hosts directory"
 
+// Goal: whatever the mode of the hosts directory, a wildcard counts only if it belongs to the owner
+// of that or to root, be it a directory or a symlink, and then whoever has what that leads to. One
+// that does not count is as good as absent, but that the line about a client that is refused says
+// so.
 func TestWildcardOwners(t *testing.T) {
-	// Goal: whatever the mode of the hosts directory, a wildcard counts only if it belongs to
-	// the owner of that or to root, be it a directory or a symlink, and then whoever has what
-	// that leads to. One that does not count is as good as absent, but that the line about a
-	// client that is refused says so.
 	const ignored = "no directory" + notCounted
 	for _, hosts := range []struct {
 		owner int
@@ -573,11 +573,10 @@ func TestWildcardOwners(t *testing.T) {
 	}
 }
 
+// Goal: of a tenant's wildcards nobody has any more than if they were not there: names have their
+// directories, whoever made those, what else they would have is served by a good *, whose own
+// failure is what is said in the log. Who has the hosts directory is asked for each client.
 func TestWildcardIgnored(t *testing.T) {
-	// Goal: of a tenant's wildcards nobody has any more than if they were not there: names
-	// have their directories, whoever made those, what else they would have is served by a good
-	// *, whose own failure is what is said in the log. Who has the hosts directory is asked
-	// for each client.
 	d := startOwned(t, 0, os.ModeSticky|0o777)
 	give := func(name string, owner int) {
 		t.Helper()
@@ -625,11 +624,11 @@ func TestWildcardIgnored(t *testing.T) {
 	}
 }
 
+// Goal: where the kernel protects symlinks (fs.protected_symlinks), one in a hosts directory that
+// is sticky and that all may write to is followed for its owner and for that of the directory
+// alone, so that of root only if root has the directory; elsewhere all are. The engine for Linux
+// reads the symlink of a wildcard itself, so there it does not matter.
 func TestWildcardProtectedSymlinks(t *testing.T) {
-	// Goal: where the kernel protects symlinks (fs.protected_symlinks), one in a hosts directory
-	// that is sticky and that all may write to is followed for its owner and for that of the
-	// directory alone, so that of root only if root has the directory; elsewhere all are. The
-	// engine for Linux reads the symlink of a wildcard itself, so there it does not matter.
 	b, err := os.ReadFile("/proc/sys/fs/protected_symlinks")
 	if err != nil || strings.TrimSpace(string(b)) == "0" {
 		t.Skip("fs.protected_symlinks is not set")
@@ -668,9 +667,9 @@ func TestWildcardProtectedSymlinks(t *testing.T) {
 	}
 }
 
+// Goal: a link from one name to another makes a wildcard of neither: symlinks are what they lead
+// to, and the name is that of the entry.
 func TestWildcardSymlinks(t *testing.T) {
-	// Goal: a link from one name to another makes a wildcard of neither: symlinks are what they
-	// lead to, and the name is that of the entry.
 	d := start(t)
 	d.serve("one.example", answering("one"))
 	for link, target := range map[string]string{"*.one.example": "one.example", "www.two.example": "*.one.example"} {
