@@ -16,7 +16,7 @@ import (
 )
 
 // Goal: the line for inetd.conf serves, ends gracefully, and is started again for the next client.
-// While clients come all the time it is ended five times, and none of them is lost.
+// While clients come all the time it is ended five times, and loses none of them.
 func TestInetd(t *testing.T) {
 	t.Parallel()
 	hostdirtest.NeedRoot(t)
@@ -114,7 +114,7 @@ func testInetd(t *testing.T, cmd *exec.Cmd, hosts, addr string) {
 }
 
 // Goal: the line for inetd.conf with nowait serves each client with a process of its own, which
-// ends with the client. The client gets nothing but what the backend says, or its alert.
+// ends with the client. The client gets only what the backend says, or its alert.
 func TestInetdNowait(t *testing.T) {
 	t.Parallel()
 	hostdirtest.NeedRoot(t)

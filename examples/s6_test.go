@@ -101,9 +101,9 @@ func TestS6(t *testing.T) {
 }
 
 // Goal: after s6-svc -r under load the service is there again, and every client that was accepted
-// is served to its end, also one that stays. Each start binds the port anew, so others are lost:
-// refused until the new program has bound it, or reset by the kernel, if they waited in the
-// backlog of the old socket at its end. Nobody gets a cut or wrong answer.
+// is served to its end, even one that stays. Each start binds the port anew, so other clients are
+// lost: refused until the new program has bound it, or reset by the kernel if they waited in the
+// old socket's backlog. Nobody gets a cut or wrong answer.
 func TestS6Restart(t *testing.T) {
 	t.Parallel()
 	s := startS6(t)

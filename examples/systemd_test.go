@@ -22,8 +22,8 @@ import (
 const inside = "SNIPROXY_TEST_INSIDE"
 
 // Goal: under a real systemd the units, as they are, serve; restart, upgrade and stop without
-// losing a client; and recover from kill -9. The test starts a systemd of its own with
-// systemd-run.sh, which is looked for beside this project and is no part of it, and itself in there.
+// losing a client; and recover from kill -9. The script systemd-run.sh starts that systemd, and
+// this test again inside. It is looked for beside this project, and is no part of it.
 func TestSystemd(t *testing.T) {
 	if os.Getenv(inside) != "" {
 		t.Run("start and stop", testUnitsStartAndStop)
@@ -364,7 +364,7 @@ func TestNextService(t *testing.T) {
 	}
 }
 
-// Goal: systemd-socket-activate passes several sockets as systemd does, in LISTEN_FDS; the daemon
+// Goal: systemd-socket-activate passes several sockets as systemd does, in LISTEN_FDS. The daemon
 // serves them all, and its stop frees them all.
 func TestSocketActivateSeveral(t *testing.T) {
 	t.Parallel()

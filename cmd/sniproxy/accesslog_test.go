@@ -42,8 +42,8 @@ func (d *daemon) expectServed(addr net.Addr, name string, sentUp, sentDown int, 
 	}
 }
 
-// Goal: a connection to a host with the marker has a line at its end, with all bytes each way,
-// without the header for the backend, and how it ended. Others have none.
+// Goal: a connection to a host with the marker has a log line when it ends: all bytes each way,
+// without the backend's header, and how it ended. Other connections have none.
 func TestAccessLog(t *testing.T) {
 	const halfClosed = "800ms"
 	for _, all := range []bool{false, true} {
@@ -145,7 +145,7 @@ func TestAccessLog(t *testing.T) {
 	}
 }
 
-// Goal: a tenant cannot have connections logged, neither those of its own host nor all.
+// Goal: a tenant can turn on logging neither for its own host nor for all hosts.
 func TestAccessLogOwner(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("needs root")
@@ -204,8 +204,8 @@ func TestAccessLogOwner(t *testing.T) {
 	expect("a marker of the owner of the hosts directory", 1)
 }
 
-// Goal: while the log takes nothing, connections are served as ever; lines are dropped, and
-// counted: in the end each connection has a line or is among those dropped.
+// Goal: while nobody reads the log, the daemon serves as ever. It drops lines and counts them: in
+// the end each connection has a line or is counted as dropped.
 func TestAccessLogFull(t *testing.T) {
 	const conns, before = 3000, 20
 	r, w, err := os.Pipe()

@@ -230,7 +230,7 @@ func hello64K(beyond int) []byte {
 }
 
 // Goal: what is just within the limits is served, however it is cut: a record of 2^14 bytes, a name
-// that ends with the 65,536th byte, records of one byte, an end of the client's side right behind
+// that ends with the 65,536th byte, records of one byte, a client that ends its side right behind
 // the name.
 func TestLimitsNotReached(t *testing.T) {
 	d := start(t)
@@ -252,8 +252,8 @@ func TestLimitsNotReached(t *testing.T) {
 	}
 }
 
-// Goal: 100 of 100 clients that have sent all they have before they read get the alert and a clean
-// end, also when much of it comes after the name, or all of it is HTTP.
+// Goal: 100 of 100 clients that send everything before they read get the alert and a clean end,
+// even if much comes after the name, or all of it is HTTP.
 func TestAlertsArrive(t *testing.T) {
 	const unknown = "unknown.example"
 	d := start(t)
@@ -279,9 +279,9 @@ func TestAlertsArrive(t *testing.T) {
 	d.awaitFds(base)
 }
 
-// Goal: a refused client that never reads, and sends without end, is cut off: one that sends as
-// fast as it can within a bounded size, one that sends a little at a time, or nothing more, within
-// a bounded time; until then it can send.
+// Goal: a refused client that never reads and never stops sending is cut off. One that sends fast
+// is cut off after a bounded number of bytes, one that sends slowly or not at all after a bounded
+// time. Until then it can send.
 func TestRefusedUpload(t *testing.T) {
 	t.Parallel() // it waits for that time
 	d := start(t)
@@ -336,8 +336,8 @@ func TestRefusedUpload(t *testing.T) {
 	})
 }
 
-// Goal: ten seconds after it was accepted, not before, a connection without a complete name gets
-// its alert, whether or not bytes still come; a relay is not bound by them, whether its hello came
+// Goal: a connection without a complete name gets its alert ten seconds after it was accepted, not
+// before, whether or not bytes still come. The limit does not bind a relay, whether its hello came
 // at once or in pieces.
 func TestTenSeconds(t *testing.T) {
 	t.Parallel()
@@ -396,8 +396,8 @@ func expectTimeout(t *testing.T, d *daemon, first, others []byte) {
 	}
 }
 
-// Goal: a client of a backend whose backlog is full for ten seconds gets internal_error, not
-// before; nobody else is hurt.
+// Goal: if a backend's backlog stays full, its client gets internal_error after ten seconds, not
+// before. Other hosts are served meanwhile.
 func TestBacklogStaysFull(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("other systems do not tell a full backlog apart")

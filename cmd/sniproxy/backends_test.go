@@ -15,8 +15,8 @@ import (
 	"sniproxy/hostdir/hostdirtest"
 )
 
-// Goal: servers that require the PROXY header accept ours, and learn from it the addresses
-// that the client's connection really has.
+// Goal: servers that require the PROXY header accept ours, and learn the real addresses of the
+// client's connection from it.
 func TestProxyHeaderBackends(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {

@@ -36,9 +36,9 @@ var (
 	chaosSeed = flag.Uint64("chaos-seed", 0, "the seed of the first conversation of TestChaos, 0 for any")
 )
 
-// Goal: whatever clients, backends and the hosts directory do, nobody gets a wrong byte, or
-// takes for the end what is none, or waits for ever; and nothing of it stays in the daemon.
-// A second daemon on the same hosts directory is short of descriptors.
+// Goal: whatever clients, backends and the hosts directory do, nobody gets a wrong byte, takes a
+// cut stream for a whole one, or waits for ever, and the daemon keeps nothing of it. A second
+// daemon on the same hosts directory is short of descriptors.
 func TestChaos(t *testing.T) {
 	const round, width = 512, 64
 	ch := &chaos{t: t, hosts: chaosHosts}

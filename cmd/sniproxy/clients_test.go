@@ -27,8 +27,8 @@ import (
 	"sniproxy/hostdir/hostdirtest"
 )
 
-// Goal: the clients in use reach the site that they ask for, through the proxy, with what
-// they negotiate end to end; and they say so when they are refused for an unknown name.
+// Goal: the clients in use reach the site that they ask for, and negotiate end to end with it. They
+// tell their user when the name is unknown.
 func TestClients(t *testing.T) {
 	t.Parallel()
 	d := start(t)
@@ -166,8 +166,8 @@ func TestEarlyData(t *testing.T) {
 	}
 }
 
-// Goal: a client shows its certificate to a backend that requires one, and without it is
-// refused, by the backend.
+// Goal: a client shows its certificate to a backend that requires one. Without it the backend
+// refuses the client.
 func TestClientCertificate(t *testing.T) {
 	t.Parallel()
 	d := start(t)
@@ -191,9 +191,9 @@ func TestClientCertificate(t *testing.T) {
 	}
 }
 
-// Goal: real handshakes and what follows them go through however the client cuts its bytes,
-// with a post-quantum key share, with the protocol that ACME's tls-alpn-01 relies upon, and with a
-// hello of several records.
+// Goal: real handshakes and what follows them go through however the client cuts its bytes: with a
+// post-quantum key share, with the protocol of ACME's tls-alpn-01, and with a hello in several
+// records.
 func TestGoClient(t *testing.T) {
 	t.Parallel()
 	const acmeProto = "acme-tls/1"

@@ -38,8 +38,8 @@ func TestCostStart(t *testing.T) {
 	}
 }
 
-// Goal: a connection that has moved much and is idle now holds exactly two descriptors. None
-// of them is of a pipe.
+// Goal: a connection that has moved much and is idle now holds exactly two descriptors, and no
+// pipe.
 func TestCostIdleDescriptors(t *testing.T) {
 	const size = 512 << 10
 	d := start(t)
@@ -57,7 +57,7 @@ func TestCostIdleDescriptors(t *testing.T) {
 	})
 }
 
-// Goal: an idle connection costs the memory of its state, and of no more.
+// Goal: an idle connection costs the memory of its state, and no more.
 func TestCostIdleMemory(t *testing.T) {
 	limit := 512.0
 	if isPortable(t) {

@@ -111,8 +111,8 @@ func (d *daemon) awaitCounters(want counted) {
 	})
 }
 
-// Goal: a connection is counted when it is accepted, as waiting until it has a backend, as open
-// until it ends; all bytes of the two peers are counted, and no others.
+// Goal: the daemon counts a connection when it accepts it, as waiting until it has a backend, and
+// as open until it ends. It counts all bytes of the two peers, and no others.
 func TestCountersConnections(t *testing.T) {
 	d := start(t)
 	var want counted
@@ -193,8 +193,8 @@ func TestCountersConnections(t *testing.T) {
 	d.awaitCounters(want)
 }
 
-// Goal: each client that is refused is counted once, with its alert, and waits no longer; until
-// it goes it is open.
+// Goal: each refused client is counted once, with its alert, and no longer as waiting. It is open
+// until it goes.
 func TestCountersRefused(t *testing.T) {
 	d := start(t)
 	var want counted
@@ -251,8 +251,8 @@ func TestCountersRefused(t *testing.T) {
 	d.awaitCounters(want)
 }
 
-// Goal: each client that is dropped to make room is counted, no other is; and the descriptors in
-// use are those that the system knows of, also when there are no more.
+// Goal: each client that is dropped to make room is counted, and no other. The descriptors in use
+// are those that the system shows, even when none are left.
 func TestCountersDropped(t *testing.T) {
 	const limit, silent = 64, 200
 	d := start(t, limitFiles(limit))
@@ -339,8 +339,8 @@ func (d *daemon) fdsBelow(n int) (count int) {
 	return count
 }
 
-// Goal: a connection is open, and not waiting, until both directions have ended, in whatever way
-// they do, and what it has moved until then is counted.
+// Goal: a connection is open, and not waiting, until both directions have ended, however they end.
+// What it moved until then is counted.
 func TestCountersEnds(t *testing.T) {
 	d := start(t)
 	l := d.host("a.example")
@@ -413,8 +413,8 @@ func TestCountersEnds(t *testing.T) {
 	ended()
 }
 
-// Goal: much that goes both ways at once is counted to the byte, also with a header in front, and
-// while the backend does not read only what it has been sent is.
+// Goal: bulk both ways at once is counted to the byte, also with a header in front. While the
+// backend does not read, only what it was sent is counted.
 func TestCountersBulk(t *testing.T) {
 	const size = 24 << 20
 	for _, marker := range []bool{false, true} {
@@ -469,8 +469,8 @@ func TestCountersBulk(t *testing.T) {
 	}
 }
 
-// Goal: asking for counters under load costs no client anything, and no counter ever goes back.
-// Asking too often does no harm either.
+// Goal: asking for counters under load costs no client anything, and no counter goes back. Asking
+// too often does no harm.
 func TestCountersLoad(t *testing.T) {
 	d := start(t)
 	d.serve("good.example", hostdirtest.Greet)
@@ -513,7 +513,7 @@ func TestCountersLoad(t *testing.T) {
 }
 
 // Goal: the counters can be asked for at any time: before the program listens, while connections
-// are open after a stop, and where the answer cannot be written. It never ends the program.
+// are open after a stop, and where the answer cannot be written. Asking never ends the program.
 func TestCountersAnyTime(t *testing.T) {
 	t.Run("start", func(t *testing.T) {
 		for range 10 {
@@ -593,8 +593,8 @@ func (d *daemon) catches(s syscall.Signal) bool {
 	return false
 }
 
-// Goal: relays that are handed over between loops all the time are counted once, at any moment,
-// and so is each of their bytes.
+// Goal: relays that loops hand over to each other all the time are counted once, at any moment, and
+// so is each of their bytes.
 func TestCountersShared(t *testing.T) {
 	const relays, rounds = 30, 200
 	d := start(t, func(cmd *exec.Cmd) {

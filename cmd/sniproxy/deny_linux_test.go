@@ -19,8 +19,8 @@ import (
 )
 
 // Goal: where the system forbids a thread a working directory of its own, hosts, markers, wildcards
-// and symlinks are what they are elsewhere, and one line at the start says what is forbidden, and
-// that it limits the length of names.
+// and symlinks work as elsewhere. One line at the start says what is forbidden, and that this
+// limits the length of names.
 func TestDenyUnshare(t *testing.T) {
 	d := start(t, deny("unshare"))
 	d.serve("a.example", hostdirtest.Greet)
@@ -52,8 +52,8 @@ func TestDenyUnshare(t *testing.T) {
 	}
 }
 
-// Goal: where that is forbidden, a tenant who replaces its symlink all the time, and has clients who
-// ask for it, keeps no other host from being served. No thread is given up for that.
+// Goal: where that is forbidden, a tenant who replaces its symlink all the time, while clients ask
+// for it, keeps no other host from being served, and costs no thread.
 func TestDenyUnshareSwitched(t *testing.T) {
 	t.Parallel()
 	d := start(t, deny("unshare"), oneLoop)
@@ -99,9 +99,8 @@ func TestDenyUnshareSwitched(t *testing.T) {
 	}
 }
 
-// Goal: where that is forbidden, what is stuck in a file system is no more than elsewhere: 4
-// look-ups of an entry, whatever names clients ask for, and other hosts are served, wherever they
-// are.
+// Goal: where that is forbidden, no more look-ups are stuck in a file system than elsewhere: 4 for
+// an entry, whatever names clients ask for. Other hosts are served, wherever they are.
 func TestDenyUnshareStuck(t *testing.T) {
 	t.Parallel()
 	hostdirtest.OwnMounts(t)

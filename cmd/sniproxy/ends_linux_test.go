@@ -99,8 +99,8 @@ func (u urgent) send(from, to halfConn) error {
 	return nil
 }
 
-// Goal: a byte that is sent out of band, wherever it is in a stream, costs at most itself, or else the
-// connection: what looks like the end is not in the middle.
+// Goal: a byte that is sent out of band, anywhere in a stream, costs at most itself, or else the
+// connection. A stream that was cut never looks whole.
 func TestEndsUrgent(t *testing.T) {
 	d := start(t)
 	l := d.host("urgent.example")
@@ -126,7 +126,7 @@ func TestEndsUrgent(t *testing.T) {
 	}
 }
 
-// Goal: a connection goes on to be used, both ways, after many urgent bytes in bulk.
+// Goal: a connection stays usable, both ways, after many urgent bytes in bulk.
 func TestEndsUrgentOften(t *testing.T) {
 	d := start(t)
 	l := d.host("urgent.example")
@@ -149,7 +149,7 @@ func TestEndsUrgentOften(t *testing.T) {
 	}
 }
 
-// Goal: an urgent byte in the hello does not keep the client from being told, or served.
+// Goal: a client with an urgent byte in its hello is served or gets an alert.
 func TestEndsUrgentHello(t *testing.T) {
 	d := start(t)
 	d.serve("a.example", hostdirtest.Greet)
@@ -171,8 +171,8 @@ func TestEndsUrgentHello(t *testing.T) {
 	d.awaitFds(base)
 }
 
-// Goal: what a backend says after it has shut down its reading side reaches the client, all of it, and
-// then the end, whatever the client sends meanwhile; or else the client gets a reset.
+// Goal: what a backend says after it has shut down its reading side reaches the client, all of it,
+// and then the end, whatever the client sends meanwhile; or else the client gets a reset.
 func TestEndsBackendDeaf(t *testing.T) {
 	for _, tt := range []struct {
 		name         string

@@ -26,8 +26,8 @@ func init() {
 	}
 }
 
-// Goal: relays that keep one loop busy are shared out among all, also when they began while
-// one loop was enough, and lose nothing on the way.
+// Goal: relays that keep one loop busy are shared among all loops, even if they began while one
+// loop was enough, and lose nothing on the way.
 func TestLoopsShareRelays(t *testing.T) {
 	const loops = 3
 	d := start(t, func(cmd *exec.Cmd) {

@@ -210,9 +210,8 @@ func (d *daemon) awaitFlood() {
 	hostdirtest.Await(d.t, "the daemon to run out of descriptors", func() bool { return d.allFds() >= 250 })
 }
 
-// Goal: with 256 descriptors, 1,000 silent clients that come back whenever they are dropped,
-// 4,000 times a second, lock out nobody: at least 99 % of good clients are served, and a relay lives
-// through it.
+// Goal: with 256 descriptors, 1,000 silent clients that come back whenever they are dropped, 4,000
+// times a second, lock out nobody: at least 99 % of good clients are served, and a relay survives.
 func TestFlood(t *testing.T) {
 	floods(t, func(t *testing.T, d *daemon, expectRelay func()) {
 		before := d.visit("a.example", 200)
@@ -249,8 +248,8 @@ func TestFlood(t *testing.T) {
 	})
 }
 
-// Goal: when a daemon that had no processor for a while comes back to more clients than it has
-// descriptors for, the good ones among them, whose hellos are all there, are served.
+// Goal: a daemon that had no processor for a while comes back to more clients than it has
+// descriptors for. It serves the good ones among them, whose hellos are all there.
 func TestFloodBacklog(t *testing.T) {
 	floods(t, func(t *testing.T, d *daemon, _ func()) {
 		count, stop := d.flood(nil)

@@ -73,7 +73,7 @@ func bindUnix(path string, kind int) error {
 }
 
 // Goal: whatever is wrong with a host, its clients get unrecognized_name, others are served, no
-// descriptor is lost, and the host is served once it is right.
+// descriptor is lost, and the host is served as soon as it is right.
 func TestBadHosts(t *testing.T) {
 	d := start(t)
 	d.serve("good.example", hostdirtest.Greet)
@@ -108,8 +108,8 @@ func TestBadHosts(t *testing.T) {
 	d.awaitFds(base)
 }
 
-// Goal: a directory or a socket that the daemon has no permission for gives unrecognized_name, and
-// the host is served once there is permission.
+// Goal: a directory or a socket that the daemon may not use gives unrecognized_name. The host is
+// served once the daemon may.
 func TestNotPermitted(t *testing.T) {
 	d := start(t, ordinaryUser(t))
 	d.serve("good.example", hostdirtest.Greet)
@@ -156,8 +156,7 @@ func ordinaryUser(t *testing.T) setup {
 	}
 }
 
-// Goal: hosts and sockets that are made, removed and made again while the daemon runs are seen at
-// once, in both directions.
+// Goal: the daemon sees at once when hosts and sockets are made, removed and made again.
 func TestHostComesAndGoes(t *testing.T) {
 	d := start(t)
 	for range 3 {
@@ -194,8 +193,8 @@ func expectWord(t *testing.T, d *daemon, name, word string) {
 	}
 }
 
-// Goal: symlinks are followed wherever they lead: relative or not, to a directory or a socket,
-// inside or outside the hosts directory, through one another.
+// Goal: the daemon follows symlinks wherever they lead: relative or absolute, to a directory or a
+// socket, inside or outside the hosts directory, through one another.
 func TestSymlinks(t *testing.T) {
 	d := start(t)
 	elsewhere := hostdirtest.Dir(t)
@@ -227,9 +226,9 @@ func TestSymlinks(t *testing.T) {
 	}
 }
 
-// Goal: a host whose symlink is switched from one directory to another while it is in use, by
-// renaming a new symlink over it, is served by one or the other at any time, and gets a PROXY
-// header exactly where there is a marker beside the socket.
+// Goal: while a host's symlink is switched between two directories, by renaming a new symlink over
+// it, one or the other serves each client, and the backend gets a PROXY header exactly where a
+// marker is beside the socket.
 func TestAtomicSwitch(t *testing.T) {
 	for _, marker := range []bool{false, true} {
 		t.Run(fmt.Sprintf("marker %v", marker), func(t *testing.T) {
@@ -296,8 +295,8 @@ func TestAtomicSwitch(t *testing.T) {
 	}
 }
 
-// Goal: a name is looked up in lower case, may have underscores, and hyphens within and at the end
-// of labels; the backend gets it as it was sent.
+// Goal: a name is looked up in lower case. It may have underscores, and hyphens within and at the
+// end of labels. The backend gets it as the client sent it.
 func TestNames(t *testing.T) {
 	d := start(t)
 	for _, c := range []struct{ sent, canonical string }{
@@ -321,8 +320,8 @@ func TestNames(t *testing.T) {
 	}
 }
 
-// Goal: a name that is not canonical, but for the case, never becomes a path, even if there is a
-// socket at that path.
+// Goal: a name that is not canonical, apart from upper case, never becomes a path, even if there is
+// a socket at that path.
 func TestForbiddenNames(t *testing.T) {
 	parent := hostdirtest.Dir(t)
 	hosts := filepath.Join(parent, "hosts")
@@ -356,8 +355,8 @@ func TestForbiddenNames(t *testing.T) {
 }
 
 // Goal: names of up to 254 bytes are served if the path of the socket fits into a socket address,
-// as that of a hash always does, or if none is needed; else they are unknown, although there is a
-// directory.
+// as the path of a hash always does, or if the daemon needs no path. Other names are unknown,
+// although there is a directory.
 func TestLongNames(t *testing.T) {
 	d := start(t)
 	elsewhere := hostdirtest.Dir(t)
@@ -396,8 +395,8 @@ func firstRead(c *net.UnixConn) {
 	}
 }
 
-// Goal: with a marker, whatever it is, the backend gets the right header, and with it, in one
-// write, the hello; without one, the hello alone.
+// Goal: with a marker of any kind of file, the backend gets the right header and the hello in one
+// write. Without a marker it gets the hello alone.
 func TestProxyHeader(t *testing.T) {
 	markers := map[string]func(path string) error{
 		"none":             nil,

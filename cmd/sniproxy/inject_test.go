@@ -109,8 +109,8 @@ func init() {
 	}
 }
 
-// Goal: whatever system call fails, with whatever error, the daemon goes on, gives nobody a
-// wrong byte, lets nobody wait, and closes what it has opened.
+// Goal: whatever system call fails, with whatever error, the daemon goes on, gives nobody a wrong
+// byte, lets nobody wait, and closes what it opened.
 func TestInject(t *testing.T) {
 	if raceEnabled {
 		t.Skip("this is not about races, and a daemon with the race detector is too slow under strace")

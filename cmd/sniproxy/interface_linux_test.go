@@ -10,7 +10,7 @@ import (
 	"sniproxy/hostdir/hostdirtest"
 )
 
-// Goal: as TestWrongStdin, for what is opened in another way elsewhere.
+// Goal: as TestWrongStdin, for files that only Linux has or opens in this way.
 func TestWrongStdinLinux(t *testing.T) {
 	t.Run("terminal", func(t *testing.T) {
 		master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)

@@ -18,7 +18,7 @@ import (
 	"sniproxy/sni/snitest"
 )
 
-// Goal: any argument gives the usage and status 2, even where the socket is right.
+// Goal: any argument gives the usage and status 2, even if the socket is right.
 func TestArguments(t *testing.T) {
 	for _, args := range [][]string{{"-h"}, {"--help"}, {"-version"}, {"8443"}, {""}, {"--"}, {"a", "b"}} {
 		t.Run(strings.Join(args, " "), func(t *testing.T) {
@@ -37,8 +37,8 @@ func TestArguments(t *testing.T) {
 	}
 }
 
-// Goal: what is neither a listening TCP socket nor a connection is refused with one line, which
-// says what was found and what to do.
+// Goal: standard input that is neither a listening TCP socket nor a connection is refused with one
+// line, which says what was found and what to do.
 func TestWrongStdin(t *testing.T) {
 	for _, c := range []struct {
 		name  string
@@ -152,8 +152,8 @@ func socketFD(t *testing.T, domain, kind int, addr unix.Sockaddr) *os.File {
 	return f
 }
 
-// Goal: IPv4, IPv6 and dual-stack listeners are served, MPTCP ones as well; the line on standard
-// output has the address, and is the only one.
+// Goal: IPv4, IPv6, dual-stack and MPTCP listeners are served. The only line on standard output has
+// the address.
 func TestListening(t *testing.T) {
 	for _, c := range []struct {
 		network, addr string
@@ -253,8 +253,8 @@ func (c openRelay) works() {
 	}
 }
 
-// Goal: after a signal the port can be bound at once, an open connection goes on, the exit follows
-// its end, and nothing is said about cut connections.
+// Goal: after a signal the port can be bound at once, an open connection goes on, the daemon exits
+// when it ends, and no line speaks of cut connections.
 func TestStopGraceful(t *testing.T) {
 	for _, s := range []syscall.Signal{syscall.SIGHUP, syscall.SIGTERM} {
 		t.Run(unix.SignalName(s), func(t *testing.T) {
@@ -287,8 +287,8 @@ func TestStopGraceful(t *testing.T) {
 	}
 }
 
-// Goal: a second signal, the same or the other, ends the daemon at once, with status 0, while a
-// connection is open, and says that this was cut.
+// Goal: while a connection is open, a second signal, the same or the other, ends the daemon at once
+// with status 0. A line says that the connection was cut.
 func TestSecondSignal(t *testing.T) {
 	for _, s := range [][2]syscall.Signal{
 		{syscall.SIGHUP, syscall.SIGHUP},
@@ -313,8 +313,8 @@ func TestSecondSignal(t *testing.T) {
 	}
 }
 
-// Goal: connections that stay open are cut ten seconds after the signal, not before, with status 0,
-// and their number is told.
+// Goal: ten seconds after the signal, not before, the daemon cuts the connections that are still
+// open, says how many, and ends with status 0.
 func TestStopCutsAfterTenSeconds(t *testing.T) {
 	t.Parallel()
 	d := start(t)
@@ -375,7 +375,7 @@ func TestCannotGoOn(t *testing.T) {
 	expectComplaint(t, d, "listening socket")
 }
 
-// Goal: the daemon is made of the standard library's small packages, golang.org/x/sys and, in
+// Goal: the daemon links only small packages of the standard library, golang.org/x/sys and, in
 // hashed builds, the hash.
 func TestDependencies(t *testing.T) {
 	program := hostdirtest.Need(t, "go")

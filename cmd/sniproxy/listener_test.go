@@ -73,8 +73,8 @@ func (s sharer) keepBlocking() (stop func()) {
 	})
 }
 
-// Goal: a listening socket that is handed over blocking is served like any other, and the
-// stop stops although somebody else still has the socket.
+// Goal: a listening socket that is handed over blocking is served like any other. The stop works
+// although somebody else still has the socket.
 func TestListenerBlocking(t *testing.T) {
 	l := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
 	s := share(t, l)
@@ -95,7 +95,7 @@ func TestListenerBlocking(t *testing.T) {
 }
 
 // Goal: a listening socket that somebody makes blocking over and over stalls neither new
-// connections nor old ones, and the stop stops.
+// connections nor old ones, nor the stop.
 func TestListenerMadeBlocking(t *testing.T) {
 	l := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
 	d := startOn(t, l, hostdirtest.Dir(t))
@@ -121,8 +121,8 @@ func TestListenerMadeBlocking(t *testing.T) {
 	d.expectExit(0)
 }
 
-// Goal: another process that accepts from the same socket, and so takes clients away which
-// the daemon was woken up for, stalls nothing, and the stop stops.
+// Goal: another process that accepts from the same socket, and takes clients away for which the
+// daemon woke up, stalls neither clients nor the stop.
 func TestListenerShared(t *testing.T) {
 	l := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
 	d := startOn(t, l, hostdirtest.Dir(t))
@@ -202,8 +202,8 @@ func TestListenerShared(t *testing.T) {
 	d.expectExit(0)
 }
 
-// Goal: two daemons on one socket, which somebody makes blocking all the time, take the
-// clients from each other without a stall, and each stops when it is told to.
+// Goal: two daemons on one socket, which somebody makes blocking all the time, take clients from
+// each other without a stall. Each stops when it is told to.
 func TestListenerTwoCopies(t *testing.T) {
 	l := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
 	hosts := hostdirtest.Dir(t)
@@ -243,8 +243,8 @@ func TestListenerTwoCopies(t *testing.T) {
 	second.expectExit(0)
 }
 
-// Goal: with the listening socket on 0, 1 and 2, where nothing can be written to, the
-// daemon serves, no client ever gets what is meant for the log, and the stop is clean.
+// Goal: with the listening socket on 0, 1 and 2, where nothing can be written, the daemon serves
+// and stops cleanly, and no client ever gets a line of the log.
 func TestListenerOnAll(t *testing.T) {
 	d := startInetd(t)
 	d.serve("a.example", hostdirtest.Greet)
@@ -279,8 +279,8 @@ func TestListenerOnAll(t *testing.T) {
 	d.expectExit(0)
 }
 
-// Goal: whatever is the matter with standard output and error, the daemon serves on, also
-// when it has something to say, and stops properly.
+// Goal: whatever is wrong with standard output and error, the daemon serves on, also when it has
+// something to say, and stops properly.
 func TestOutputBroken(t *testing.T) {
 	use := func(t *testing.T, d *daemon) {
 		d.serve("a.example", hostdirtest.Greet)

@@ -90,9 +90,9 @@ func onFamilies(t *testing.T, test func(t *testing.T, d *daemon)) {
 	}
 }
 
-// Goal: with send-proxy-v2, whatever it is, the backend gets the header of version 2, exact to the
-// byte, with the canonical name, and with it, in one write, the hello; also if there is a
-// send-proxy-v1, which alone gives a header of version 1.
+// Goal: with send-proxy-v2, of any kind of file, the backend gets the header of version 2, exact to
+// the byte, with the canonical name, and the hello in the same write. It does so if there is a
+// send-proxy-v1 as well, which alone gives a header of version 1.
 func TestProxyV2(t *testing.T) {
 	markers := map[string]func(path string) error{
 		"empty file":       func(path string) error { return os.WriteFile(path, nil, 0) },
@@ -128,8 +128,8 @@ func TestProxyV2(t *testing.T) {
 }
 
 // Goal: the header has the name that the client asked for, in lower case, also if it is as long as
-// names get and if a wildcard or * serves it; that is whose marker counts. A client that named no
-// host has no name there.
+// names get, and if a wildcard or * serves it, whose marker then counts. For a client that named no
+// host the header has no name.
 func TestProxyV2Names(t *testing.T) {
 	onFamilies(t, func(t *testing.T, d *daemon) {
 		for _, entry := range []string{"exact.example", "*.example", "*"} {
@@ -198,9 +198,9 @@ func TestProxyV2First(t *testing.T) {
 	}
 }
 
-// Goal: servers that require the PROXY header accept that of version 2, also from clients that
-// named no host, and learn from it the addresses that the client's connection really has and, if
-// they can, the name.
+// Goal: servers that require the PROXY header accept version 2, also for clients that named no
+// host. They learn the real addresses of the client's connection from it and, if they can, the
+// name.
 func TestProxyV2Backends(t *testing.T) {
 	for _, tt := range []struct {
 		name      string

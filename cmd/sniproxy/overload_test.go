@@ -126,8 +126,8 @@ func (d *daemon) expectRest() {
 	}
 }
 
-// Goal: many more clients than there are descriptors for neither end the daemon nor make
-// it spin; whom it has begun to serve it serves on, and it serves all again when they leave.
+// Goal: many more clients than descriptors neither end the daemon nor make it spin. It serves on
+// those whom it has begun to serve, and everybody when the crowd has left.
 func TestOverloadDescriptors(t *testing.T) {
 	d := start(t, limitFiles(64))
 	d.serve("a.example", hostdirtest.Greet)
@@ -169,8 +169,8 @@ func TestOverloadDescriptors(t *testing.T) {
 	}
 }
 
-// Goal: of a burst of clients for which there are not enough descriptors, as many are served
-// as there is room for; making room for one does not cost all others their place.
+// Goal: of a burst of clients, the daemon serves as many as it has descriptors for. Making room for
+// one does not cost all others their place.
 func TestOverloadBurst(t *testing.T) {
 	d := start(t, limitFiles(64))
 	for range 20 {
@@ -178,8 +178,8 @@ func TestOverloadBurst(t *testing.T) {
 	}
 }
 
-// Goal: silent clients that hold all descriptors do not lock out those who say what they
-// want, since the oldest of them makes room.
+// Goal: silent clients that hold all descriptors do not lock out those who say what they want,
+// since the oldest silent one makes room.
 func TestOverloadSilentClients(t *testing.T) {
 	d := start(t, limitFiles(64))
 	d.serve("a.example", hostdirtest.Greet)
@@ -227,8 +227,8 @@ func (d *daemon) shortBacklog(name string) *net.UnixListener {
 	return l
 }
 
-// Goal: a backend with a backlog of 1 that gets 200 clients at once, and accepts none of
-// them for a while, in the end serves all.
+// Goal: a backend with a backlog of 1 that gets 200 clients at once, and accepts none for a while,
+// in the end serves all.
 func TestOverloadBacklog(t *testing.T) {
 	const clients = 200
 	d := start(t)
@@ -300,8 +300,8 @@ func TestOverloadSlowClients(t *testing.T) {
 	d.awaitFds(base)
 }
 
-// Goal: thousands of connections that end at every stage of their way, in every manner,
-// leave no descriptor behind.
+// Goal: thousands of connections that end at every stage, in every manner, leave no descriptor
+// behind.
 func TestOverloadAborted(t *testing.T) {
 	t.Parallel() // it waits for the ten seconds of those whose backend does not accept
 	each := 400
@@ -416,8 +416,7 @@ func (d *daemon) rounds(n int, do func(n int)) {
 	d.expectGrowth(warm, 0)
 }
 
-// Goal: 10,000 different names that nobody has, and 100,000 hellos that are none, leave
-// memory flat.
+// Goal: 10,000 different unknown names and 100,000 malformed hellos leave memory flat.
 func TestOverloadRefused(t *testing.T) {
 	// refused ends with a reset, so that no port is lost to TIME_WAIT.
 	refused := func(d *daemon, b []byte, want int) {
@@ -476,8 +475,8 @@ func hugeHello(size int) []byte {
 	return m.Stream()[:size]
 }
 
-// Goal: a hello that claims to be 16 MiB long costs the daemon's memory at most the 64 KiB
-// within which the name must come, and then the client is told.
+// Goal: a hello that claims to be 16 MiB long costs the daemon at most the 64 KiB within which the
+// name must come. Then the client gets its alert.
 func TestOverloadHugeHello(t *testing.T) {
 	const conns, size = 200, 60 << 10
 	d := start(t)
@@ -511,8 +510,8 @@ func TestOverloadHugeHello(t *testing.T) {
 	d.awaitFds(fds)
 }
 
-// Goal: a connection that has moved data and is idle now costs two descriptors, and memory
-// for its state, but none for buffers.
+// Goal: a connection that has moved data and is idle now costs two descriptors and memory for its
+// state, but no buffers.
 func TestOverloadIdle(t *testing.T) {
 	const conns = 1000
 	d := start(t)

@@ -11,7 +11,7 @@ import (
 	"sniproxy/hostdir/hostdirtest"
 )
 
-// Goal: the packages that the package comment lists are those that the program is made of, and each
+// Goal: the package comment lists exactly the packages that the program is made of, and each
 // imports only those below it.
 func TestPackages(t *testing.T) {
 	text, err := os.ReadFile("main.go")

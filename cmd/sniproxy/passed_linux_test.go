@@ -72,8 +72,8 @@ func (k token) expectClosed(t *testing.T) {
 	}
 }
 
-// Goal: where the system has SO_PASSRIGHTS, a backend cannot pass descriptors, and its connections are
-// not harmed by its trying.
+// Goal: where the system has SO_PASSRIGHTS, a backend cannot pass descriptors, and trying does not
+// harm its connections.
 func TestPassedRefused(t *testing.T) {
 	needPassRights(t)
 	d := start(t)
@@ -103,8 +103,8 @@ func needPassRights(t *testing.T) {
 	}
 }
 
-// Goal: where the system does not have it, however a backend passes descriptors, its connection ends as
-// one that a backend has reset, with a line in the log, and none of them stays open.
+// Goal: where the system lacks it, a backend that passes descriptors, in whatever way, loses its
+// connection as if it had reset it, with a line in the log. None of the descriptors stays open.
 func TestPassedDescriptors(t *testing.T) {
 	many := func(fd int) (fds []int) {
 		for range mostPassed {
@@ -183,8 +183,8 @@ func TestPassedDescriptors(t *testing.T) {
 	}
 }
 
-// Goal: of descriptors in messages that nobody has read when the client goes away none stays open, nor
-// of those that came while the daemon could not send on what it had.
+// Goal: no descriptor stays open that is in a message which nobody has read when the client goes
+// away, nor one that came while the daemon could not send on what it had.
 func TestPassedUnread(t *testing.T) {
 	d := start(t, deny("passrights"))
 	l := d.host("evil.example")
@@ -303,9 +303,9 @@ func writtenFile(t *testing.T, n int) (files slowFiles) {
 	return files
 }
 
-// Goal: descriptors whose last close takes long, or hangs, in messages that are read or in such that
-// are not, keep no other host from being served, whoever closes them. Few threads do. The daemon ends
-// when it is told to, as soon as the system lets it.
+// Goal: descriptors whose last close takes long or hangs, in messages that are read or not, keep no
+// other host from being served, whoever closes them. Few threads close them. The daemon ends when
+// it is told to, as soon as the system lets it.
 func TestPassedSlow(t *testing.T) {
 	for _, tt := range []struct {
 		name               string

@@ -27,8 +27,8 @@ func inside(cmd *exec.Cmd) {
 	cmd.Path, cmd.Dir = "/bin/sh", "/"
 }
 
-// Goal: while the hosts directory is on a file system that takes its time, and look-ups go on without
-// the loop that began them, every client gets to the host that it asked for.
+// Goal: on a hosts directory in a slow file system, where look-ups go on without the loop that
+// began them, every client gets to the host that it asked for.
 func TestPromiseSlowHosts(t *testing.T) {
 	t.Parallel()
 	const clients = 60
@@ -102,7 +102,7 @@ func (d *daemon) awaitLogging(name string, want bool) {
 }
 
 // Goal: when * leads to a tenant's directory, and that into a file system that never answers, only
-// who asks for it notices. Connections of all hosts are logged as before.
+// clients that ask for * notice. Connections of all hosts are logged as before.
 func TestPromiseLogAllStuck(t *testing.T) {
 	t.Parallel()
 	hostdirtest.NeedRoot(t)
@@ -152,8 +152,8 @@ func TestPromiseLogAllStuck(t *testing.T) {
 	}
 }
 
-// Goal: that a marker in * is made, or removed, is noticed without a restart, soon, while
-// connections come.
+// Goal: while connections come, the daemon soon notices that a marker in * is made or removed,
+// without a restart.
 func TestPromiseLogAllNoticed(t *testing.T) {
 	d := start(t)
 	d.serve("a.example", hostdirtest.Greet)
@@ -169,7 +169,7 @@ func TestPromiseLogAllNoticed(t *testing.T) {
 	}
 }
 
-// Goal: connections of all hosts are logged also while silent clients keep descriptors short.
+// Goal: connections of all hosts are logged even while silent clients keep descriptors short.
 func TestPromiseLogAllShort(t *testing.T) {
 	d := start(t, limitFiles(64))
 	d.serve("a.example", hostdirtest.Greet)
@@ -204,9 +204,9 @@ func TestPromiseLogAllShort(t *testing.T) {
 	}
 }
 
-// Goal: in a user namespace where nobody but the daemon is known, everybody else seems to be one user,
-// who is not taken for the administrator: neither a tenant's wildcard counts nor his marker for the log.
-// A line at the start says to whom the hosts directory seems to belong.
+// Goal: in a user namespace that knows nobody but the daemon, everybody else seems to be one user.
+// The daemon does not take that user for the administrator: neither wildcards nor log markers of
+// tenants count. A line at the start says to whom the hosts directory seems to belong.
 func TestPromiseUserNamespace(t *testing.T) {
 	hostdirtest.NeedRoot(t)
 	hosts := hostdirtest.Dir(t)
@@ -252,9 +252,9 @@ func TestPromiseUserNamespace(t *testing.T) {
 	}
 }
 
-// Goal: what a tenant can rename into the hosts directory of what root has put into its own makes no
-// wildcard: an entry that is neither a directory nor a symlink is none, whoever it belongs to, and
-// the next wildcard serves.
+// Goal: a tenant may rename what root has put into its directory into the hosts directory. That
+// makes no wildcard: an entry that is neither a directory nor a symlink is none, whoever owns it,
+// and the next wildcard serves.
 func TestPromiseMovedMarker(t *testing.T) {
 	hostdirtest.NeedRoot(t)
 	for what, do := range map[string]func(path string) error{

@@ -34,8 +34,8 @@ func (d *daemon) deafHost(name string) (l *net.UnixListener, filling []net.Conn)
 	}
 }
 
-// Goal: clients that wait for a backend whose backlog is full cost as many tries as one, whatever the
-// names below a wildcard that they ask for; when the backend accepts again, all are served.
+// Goal: all clients that wait for a backend whose backlog is full cost as many tries as one client,
+// whatever names below a wildcard they ask for. When the backend accepts again, all are served.
 func TestRedialNames(t *testing.T) {
 	if raceEnabled {
 		t.Skip("it counts calls; under strace with the race detector not all come in time")
@@ -91,7 +91,7 @@ func TestRedialNames(t *testing.T) {
 	d.awaitFds(base)
 }
 
-// Goal: when a backend dies for which thousands of clients wait, all are told, and a loop tries
+// Goal: when a backend dies for which thousands of clients wait, all get their alert. A loop tries
 // for so few of them at once that others do not wait.
 func TestRedialDies(t *testing.T) {
 	if isPortable(t) {

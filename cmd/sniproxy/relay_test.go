@@ -213,8 +213,8 @@ func TestRelayPingPong(t *testing.T) {
 	talks.Wait()
 }
 
-// Goal: when one end has ended its sending side, the other learns of it, and goes on to
-// send for as long as it wants.
+// Goal: when one end stops sending, the other learns of it and can go on sending for as long as it
+// wants.
 func TestRelayHalfClose(t *testing.T) {
 	both(t, func(t *testing.T, from, to halfConn) {
 		before, after := randomBytes(100_000), randomBytes(8<<20)
@@ -248,7 +248,7 @@ func TestRelayHalfClose(t *testing.T) {
 	})
 }
 
-// Goal: an end that follows close on the last bytes does not cut them off.
+// Goal: an end that follows right behind the last bytes does not cut them off.
 func TestRelayEndWithLastBytes(t *testing.T) {
 	for _, size := range []int{1, 1000, 64 << 10, 64<<10 + 1, 1 << 20} {
 		t.Run(fmt.Sprint(size), func(t *testing.T) {
@@ -266,7 +266,7 @@ func TestRelayEndWithLastBytes(t *testing.T) {
 	}
 }
 
-// Goal: a client that has sent all, with its end, before there is even a backend loses
+// Goal: a client that has sent everything, and its end, before there is even a backend loses
 // nothing, and gets the answer.
 func TestRelayEndWithHello(t *testing.T) {
 	d := start(t)
@@ -284,8 +284,8 @@ func TestRelayEndWithHello(t *testing.T) {
 	}
 }
 
-// Goal: when a backend closes with input unread, as a crashing one does, the client gets
-// a reset, and never takes what it has for all there is.
+// Goal: when a backend closes with input unread, as a crashing one does, the client gets a reset,
+// and never takes what it has for everything.
 func TestRelayBackendReset(t *testing.T) {
 	d := start(t)
 	l := d.host("reset.example")
@@ -413,7 +413,7 @@ func abort(c *net.TCPConn) {
 	c.Close()
 }
 
-// Goal: when a client resets its connection, the backend's ends, whatever went on.
+// Goal: when a client resets its connection, the backend's connection ends, whatever went on.
 func TestRelayClientReset(t *testing.T) {
 	d := start(t)
 	l := d.host("reset.example")
@@ -490,8 +490,8 @@ func awaitStill(t testing.TB, counter *atomic.Int64) {
 	})
 }
 
-// Goal: a reset of the client is noticed also while the backend takes nothing more of
-// what it sent: no descriptor stays behind for a connection that is gone.
+// Goal: the daemon notices a client's reset even while the backend takes nothing more: no
+// descriptor stays behind for a connection that is gone.
 func TestRelayClientResetBackendStuck(t *testing.T) {
 	d := start(t)
 	l := d.host("stuck.example")
@@ -504,8 +504,8 @@ func TestRelayClientResetBackendStuck(t *testing.T) {
 	d.awaitFds(base)
 }
 
-// Goal: the end of a backend is noticed also while the client takes nothing more of what
-// the backend sent: what it sends then fails.
+// Goal: the daemon notices a backend's end even while the client takes nothing more: the client's
+// next bytes fail.
 func TestRelayBackendResetClientStuck(t *testing.T) {
 	d := start(t)
 	l := d.host("stuck.example")
@@ -521,8 +521,8 @@ func TestRelayBackendResetClientStuck(t *testing.T) {
 	}
 }
 
-// Goal: what a backend says that has closed its reading side only, and so can never get what the client sends, is
-// forwarded all the same, until it ends.
+// Goal: what a backend says after it has closed its reading side alone, so that it can never get
+// what the client sends, is forwarded all the same until it ends.
 func TestRelayBackendStopsReading(t *testing.T) {
 	d := start(t)
 	l := d.host("deaf.example")
@@ -538,8 +538,8 @@ func TestRelayBackendStopsReading(t *testing.T) {
 	d.awaitFds(base)
 }
 
-// Goal: a backend may answer and close at once, as servers do that refuse a request: the
-// answer arrives whole although the client is still sending.
+// Goal: a backend may answer and close at once, as servers do that refuse a request. The whole
+// answer arrives although the client is still sending.
 func TestRelayAnswerAndClose(t *testing.T) {
 	d := start(t)
 	l := d.host("answer.example")
@@ -575,8 +575,8 @@ func TestRelayAnswerAndClose(t *testing.T) {
 	})
 }
 
-// Goal: while a client does not read, its backend is held up, rather than that the proxy
-// stores what it sends; then all goes on.
+// Goal: while a client does not read, the proxy holds up its backend instead of storing what it
+// sends. Then all goes on.
 func TestRelayClientDoesNotRead(t *testing.T) {
 	both(t, func(t *testing.T, to, from halfConn) {
 		const size = 64 << 20
@@ -609,7 +609,7 @@ func TestRelayClientDoesNotRead(t *testing.T) {
 	})
 }
 
-// Goal: clients that do not read cost the proxy's memory no more than a buffer each.
+// Goal: a client that does not read costs the proxy at most a buffer.
 func TestRelayMemoryOfStuckClients(t *testing.T) {
 	const conns = 50
 	d := start(t)
@@ -624,7 +624,7 @@ func TestRelayMemoryOfStuckClients(t *testing.T) {
 	d.expectGrowth(base, conns*192<<10)
 }
 
-// Goal: keepalive is on at the client's side, so that clients that vanished are noticed.
+// Goal: keepalive is on at the client's side, so that the daemon notices clients that vanished.
 func TestRelayKeepalive(t *testing.T) {
 	d := start(t)
 	l := d.host("alive.example")

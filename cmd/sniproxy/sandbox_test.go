@@ -31,8 +31,8 @@ import (
 	"sniproxy/sni/snitest"
 )
 
-// Goal: whatever clients and backends do, the program as it is installed makes no other system
-// calls than those which the example service allows, and no other sockets than Unix sockets.
+// Goal: whatever clients and backends do, the installed program makes no system calls but those
+// that the example service allows, and no sockets but Unix sockets.
 func TestSandboxCalls(t *testing.T) {
 	t.Parallel() // it waits for the ten seconds of some clients
 	strace := hostdirtest.Need(t, "strace")
@@ -78,8 +78,8 @@ func TestSandboxCalls(t *testing.T) {
 	}
 }
 
-// Goal: under the restrictions of the example service, with death for what it forbids, the
-// program as it is installed does all that it does without them.
+// Goal: under the restrictions of the example service, where what it forbids kills, the installed
+// program does everything that it does without them.
 func TestSandbox(t *testing.T) {
 	t.Parallel() // as above
 	sandbox := newSandbox(t)
@@ -198,9 +198,9 @@ BindReadOnlyPaths=/srv/elsewhere
 Restart=no
 `
 
-// Goal: under a real systemd the example service, with death for what it forbids, does all
-// that the program does elsewhere. The test starts a systemd of its own with systemd-run.sh,
-// which is looked for beside this project and is no part of it, and itself in there.
+// Goal: under a real systemd the example service, changed so that what it forbids kills, does
+// everything that the program does elsewhere. The script systemd-run.sh starts that systemd, and
+// this test again inside. It is looked for beside this project, and is no part of it.
 func TestSandboxSystemd(t *testing.T) {
 	if os.Getenv(insideSystemd) != "" {
 		testSandboxInside(t)

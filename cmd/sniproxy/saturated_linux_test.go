@@ -38,9 +38,9 @@ func readsAtAccepts(t *testing.T, log string) (at []int) {
 	return at
 }
 
-// Goal: those who wait to be accepted do not wait for all relays that there is something to do for: when
-// a loop comes back to its work, it accepts them at a distance of two full batches of events at most,
-// however many relays there are.
+// Goal: clients that wait to be accepted do not wait for all busy relays: a loop that comes back to
+// its work handles at most two full batches of events between two accepts, however many relays
+// there are.
 func TestSaturatedAccept(t *testing.T) {
 	const batch, waiting = 128, 20
 	relays := descriptorsFor(t, 1000)

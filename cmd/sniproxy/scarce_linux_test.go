@@ -22,8 +22,8 @@ import (
 // set; then it needs some, and ends the program without them.
 const leastFiles, mostFiles = 4, 40
 
-// Goal: with however few descriptors, the daemon either exits with 1 and one line that says how many it
-// takes, or it serves; with as many as the line says, it serves.
+// Goal: with however few descriptors, the daemon either exits with 1 and one line that says how
+// many it needs, or serves. With as many as the line says, it serves.
 func TestScarceDescriptors(t *testing.T) {
 	t.Parallel()
 	var lines [mostFiles + 1]string // what it said when it did not serve
@@ -87,8 +87,8 @@ func tryScarce(t *testing.T, n int) string {
 	return ""
 }
 
-// Goal: with however few descriptors, a daemon for a single connection either exits with 1 and a line
-// that says how many it takes, or it serves the client.
+// Goal: with however few descriptors, a daemon for a single connection either exits with 1 and a
+// line that says how many it needs, or serves the client.
 func TestScarceSingle(t *testing.T) {
 	t.Parallel()
 	hosts := hostdirtest.Dir(t)
@@ -113,8 +113,8 @@ func TestScarceSingle(t *testing.T) {
 	}
 }
 
-// Goal: a listening socket that is shut down while no descriptor is free ends the daemon, with a line
-// that says so, rather than keeping it busy.
+// Goal: a listening socket that is shut down while no descriptor is free ends the daemon, with a
+// line that says so, and does not keep it busy.
 func TestScarceShutDown(t *testing.T) {
 	t.Parallel()
 	const files = 48

@@ -96,9 +96,9 @@ func (h *house) count(names ...string) (n int64) {
 	return n
 }
 
-// Goal: a tenant whose relays take all descriptors that there are for relays keeps no client of
-// another tenant from being served, and no hello from being read. Room is made by that tenant alone, as
-// the log says, and only until both have as many. Entries of root are tenants each for itself.
+// Goal: a tenant whose relays take all descriptors for relays keeps no other tenant's client from
+// being served, and no hello from being read. That tenant alone makes room, as the log says, and
+// only until both have as many. Each entry of root is a tenant of its own.
 func TestSharesRelays(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
@@ -146,8 +146,8 @@ func TestSharesRelays(t *testing.T) {
 	}
 }
 
-// Goal: a client of another tenant costs the tenant who has all relays one of them, also where closing
-// it takes a while, since the system does not refuse what backends pass.
+// Goal: a client of another tenant costs the tenant who has all relays just one of them, even where
+// closing it takes a while, since the system does not refuse the descriptors that backends pass.
 func TestSharesOneForOne(t *testing.T) {
 	const clients = 20
 	for name, setups := range map[string][]setup{"closed at once": nil, "closed in another thread": {deny("passrights")}} {
@@ -178,8 +178,8 @@ func TestSharesOneForOne(t *testing.T) {
 	}
 }
 
-// Goal: however many clients of the other tenant come at once, and go on coming, the two end up with
-// about as many relays, and neither has far less.
+// Goal: however many clients of the other tenant come at once, and go on coming, the two end up
+// with about as many relays each.
 func TestSharesHalf(t *testing.T) {
 	h := newHouse(t, map[string]int{"greedy.example": greedy, "modest.example": modest})
 	base := h.fds()
@@ -208,8 +208,8 @@ func TestSharesHalf(t *testing.T) {
 	h.awaitFds(base)
 }
 
-// Goal: no tenant loses a relay to a client of its own. When there is no room, the client waits as it
-// does for a backlog that is full: until there is, or until its ten seconds are over.
+// Goal: no tenant loses a relay to a client of its own. When there is no room, the client waits, as
+// for a full backlog, until there is, or until its ten seconds are over.
 func TestSharesOwn(t *testing.T) {
 	for _, tt := range []struct {
 		name string
@@ -275,8 +275,8 @@ func TestSharesOwn(t *testing.T) {
 	}
 }
 
-// Goal: while a tenant's relays have all descriptors that there are for relays, and silent clients keep
-// coming who have all others, clients of another tenant that say what they want are served.
+// Goal: while a tenant's relays hold all descriptors for relays, and silent clients that keep
+// coming hold all others, clients of another tenant that say what they want are served.
 func TestSharesSilent(t *testing.T) {
 	h := newHouse(t, map[string]int{"greedy.example": greedy})
 	h.serve("modest.example", hostdirtest.Greet)

@@ -32,9 +32,9 @@ func (d *daemon) slowHost(t *testing.T, name string) {
 	hostdirtest.Serve(t, filepath.Join(fs.Dir, "x"), hostdirtest.Greet)
 }
 
-// Goal: however many names there are below a wildcard, or hosts of one tenant, that lead into a file
-// system which never answers: no more look-ups wait for it than an entry, and a tenant, may have, so
-// a host that has to be looked up in the same way is served.
+// Goal: however many names below a wildcard, or hosts of one tenant, lead into a file system that
+// never answers, no more look-ups wait for it than one entry, and one tenant, may have. So a host
+// that must be looked up in the same way is served.
 func TestSharesStuck(t *testing.T) {
 	t.Parallel()
 	var all sync.WaitGroup
@@ -101,10 +101,10 @@ func TestSharesStuck(t *testing.T) {
 // than there may be threads that are stuck.
 const stuckTenants = 100
 
-// Goal: threads that got stuck although nobody could know beforehand that they would, since tenants
-// exchange their sockets for symlinks into a stuck file system at any moment, are limited as all
-// look-ups are, however many tenants do that; others are served. Where the system limits the daemon's
-// threads it does not end for want of one.
+// Goal: tenants exchange their sockets for symlinks into a stuck file system at any moment, so
+// threads get stuck that nobody expected to. They are limited as all look-ups are, however many
+// tenants do that, and others are served. Where the system limits the daemon's threads, running out
+// of them does not end it.
 func TestSharesStuckThreads(t *testing.T) {
 	// The limit counts the threads of a user, so nobody else may run as these, such as another run of
 	// this test.

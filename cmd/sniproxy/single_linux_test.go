@@ -11,7 +11,7 @@ import (
 )
 
 // Goal: a single client whose host leads into a file system that never answers gets its alert, and
-// the daemon ends, although the look-up does not.
+// the daemon ends although the look-up does not.
 func TestSingleStuck(t *testing.T) {
 	t.Parallel()
 	hostdirtest.OwnMounts(t)

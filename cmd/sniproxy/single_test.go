@@ -42,8 +42,8 @@ func say(t testing.TB, c net.Conn, b []byte) {
 	}
 }
 
-// Goal: a connection on standard input is served, and the daemon ends with it, with status 0. It
-// prints nothing. The hello may be there before the daemon, or come byte by byte.
+// Goal: the daemon serves a connection on standard input, prints nothing, and ends with it, with
+// status 0. The hello may be there before the daemon, or come byte by byte.
 func TestSingle(t *testing.T) {
 	hosts := hostdirtest.Dir(t)
 	hostdirtest.Serve(t, hostDir(hosts, "a.example"), hostdirtest.Greet)
@@ -86,8 +86,8 @@ func sendSlowly(t testing.TB, c net.Conn, b []byte) {
 	}
 }
 
-// Goal: bulk flows both ways through a single connection, unchanged, and half of it is a
-// connection still.
+// Goal: bulk flows both ways through a single connection, unchanged, and goes on after the client
+// has ended its side.
 func TestSingleBulk(t *testing.T) {
 	hosts := hostdirtest.Dir(t)
 	hostdirtest.Serve(t, hostDir(hosts, "echo.example"), hostdirtest.Echo)
@@ -106,7 +106,7 @@ func TestSingleBulk(t *testing.T) {
 	d.expectExit(0)
 }
 
-// Goal: the PROXY protocol header has the addresses of the connection, whatever family it is of.
+// Goal: the PROXY protocol header has the addresses of the connection, of either family.
 func TestSingleHeader(t *testing.T) {
 	hosts := hostdirtest.Dir(t)
 	hostdirtest.Serve(t, hostDir(hosts, "a.example"), headerOf)
@@ -134,8 +134,8 @@ func TestSingleHeader(t *testing.T) {
 	}
 }
 
-// Goal: a client that is refused gets its alert and the end, and the daemon's status is 0. The line
-// about it is on standard error.
+// Goal: a refused client gets its alert and the end. The daemon ends with status 0, with a line on
+// standard error.
 func TestSingleRefused(t *testing.T) {
 	for name, tt := range map[string]struct {
 		hello []byte
@@ -175,8 +175,8 @@ func TestSingleSilent(t *testing.T) {
 	d.expectExit(0)
 }
 
-// Goal: a client that was gone before the daemon began, with an end or with a reset, with or without
-// a hello, is no failure.
+// Goal: a client that left before the daemon began, with an end or a reset, with or without a
+// hello, is no failure.
 func TestSingleGone(t *testing.T) {
 	hosts := hostdirtest.Dir(t)
 	hostdirtest.Serve(t, hostDir(hosts, "a.example"), hostdirtest.Greet)
@@ -211,9 +211,9 @@ func TestSingleGone(t *testing.T) {
 	}
 }
 
-// Goal: with the connection on 0, 1 and 2, as inetd has it, the client gets what the backend
-// says, or its alert, and not a byte of what the daemon has to say: lines about the client, about
-// signals, and the usage.
+// Goal: with the connection on 0, 1 and 2, as inetd has it, the client gets what the backend says,
+// or its alert, and not a byte of the daemon's own lines: about the client, about signals, or the
+// usage.
 func TestSingleOnAll(t *testing.T) {
 	hosts := hostdirtest.Dir(t)
 	hostdirtest.Serve(t, hostDir(hosts, "a.example"), hostdirtest.Greet)
@@ -287,8 +287,8 @@ func pairSingle(t testing.TB, l *net.UnixListener, client net.Conn, name string)
 	return backend
 }
 
-// Goal: after a signal the connection goes on, also if its hello comes only then, and the daemon
-// ends with it; a second signal ends it at once.
+// Goal: after a signal the connection goes on, even if its hello comes only then, and the daemon
+// ends with it. A second signal ends it at once.
 func TestSingleStop(t *testing.T) {
 	hosts := hostdirtest.Dir(t)
 	hostdirtest.Serve(t, hostDir(hosts, "a.example"), hostdirtest.Greet)
@@ -374,9 +374,9 @@ func TestSingleCut(t *testing.T) {
 	expectComplaint(t, d, "1 connection")
 }
 
-// Goal: whoever shares the connection, such as a script that has started the daemon, may make it
-// blocking at any time: what one side has to say is not held up because the other says nothing, or
-// does not read.
+// Goal: whoever shares the connection, such as the script that started the daemon, may make it
+// blocking at any time. One side's bytes flow even if the other side says nothing, or does not
+// read.
 func TestSingleMadeBlocking(t *testing.T) {
 	hosts := hostdirtest.Dir(t)
 	l := hostdirtest.Listen(t, hostDir(hosts, "live.example"))
@@ -428,7 +428,7 @@ func TestSingleMadeBlocking(t *testing.T) {
 	d.expectExit(0)
 }
 
-// Goal: a single connection has the options that those have which the daemon accepts.
+// Goal: a single connection has the same options as connections that the daemon accepts.
 func TestSingleOptions(t *testing.T) {
 	hosts := hostdirtest.Dir(t)
 	l := hostdirtest.Listen(t, hostDir(hosts, "live.example"))
@@ -451,8 +451,8 @@ func TestSingleOptions(t *testing.T) {
 	d.expectExit(0)
 }
 
-// Goal: a connection that systemd passes as the one socket is served as on standard input, which is
-// left alone.
+// Goal: a connection that systemd passes as the only socket is served as on standard input.
+// Standard input is left alone.
 func TestSinglePassed(t *testing.T) {
 	hosts := hostdirtest.Dir(t)
 	hostdirtest.Serve(t, hostDir(hosts, "a.example"), hostdirtest.Greet)

@@ -82,9 +82,9 @@ func (d *daemon) at(l *net.TCPListener) *daemon {
 	return &other
 }
 
-// Goal: all sockets that systemd passes are served, each with a line in their order; the backend
-// is told which of them a client came to; a stop frees all ports at once, and ends with the last
-// connection.
+// Goal: the daemon serves all sockets that systemd passes, with a line for each in their order, and
+// tells the backend which of them a client came to. A stop frees all ports at once, and the daemon
+// ends with the last connection.
 func TestSockets(t *testing.T) {
 	ls := listenSeveral(t)
 	d := launchPassed(t, ls, hostdirtest.Dir(t))
@@ -145,8 +145,8 @@ func headerOf(c *net.UnixConn) {
 	}
 }
 
-// Goal: with sockets that are passed, standard input is left alone, whatever it is: what was
-// there stays there, and a listening socket there is not accepted from.
+// Goal: when sockets are passed, standard input is left alone: what was there stays there, and the
+// daemon does not accept from a listening socket there.
 func TestSocketsStdin(t *testing.T) {
 	l, other := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0"), hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
 	r, _ := openPipe(t)
@@ -206,8 +206,7 @@ func (d *daemon) expectDescriptor(fd int, want *os.File) {
 	}
 }
 
-// Goal: without sockets, or with variables that are for another process, standard input is
-// served as ever.
+// Goal: without sockets, or with variables for another process, standard input is served as ever.
 func TestSocketsNone(t *testing.T) {
 	for _, tt := range []struct{ pid, fds string }{
 		{"LISTEN_PID=$$", "LISTEN_FDS=0"},
@@ -233,8 +232,8 @@ func TestSocketsNone(t *testing.T) {
 	}
 }
 
-// Goal: each socket that is passed is checked, and the one line says which descriptor is wrong, and
-// in what. So is their number.
+// Goal: the daemon checks each passed socket and their number. Its one line says which descriptor
+// is wrong, and why.
 func TestSocketsWrong(t *testing.T) {
 	good := func(t *testing.T) *os.File { return socketFile(t, hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")) }
 	udp := func(t *testing.T) *os.File {
@@ -300,8 +299,8 @@ func TestSocketsWrong(t *testing.T) {
 	}
 }
 
-// Goal: if descriptors 0, 1 and 2 are among the sockets, nobody gets what is meant for the log, and
-// a stop lets go of them all.
+// Goal: if descriptors 0, 1 and 2 are among the sockets, nobody gets a line of the log, and a stop
+// lets go of them all.
 func TestSocketsOnAll(t *testing.T) {
 	ls := listenSeveral(t)
 	files := socketFiles(t, ls)
@@ -334,8 +333,8 @@ func TestSocketsOnAll(t *testing.T) {
 	d.expectExit(0)
 }
 
-// Goal: two copies with the same sockets, which somebody makes blocking all the time, serve the
-// clients of each of them under load, and each copy stops when it is told to.
+// Goal: two copies on the same sockets, which somebody makes blocking all the time, serve the
+// clients of each socket under load. Each copy stops when it is told to.
 func TestSocketsMadeBlocking(t *testing.T) {
 	ls := listenSeveral(t)
 	hosts := hostdirtest.Dir(t)
@@ -419,7 +418,7 @@ func TestSocketsCannotGoOn(t *testing.T) {
 	expectComplaint(t, d, fmt.Sprintf("the listening socket %v was shut down", ls[1].Addr()))
 }
 
-// Goal: clients of one socket that come all the time do not keep those of others waiting.
+// Goal: clients of one socket that come all the time do not keep clients of the others waiting.
 func TestSocketsFair(t *testing.T) {
 	ls := listenSeveral(t)
 	d := launchPassed(t, ls, hostdirtest.Dir(t), func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, "GOMAXPROCS=1") })

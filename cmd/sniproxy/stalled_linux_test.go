@@ -12,8 +12,8 @@ import (
 	"sniproxy/sni/snitest"
 )
 
-// Goal: what the daemon holds of an upload that is stalled, because the backend reads nothing, or has
-// stopped to, in whatever place it holds it, is at most 128 KiB for each connection.
+// Goal: when an upload is stalled, because the backend never read or has stopped reading, the
+// daemon holds at most 128 KiB for each connection, wherever it keeps them.
 func TestStalledUpload(t *testing.T) {
 	const most = 128 << 10
 	for _, tt := range []struct {

@@ -119,9 +119,8 @@ func TestStopHello(t *testing.T) {
 	d.expectExit(0)
 }
 
-// Goal: after a stop the port can be bound at once while connections live on, also if
-// the listening socket was on all of descriptors 0, 1 and 2; a program that is started on
-// the port then has it alone.
+// Goal: after a stop the port can be bound at once while connections live on, even if the listening
+// socket was on descriptors 0, 1 and 2. A program that is started on the port then has it alone.
 func TestStopFreesPort(t *testing.T) {
 	stop := func(t *testing.T, d *daemon) {
 		l := d.host("live.example")
@@ -200,8 +199,8 @@ func awaitMore(t testing.TB, served *atomic.Int64, n int64) {
 	hostdirtest.Await(t, "clients to be served", func() bool { return served.Load() >= goal || t.Failed() })
 }
 
-// Goal: a copy that is started on the same socket before the first is stopped takes over
-// without one failure among thousands of connections, several times in a row.
+// Goal: a second copy on the same socket takes over from the first without one failure among
+// thousands of connections, several times in a row.
 func TestStopReplace(t *testing.T) {
 	rounds, perRound := 6, int64(500)
 	if testing.Short() {
@@ -223,8 +222,8 @@ func TestStopReplace(t *testing.T) {
 	awaitMore(t, served, perRound)
 }
 
-// Goal: also a restart on the same socket, the second copy started only after the first
-// has ended, loses no connection: clients wait in the backlog meanwhile.
+// Goal: a restart on the same socket, where the second copy starts only after the first has ended,
+// loses no connection: clients wait in the backlog.
 func TestStopRestart(t *testing.T) {
 	hosts := hostdirtest.Dir(t)
 	hostdirtest.Serve(t, hostDir(hosts, "a.example"), hostdirtest.Greet)
@@ -241,7 +240,7 @@ func TestStopRestart(t *testing.T) {
 	awaitMore(t, served, 100)
 }
 
-// Goal: the program stops gracefully also while it has no descriptor left.
+// Goal: the program stops gracefully even while it has no descriptor left.
 func TestStopWithoutDescriptors(t *testing.T) {
 	d := start(t, limitFiles(64))
 	d.serve("hold.example", func(c *net.UnixConn) { io.Copy(io.Discard, c) })

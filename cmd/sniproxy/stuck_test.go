@@ -32,10 +32,10 @@ const (
 	stuckTooMany = stuckHosts*stuckPerHost - stuckInAll
 )
 
-// Goal: however a tenant's host leads into a file system that never answers, all others are
-// served as if nothing were. Of the clients that ask for the host, as many as may wait get
-// user_canceled when their time is over, all others internal_error at once. When the file system
-// is gone, so is all that was held for it, and the host is served as soon as it is a good one.
+// Goal: however a tenant's host leads into a file system that never answers, all others are served.
+// Of the clients that ask for that host, those who may wait get user_canceled when their time is
+// over, and the rest get internal_error at once. When the file system goes away, the daemon frees
+// everything that it held for it, and serves the host as soon as it is a good one.
 func TestStuck(t *testing.T) {
 	t.Parallel()
 	var all sync.WaitGroup // all at once, since they do little but wait
@@ -141,9 +141,9 @@ func TestStuck(t *testing.T) {
 	}
 }
 
-// Goal: what all stuck hosts together can hold is bounded as well. Descriptors and threads do not
-// add up when file systems get stuck, and are gone, again and again; clients that wait when that
-// happens are told at once.
+// Goal: what all stuck hosts together hold is limited as well. Descriptors and threads do not add
+// up when file systems get stuck and go away, again and again. When they go away, waiting clients
+// get their alert at once.
 func TestStuckManyHosts(t *testing.T) {
 	t.Parallel()
 	hostdirtest.OwnMounts(t)
@@ -190,7 +190,7 @@ func TestStuckManyHosts(t *testing.T) {
 }
 
 // Goal: a tenant gains nothing by exchanging its socket for a symlink into a stuck file system, and
-// back, at any moment: what was found of a path may not be true any more when it is used.
+// back, at any moment. What the daemon found out about a path may be wrong when it uses it.
 func TestStuckExchange(t *testing.T) {
 	t.Parallel()
 	hostdirtest.OwnMounts(t)
@@ -229,7 +229,7 @@ func TestStuckExchange(t *testing.T) {
 	d.awaitFds(base)
 }
 
-// Goal: a stop does not wait for look-ups that are stuck, once their clients have been told.
+// Goal: a stop does not wait for stuck look-ups once their clients have got their alerts.
 func TestStuckStop(t *testing.T) {
 	t.Parallel()
 	hostdirtest.OwnMounts(t)
@@ -241,10 +241,9 @@ func TestStuckStop(t *testing.T) {
 	d.expectExit(0)
 }
 
-// Goal: a second signal ends the program at once, in spite of look-ups that are stuck, and before
-// their clients' time is over. The system may have any thread take a signal, the first of all by
-// preference, and one that is stuck takes none. Which ones are is a matter of chance, hence the
-// number of daemons.
+// Goal: a second signal ends the program at once, in spite of stuck look-ups, before their clients'
+// time is over. The system may give a signal to any thread, and prefers the first, but a stuck
+// thread takes none. Which threads are stuck is chance, so the test starts several daemons.
 func TestStuckSignals(t *testing.T) {
 	var all sync.WaitGroup
 	defer all.Wait()
@@ -269,9 +268,9 @@ func TestStuckSignals(t *testing.T) {
 	}
 }
 
-// Goal: a request that a file system has taken, and does not answer, is beyond any signal: until
-// it is answered, Linux keeps the thread, and with it the process. So a stop leaves nothing else:
-// clients are told, those that were served have ended, the port is free.
+// Goal: no signal ends a request that a file system has taken and not answered: until it does,
+// Linux keeps the thread, and so the process. A stop leaves nothing else behind: waiting clients
+// have their alerts, served ones have ended, and the port is free.
 func TestStuckStopTaken(t *testing.T) {
 	t.Parallel()
 	hostdirtest.OwnMounts(t)
@@ -298,7 +297,7 @@ func TestStuckStopTaken(t *testing.T) {
 	d.expectExit(0)
 }
 
-// Goal: the marker is looked at where it is, and not where it leads: a host whose marker leads
+// Goal: the daemon looks at the marker itself, not at what it leads to: a host whose marker leads
 // into a stuck file system is served, with the header.
 func TestStuckMarker(t *testing.T) {
 	hostdirtest.OwnMounts(t)
@@ -309,8 +308,8 @@ func TestStuckMarker(t *testing.T) {
 	expectTold(t, d.ask(100, "a.example"), 100, `"this is a.example behind a header"`)
 }
 
-// Goal: a file system that takes its time is waited for, at each step, while others are served.
-// Directory and socket are looked up in it for each connection, and the marker.
+// Goal: the daemon waits for a slow file system at each step, and serves others meanwhile. It looks
+// up directory, socket and marker in it for each connection.
 func TestStuckSlow(t *testing.T) {
 	for _, marker := range []bool{false, true} {
 		t.Run(fmt.Sprintf("marker %v", marker), func(t *testing.T) {
@@ -356,9 +355,9 @@ func TestStuckSlow(t *testing.T) {
 	}
 }
 
-// Goal: a good host is served wherever it is: on another mount of the same file system, or of
-// one in memory; by a symlink, or because its directory, or its socket, is a mount point; with the
-// marker beside it, and whatever the length of its name.
+// Goal: a good host is served wherever it is: on another mount of the same file system, or of one
+// in memory; through a symlink; if its directory or socket is a mount point; with the marker beside
+// it; whatever the length of its name.
 func TestStuckNot(t *testing.T) {
 	none := func(*testing.T, string) {}
 	bind := func(t *testing.T, dir string) { hostdirtest.Mount(t, hostdirtest.Dir(t), dir, "", unix.MS_BIND, "") }
@@ -422,8 +421,8 @@ func TestStuckNot(t *testing.T) {
 	}
 }
 
-// Goal: many clients at once of a host that is on another file system are not mistaken for clients
-// of one that is stuck.
+// Goal: the daemon does not take many clients at once of a host on another file system for clients
+// of a stuck host.
 func TestStuckNotBurst(t *testing.T) {
 	hostdirtest.OwnMounts(t)
 	d := start(t)

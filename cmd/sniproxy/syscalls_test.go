@@ -116,8 +116,8 @@ var runtimeCalls = strings.Fields(`
 	rt_sigprocmask rt_sigreturn sched_getaffinity sched_yield set_robust_list setitimer
 	sigaltstack tgkill timer_create timer_delete timer_settime`)
 
-// Goal: one short connection makes exactly the system calls of the table, in the engine that
-// was built. Who adds one, or saves one, changes the table.
+// Goal: one short connection makes exactly the system calls of the table, in the engine that was
+// built. Whoever adds or saves one changes the table.
 func TestSystemCalls(t *testing.T) {
 	const conns = 50
 	strace := hostdirtest.Need(t, "strace")

@@ -120,10 +120,10 @@ func (d *daemon) echoed(hello, want []byte) error {
 	return err
 }
 
-// Goal: whatever a tenant puts where its directory, its socket or its marker is expected, while
-// clients ask for all of it at once, and others are held up by backends that do not accept, do not
-// read, or send without end: each host's clients get what they must, those of another one all their
-// bytes, and nothing is left behind.
+// Goal: a tenant may put anything where its directory, its socket or its marker is expected, while
+// clients ask for all of it at once, and other backends do not accept, do not read, or never stop
+// sending. Each host's clients get what they must, other tenants' clients all their bytes, and the
+// daemon keeps nothing.
 func TestTenants(t *testing.T) {
 	d := start(t, ordinaryUser(t), oneLoop)
 	base := d.fds()
@@ -192,7 +192,7 @@ func TestTenants(t *testing.T) {
 	d.expectExit(0)
 }
 
-// Goal: hundreds of clients of a backend that does not accept any more are told so after ten
+// Goal: hundreds of clients of a backend that has stopped accepting get their alert after ten
 // seconds. Until then they cost no other client its answer.
 func TestTenantDeaf(t *testing.T) {
 	if runtime.GOOS != "linux" {
@@ -222,9 +222,9 @@ func TestTenantDeaf(t *testing.T) {
 	d.awaitFds(base)
 }
 
-// Goal: backends that never read while their clients send without end, and backends that send
-// without end to clients that never read, cost the daemon a bounded amount of memory, and no
-// processor time; another host is served, and nothing is left behind.
+// Goal: backends that never read from clients that never stop sending, and backends that never stop
+// sending to clients that never read, cost the daemon a bounded amount of memory and no processor
+// time. Another host is served, and the daemon keeps nothing.
 func TestTenantStuck(t *testing.T) {
 	t.Parallel() // it waits for them to stand still
 	const conns = 50
@@ -275,10 +275,10 @@ func TestTenantStuck(t *testing.T) {
 // testHalfClosed is how long a connection may be half-closed in tests without moving a byte.
 const testHalfClosed = 1500 * time.Millisecond
 
-// Goal: a connection of which one direction has ended is ended when the other has not moved a byte
-// for the time that it may take, not before; the client gets a clean end if the backend has ended,
-// otherwise a reset. One of which no direction has ended lives on. All of that also while loops
-// hand relays over to each other.
+// Goal: a connection with one direction ended is closed when the other has moved no byte for the
+// time limit, not before. The client gets a clean end if the backend has ended, otherwise a reset.
+// A connection with no direction ended lives on. All of this holds while loops hand relays over to
+// each other.
 func TestHalfClosed(t *testing.T) {
 	t.Parallel()
 	for _, share := range []string{"", "1"} {
@@ -500,9 +500,9 @@ func (d *daemon) expectPlain() {
 	}
 }
 
-// Goal: for each refused client there is one line that says who it was, what it asked for, if that
-// can be said, what it was told, and why. Nothing that a client sends gets into the log unless it
-// is a canonical name.
+// Goal: each refused client has one line that says who it was, what it asked for, if that can be
+// said, its alert, and why. Nothing that a client sends gets into the log unless it is a canonical
+// name.
 func TestLogReasons(t *testing.T) {
 	type test struct {
 		sent []byte
@@ -585,8 +585,8 @@ func TestLogReasons(t *testing.T) {
 	}
 }
 
-// Goal: there is one line, with the right reason, for a client that has not said what it wants
-// within ten seconds, and for one whose backend did not accept.
+// Goal: a client that has not said what it wants within ten seconds, and one whose backend did not
+// accept, has one line with the right reason.
 func TestLogLate(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("other systems do not tell a full backlog apart")
@@ -619,8 +619,8 @@ func TestLogLate(t *testing.T) {
 	clients.Wait()
 }
 
-// Goal: the address of a client is in brackets if it is of IPv6, and dotted if it is of IPv4, also
-// where the socket is for both.
+// Goal: a client's address is in brackets if it is IPv6, and dotted if it is IPv4, even if the
+// socket is for both.
 func TestLogAddresses(t *testing.T) {
 	for _, tt := range []struct{ network, listener, client, begin string }{
 		{"tcp4", "127.0.0.1:0", "127.0.0.1", "127.0.0.1:"},
@@ -647,7 +647,7 @@ func TestLogAddresses(t *testing.T) {
 	}
 }
 
-// Goal: there is one line for a client that was dropped to make room.
+// Goal: a client that is dropped to make room has one line.
 func TestLogDropped(t *testing.T) {
 	d := start(t, limitFiles(64), oneLoop)
 	d.serve("a.example", hostdirtest.Greet)
@@ -667,8 +667,8 @@ func TestLogDropped(t *testing.T) {
 	}
 }
 
-// Goal: nothing is said of clients that are served, however they end, nor of those that are gone
-// before there is something to tell them.
+// Goal: the log says nothing of clients that are served, however they end, nor of those that are
+// gone before the daemon can tell them anything.
 func TestLogServed(t *testing.T) {
 	d := start(t)
 	d.serve("greet.example", hostdirtest.Greet)
@@ -721,9 +721,8 @@ func (d *daemon) refuse(n, width int) {
 	})
 }
 
-// Goal: of many lines about refused clients only some are printed, and of the others it is told how
-// many they are, though nothing more happens; then there is room again. At the stop it is told at
-// once.
+// Goal: of many lines about refused clients only some are printed. A line counts the rest, even if
+// nothing more happens; then there is room again. At the stop it comes at once.
 func TestLogRation(t *testing.T) {
 	t.Parallel() // it waits for the ration
 	const burst, perSecond, clients = 50, 10, 1000
@@ -755,8 +754,8 @@ func TestLogRation(t *testing.T) {
 	}
 }
 
-// Goal: while so many clients are refused that most lines about them are left out, what the daemon
-// says of itself is not.
+// Goal: while most lines about refused clients are left out, the daemon's lines about itself are
+// not.
 func TestLogLifecycle(t *testing.T) {
 	t.Parallel() // it waits for the ration
 	d := start(t)
@@ -786,8 +785,8 @@ func TestLogLifecycle(t *testing.T) {
 	}
 }
 
-// Goal: while nobody reads the log, and no line more fits into it, clients are refused and served
-// as ever; nothing of what happened is lost when somebody reads again.
+// Goal: while nobody reads the log, and no more lines fit into it, clients are refused and served
+// as ever. Nothing is lost when somebody reads again.
 func TestLogUnread(t *testing.T) {
 	t.Parallel() // it waits for the number of lines left out
 	const clients = 1000

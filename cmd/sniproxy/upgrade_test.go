@@ -86,9 +86,9 @@ func (d *daemon) awaitRelease(l *net.TCPListener) {
 	})
 }
 
-// Goal: while clients come all the time, the copy on a socket is replaced ten times, and not one
-// of 20,000 connections fails or gets the answer of another. Each old copy lets go of the socket,
-// keeps the one long connection that it has, and ends when that ends.
+// Goal: while clients come all the time, the copy on a socket is replaced ten times. Not one of
+// 20,000 connections fails or gets another's answer. Each old copy lets go of the socket, keeps its
+// one long connection, and ends when that ends.
 func TestUpgrade(t *testing.T) {
 	const replacements = 10
 	clients := 20_000
@@ -138,9 +138,9 @@ func TestUpgrade(t *testing.T) {
 	d.expectExit(0)
 }
 
-// Goal: a client that comes at the moment when the copy that would accept it is told to stop is
-// served all the same, by it or by the next, although nobody comes after it. Of all copies that
-// wait on a socket the kernel wakes up one for a client.
+// Goal: a client that comes while the copy that would accept it is told to stop is served all the
+// same, by that copy or the next, although nobody comes after it. The kernel wakes only one of the
+// copies that wait on a socket.
 func TestUpgradeLastClient(t *testing.T) {
 	hosts := hostdirtest.Dir(t)
 	hostdirtest.Serve(t, hostDir(hosts, "a.example"), hostdirtest.Greet)

@@ -46,8 +46,8 @@ func keepSwapping(t *testing.T, dir, a, b string) (stop func()) {
 	}
 }
 
-// Goal: while the directory of a name, or that of its wildcard, is exchanged for another one under
-// load, each client is served by the one or the other, with the header for which that has a marker.
+// Goal: while the directory of a name, or of its wildcard, is exchanged for another under load, one
+// or the other serves each client, with the header that its marker asks for.
 func TestDirectoryExchanged(t *testing.T) {
 	for _, entry := range []string{"a.example", "*.example", "*"} {
 		t.Run(entry, func(t *testing.T) {
@@ -102,8 +102,8 @@ func TestDirectoryExchanged(t *testing.T) {
 }
 
 // Goal: where tenants may rename the administrator's wildcard, since the hosts directory has no
-// sticky bit, no moment for exchanging it with one of their own gets them a client. That holds for
-// directories and symlinks, also on a file system on which times have coarse steps.
+// sticky bit, exchanging it with their own gets them no client at any moment. That holds for
+// directories and symlinks, also on a file system whose times have coarse steps.
 func TestWildcardTenantExchanges(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root can give files away")

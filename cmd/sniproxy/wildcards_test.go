@@ -47,9 +47,9 @@ func (d *daemon) expectAnswers(words map[string]string) {
 	}
 }
 
-// Goal: a wildcard serves the names with exactly one label in the place of its asterisk that have
-// no directory of their own, and * serves all others; without * these are unknown. What is made or
-// removed meanwhile counts at once.
+// Goal: a wildcard serves names with exactly one label in the place of its asterisk and no
+// directory of their own, and * serves all others. Without * these are unknown. Changes count at
+// once.
 func TestWildcard(t *testing.T) {
 	d := start(t)
 	for _, name := range []string{"exact.example.com", "*.example.com", "*.b.example.com", "*.com", "*.c"} {
@@ -111,9 +111,9 @@ func TestWildcard(t *testing.T) {
 	d.expectAnswers(words)
 }
 
-// Goal: what is there and cannot serve has no substitute: neither the wildcard for a name that has
-// a directory, or anything in the place of one, nor * for a wildcard. The reason in the log is that
-// of what is there.
+// Goal: there is no fallback from an entry that exists but cannot serve: neither from a name's
+// directory, or anything in its place, to the wildcard, nor from a wildcard to *. The reason in the
+// log is about that entry.
 func TestWildcardDown(t *testing.T) {
 	d := start(t, ordinaryUser(t))
 	d.serve("*", answering("*"))
@@ -151,8 +151,8 @@ func TestWildcardDown(t *testing.T) {
 	}
 }
 
-// Goal: the line about a client that is refused has the reason why what is there cannot serve,
-// whichever entry that is.
+// Goal: the line about a refused client says why the entry that exists cannot serve, whichever
+// entry that is.
 func TestWildcardDownLog(t *testing.T) {
 	d := start(t, ordinaryUser(t))
 	uid := os.Geteuid()
@@ -176,8 +176,8 @@ func TestWildcardDownLog(t *testing.T) {
 	}
 }
 
-// Goal: the longest names reach their wildcard as far as the path of its socket fits, and * in any
-// case, unless they have a directory of their own, whatever its length.
+// Goal: the longest names reach their wildcard if the path of its socket fits, and * in any case,
+// unless they have a directory of their own, whatever its length.
 func TestWildcardLongNames(t *testing.T) {
 	d := start(t)
 	d.serve("*", answering("*"))
@@ -235,9 +235,9 @@ func (d *daemon) flows(n int, names []string, answered func(name, got string)) {
 	}
 }
 
-// Goal: while the directory of a name comes and goes under load, its clients are served by it or by
-// the wildcard, and while the wildcard comes and goes, by it or by *. None is refused, and none is
-// served by anything else.
+// Goal: while the directory of a name comes and goes under load, it or the wildcard serves the
+// clients. While the wildcard comes and goes, it or * does. No client is refused, and nothing else
+// serves one.
 func TestWildcardComesAndGoes(t *testing.T) {
 	for _, tt := range []struct{ entry, word, other, third string }{
 		{"a.example", "exact", "wildcard", "everything"},
@@ -298,8 +298,8 @@ func namelessHellos() map[string][]byte {
 	}
 }
 
-// Goal: clients whose complete hello has no server name are served by *, however the hello is cut,
-// and get all bytes; without * they are refused, with a line that says why.
+// Goal: * serves clients whose complete hello has no server name, however the hello is cut, and
+// gets all bytes. Without * they are refused, with a line that says why.
 func TestNameless(t *testing.T) {
 	d := start(t)
 	for what, sent := range namelessHellos() {
@@ -326,8 +326,8 @@ func TestNameless(t *testing.T) {
 	}
 }
 
-// Goal: a * that cannot serve gives clients without a name the alert unrecognized_name, with the
-// reason in the log, as it does to those with one.
+// Goal: a * that cannot serve gives clients without a name unrecognized_name, with the reason in
+// the log, as it does for those with a name.
 func TestNamelessDown(t *testing.T) {
 	d := start(t, ordinaryUser(t))
 	for what, do := range badHosts {
@@ -345,10 +345,9 @@ func TestNamelessDown(t *testing.T) {
 	d.expectNotice(notice{c.LocalAddr().String(), "", "no tls-socket in the directory", sni.UnrecognizedName})
 }
 
-// Goal: what cannot be understood is served by nobody, also where there is a * and a wildcard for
-// anything: a hello that is malformed, cut or not TLS, at any place and behind the place of the
-// name as well, and one with a name that is not canonical. The alerts are those that there are
-// without a *.
+// Goal: nobody serves what cannot be understood, even where there is a * and a wildcard for
+// anything: a hello that is malformed, cut or not TLS, before or behind the place of the name, or a
+// name that is not canonical. The alerts are the same as without a *.
 func TestNotUnderstood(t *testing.T) {
 	d, without := start(t), start(t)
 	var served atomic.Int64
@@ -429,8 +428,8 @@ func TestNotUnderstood(t *testing.T) {
 	d.expectAnswers(map[string]string{"127.0.0.1": "served", "10.20.30.40": "served", "a.example": "served"})
 }
 
-// Goal: the clients in use that name no host, since they are told not to or since they connect to
-// an address, reach the site in *.
+// Goal: the clients in use that name no host, since they are told not to or connect to an address,
+// reach the site in *.
 func TestNamelessClients(t *testing.T) {
 	d := start(t)
 	ca := newAuthority(t)
@@ -500,10 +499,9 @@ func (d *daemon) followed(owner int) bool {
 
 const notCounted = ", and the wildcard for it belongs neither to root nor to the owner of the hosts directory"
 
-// Goal: whatever the mode of the hosts directory, a wildcard counts only if it belongs to the owner
-// of that or to root, be it a directory or a symlink, and then whoever has what that leads to. One
-// that does not count is as good as absent, but that the line about a client that is refused says
-// so.
+// Goal: whatever the mode of the hosts directory, a wildcard, be it a directory or a symlink,
+// counts only if the owner of the hosts directory or root owns it, whoever owns what it leads to.
+// Any other is as good as absent, except that the line about a refused client mentions it.
 func TestWildcardOwners(t *testing.T) {
 	const ignored = "no directory" + notCounted
 	for _, hosts := range []struct {
@@ -573,9 +571,9 @@ func TestWildcardOwners(t *testing.T) {
 	}
 }
 
-// Goal: of a tenant's wildcards nobody has any more than if they were not there: names have their
-// directories, whoever made those, what else they would have is served by a good *, whose own
-// failure is what is said in the log. Who has the hosts directory is asked for each client.
+// Goal: a tenant's wildcards change nothing: names have their directories, whoever made them, and a
+// good * serves the rest, whose own failure is the one in the log. The daemon checks the owner of
+// the hosts directory for each client.
 func TestWildcardIgnored(t *testing.T) {
 	d := startOwned(t, 0, os.ModeSticky|0o777)
 	give := func(name string, owner int) {
@@ -624,10 +622,10 @@ func TestWildcardIgnored(t *testing.T) {
 	}
 }
 
-// Goal: where the kernel protects symlinks (fs.protected_symlinks), one in a hosts directory that
-// is sticky and that all may write to is followed for its owner and for that of the directory
-// alone, so that of root only if root has the directory; elsewhere all are. The engine for Linux
-// reads the symlink of a wildcard itself, so there it does not matter.
+// Goal: where the kernel protects symlinks (fs.protected_symlinks), it follows one in a sticky
+// hosts directory that all may write to only for the link's owner, or if the directory's owner owns
+// it. So it follows root's only if root owns the directory. Elsewhere it follows all. The engine
+// for Linux reads the symlink of a wildcard itself, so there it does not matter.
 func TestWildcardProtectedSymlinks(t *testing.T) {
 	b, err := os.ReadFile("/proc/sys/fs/protected_symlinks")
 	if err != nil || strings.TrimSpace(string(b)) == "0" {
@@ -667,8 +665,8 @@ func TestWildcardProtectedSymlinks(t *testing.T) {
 	}
 }
 
-// Goal: a link from one name to another makes a wildcard of neither: symlinks are what they lead
-// to, and the name is that of the entry.
+// Goal: a link from one name to another makes neither a wildcard: symlinks stand for what they lead
+// to, under the name of the entry.
 func TestWildcardSymlinks(t *testing.T) {
 	d := start(t)
 	d.serve("one.example", answering("one"))

@@ -115,7 +115,8 @@ func (q *quickstart) wait(t *testing.T, status int) {
 
 const listening = `^sniproxy \(process (\d+)\): listening on (127\.0\.0\.1:\d+)$`
 
-// Goal: the command that the README begins with works, shows that both sites answer, and leaves with exit status 0.
+// Goal: the command at the beginning of the README works, shows that both sites answer, and exits
+// with status 0.
 func TestCheck(t *testing.T) {
 	cmd := exec.Command("go", "run", "./examples/quickstart", "-check")
 	cmd.Dir = filepath.Join("..", "..")
@@ -150,8 +151,8 @@ func TestPortTaken(t *testing.T) {
 	q.wait(t, 0)
 }
 
-// Goal: the curl lines that it prints work as they stand; a signal stops it and the daemon gracefully, nothing that it
-// made stays behind, and the port is free again.
+// Goal: the curl lines that it prints work as they stand. A signal stops it and the daemon
+// gracefully, nothing that it made stays behind, and the port is free again.
 func TestSignal(t *testing.T) {
 	for _, signal := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP} {
 		t.Run(signal.String(), func(t *testing.T) {
@@ -218,8 +219,8 @@ func atoi(t *testing.T, s string) int {
 	return n
 }
 
-// Goal: the client's address is what the PROXY line says, and what follows the line is read unchanged; without a valid
-// line of at most 107 bytes, nothing is read.
+// Goal: the client's address is the one in the PROXY line, and what follows the line is read
+// unchanged. Without a valid line of at most 107 bytes, nothing is read.
 func TestProxyLine(t *testing.T) {
 	for _, c := range []struct{ sent, client string }{
 		{"PROXY TCP4 192.0.2.1 192.0.2.2 1234 443\r\n", "192.0.2.1:1234"},
