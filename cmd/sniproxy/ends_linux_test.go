@@ -13,7 +13,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"sniproxy/cmd/internal/limits"
 	"sniproxy/hostdir/hostdirtest"
 	"sniproxy/sni/snitest"
 )
@@ -72,7 +71,7 @@ func (u urgent) send(from, to halfConn) error {
 		sendErr = err
 	})
 	defer sender.Wait()
-	to.SetReadDeadline(time.Now().Add(limits.Hello))
+	to.SetReadDeadline(time.Now().Add(hostdirtest.Patience))
 	var got bytes.Buffer
 	var err error
 	if u.end {
@@ -228,7 +227,7 @@ func TestEndsBackendDeaf(t *testing.T) {
 					<-time.After(tt.pause)
 				}
 			})
-			client.SetReadDeadline(time.Now().Add(limits.Hello))
+			client.SetReadDeadline(time.Now().Add(hostdirtest.Patience))
 			got, err := io.ReadAll(client)
 			switch {
 			case !bytes.HasPrefix(want, got):

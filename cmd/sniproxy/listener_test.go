@@ -365,9 +365,8 @@ func fill(t *testing.T, w *os.File) {
 	})
 }
 
-// Goal: two copies on one socket that is made blocking all the time serve thousands of clients
-// without a failure, and each stops when it is told. How long the slowest had to wait is
-// reported; it is nowhere near as long as a stall would be.
+// Goal: two copies on one socket that somebody makes blocking all the time serve thousands of
+// clients without a failure, and each stops when it is told to.
 func TestListenerManyClients(t *testing.T) {
 	clients := 20_000
 	if testing.Short() || raceEnabled {
@@ -381,19 +380,11 @@ func TestListenerManyClients(t *testing.T) {
 	several := func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, "GOMAXPROCS=3") }
 	first := startOn(t, l, hosts, several)
 	second := startOn(t, l, hosts, several)
-	var longest atomic.Int64
 	inParallel(clients, 16, func(int) {
-		begin := time.Now()
 		if err := first.greeted("a.example"); err != nil { // or the second, on the same address
 			t.Error(err)
 		}
-		for took := int64(time.Since(begin)); ; {
-			if old := longest.Load(); took <= old || longest.CompareAndSwap(old, took) {
-				break
-			}
-		}
 	})
-	t.Logf("the slowest of %d clients was served within %v", clients, time.Duration(longest.Load()))
 	for _, d := range []*daemon{first, second} {
 		d.signal(syscall.SIGHUP)
 		d.expectExit(0)

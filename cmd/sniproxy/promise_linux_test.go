@@ -130,18 +130,12 @@ func TestPromiseLogAllStuck(t *testing.T) {
 					t.Errorf("%d connections were logged, want 200", n)
 				}
 			}
-			begin := time.Now()
 			d.signal(syscall.SIGTERM)
 			if signals == 2 {
 				d.out.Await(t, "shutting down")
 				d.signal(syscall.SIGTERM)
 			}
-			select {
-			case <-d.exited:
-			case <-time.After(limits.Drain + 2*time.Second):
-				t.Fatalf("the daemon has not ended within %v after %d signals", time.Since(begin), signals)
-			}
-			if status := d.cmd.ProcessState.ExitCode(); status != 0 {
+			if status := d.wait(); status != 0 {
 				t.Errorf("exit status %d", status)
 			}
 			// It is told which came first.

@@ -8,11 +8,9 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
-	"sniproxy/cmd/internal/limits"
 	"sniproxy/hostdir/hostdirtest"
 	"sniproxy/sni/snitest"
 )
@@ -74,16 +72,14 @@ func tryScarce(t *testing.T, n int) string {
 			c := d.dial()
 			defer c.Close()
 		}
-		got, err := d.exchangeWithin(snitest.Hello("a.example"), 2*time.Second)
+		got, err := d.exchange(snitest.Hello("a.example"))
 		if err != nil || string(got) != "this is a.example" {
 			t.Errorf("client %d got %q, error %v", i, got, err)
 			return d.err.String() + "listening, and does not serve"
 		}
 	}
 	d.signal(syscall.SIGTERM)
-	if !hostdirtest.AwaitFor(limits.Drain+2*time.Second, func() bool { return !d.running() }) {
-		t.Errorf("it does not stop: %s", d.err)
-	}
+	d.wait()
 	return ""
 }
 
@@ -97,7 +93,6 @@ func TestScarceSingle(t *testing.T) {
 	inParallel(mostFiles+1-leastFiles, 12, func(i int) {
 		n := leastFiles + i
 		d, client := startSingle(t, hosts, limitFiles(n))
-		client.SetDeadline(time.Now().Add(limits.Hello / 2))
 		client.Write(snitest.Hello("a.example"))
 		got, _ := io.ReadAll(client)
 		client.Close()

@@ -65,7 +65,6 @@ func newHouse(t *testing.T, tenants map[string]int, setups ...setup) *house {
 func (h *house) enter(name string) (*net.TCPConn, error) {
 	h.t.Helper()
 	c := h.dial()
-	c.SetDeadline(time.Now().Add(limits.Hello + 2*time.Second))
 	return c, says(append(snitest.Hello(name), "ping"...))(c)
 }
 
