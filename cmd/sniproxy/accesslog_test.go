@@ -45,6 +45,7 @@ func (d *daemon) expectServed(addr net.Addr, name string, sentUp, sentDown int, 
 // Goal: a connection to a host with the marker has a log line when it ends: all bytes each way,
 // without the backend's header, and how it ended. Other connections have none.
 func TestAccessLog(t *testing.T) {
+	t.Parallel() // it waits for connections to be ended
 	const halfClosed = "800ms"
 	for _, all := range []bool{false, true} {
 		t.Run(fmt.Sprintf("of all hosts %v", all), func(t *testing.T) {
@@ -147,6 +148,7 @@ func TestAccessLog(t *testing.T) {
 
 // Goal: a tenant can turn on logging neither for its own host nor for all hosts.
 func TestAccessLogOwner(t *testing.T) {
+	t.Parallel() // it waits for the marker in * to be noticed
 	if os.Getuid() != 0 {
 		t.Skip("needs root")
 	}
@@ -207,6 +209,7 @@ func TestAccessLogOwner(t *testing.T) {
 // Goal: while nobody reads the log, the daemon serves as ever. It drops lines and counts them: in
 // the end each connection has a line or is counted as dropped.
 func TestAccessLogFull(t *testing.T) {
+	t.Parallel() // it waits for the marker in * to be noticed
 	const conns, before = 3000, 20
 	r, w, err := os.Pipe()
 	if err != nil {

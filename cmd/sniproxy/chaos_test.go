@@ -40,6 +40,7 @@ var (
 // cut stream for a whole one, or waits for ever, and the daemon keeps nothing of it. A second
 // daemon on the same hosts directory is short of descriptors.
 func TestChaos(t *testing.T) {
+	t.Parallel() // it waits for those whose backend does not accept
 	const round, width = 512, 64
 	ch := &chaos{t: t, hosts: chaosHosts}
 	for _, prepare := range chaosActors {

@@ -196,6 +196,7 @@ func TestCountersConnections(t *testing.T) {
 // Goal: each refused client is counted once, with its alert, and no longer as waiting. It is open
 // until it goes.
 func TestCountersRefused(t *testing.T) {
+	t.Parallel() // it waits for the ten seconds of a client
 	d := start(t)
 	var want counted
 	good := snitest.Named("a.example").Stream()

@@ -32,7 +32,7 @@ func TestMain(m *testing.M) {
 	// Tests that run in parallel wait for time limits most of the time, not for processors.
 	flag.Parse()
 	if parallel := flag.Lookup("test.parallel"); parallel.Value.String() == parallel.DefValue {
-		flag.Set("test.parallel", "8")
+		flag.Set("test.parallel", "16")
 	}
 	os.Exit(m.Run())
 }

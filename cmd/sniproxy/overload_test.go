@@ -129,6 +129,7 @@ func (d *daemon) expectRest() {
 // Goal: many more clients than descriptors neither end the daemon nor make it spin. It serves on
 // those whom it has begun to serve, and everybody when the crowd has left.
 func TestOverloadDescriptors(t *testing.T) {
+	t.Parallel() // it waits to see whether the daemon spins
 	d := start(t, limitFiles(64))
 	d.serve("a.example", hostdirtest.Greet)
 	d.serve("echo.example", hostdirtest.Echo)

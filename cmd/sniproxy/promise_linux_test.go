@@ -149,6 +149,7 @@ func TestPromiseLogAllStuck(t *testing.T) {
 // Goal: while connections come, the daemon soon notices that a marker in * is made or removed,
 // without a restart.
 func TestPromiseLogAllNoticed(t *testing.T) {
+	t.Parallel() // it waits for the marker to be noticed
 	d := start(t)
 	d.serve("a.example", hostdirtest.Greet)
 	marker := d.hostPath("*", "log-connections")
@@ -165,6 +166,7 @@ func TestPromiseLogAllNoticed(t *testing.T) {
 
 // Goal: connections of all hosts are logged even while silent clients keep descriptors short.
 func TestPromiseLogAllShort(t *testing.T) {
+	t.Parallel()
 	d := start(t, limitFiles(64))
 	d.serve("a.example", hostdirtest.Greet)
 	l := d.host("long.example")

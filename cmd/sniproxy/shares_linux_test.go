@@ -99,6 +99,7 @@ func (h *house) count(names ...string) (n int64) {
 // being served, and no hello from being read. That tenant alone makes room, as the log says, and
 // only until both have as many. Each entry of root is a tenant of its own.
 func TestSharesRelays(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		name   string
 		owners map[string]int
@@ -148,6 +149,7 @@ func TestSharesRelays(t *testing.T) {
 // Goal: a client of another tenant costs the tenant who has all relays just one of them, even where
 // closing it takes a while, since the system does not refuse the descriptors that backends pass.
 func TestSharesOneForOne(t *testing.T) {
+	t.Parallel()
 	const clients = 20
 	for name, setups := range map[string][]setup{"closed at once": nil, "closed in another thread": {deny("passrights")}} {
 		t.Run(name, func(t *testing.T) {
@@ -180,6 +182,7 @@ func TestSharesOneForOne(t *testing.T) {
 // Goal: however many clients of the other tenant come at once, and go on coming, the two end up
 // with about as many relays each.
 func TestSharesHalf(t *testing.T) {
+	t.Parallel() // it waits for clients for whom there is no room
 	h := newHouse(t, map[string]int{"greedy.example": greedy, "modest.example": modest})
 	base := h.fds()
 	clients := h.fill("greedy.example")
@@ -210,6 +213,7 @@ func TestSharesHalf(t *testing.T) {
 // Goal: no tenant loses a relay to a client of its own. When there is no room, the client waits, as
 // for a full backlog, until there is, or until its ten seconds are over.
 func TestSharesOwn(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		name string
 		free bool // room is made

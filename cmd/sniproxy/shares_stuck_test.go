@@ -106,6 +106,7 @@ const stuckTenants = 100
 // tenants do that, and others are served. Where the system limits the daemon's threads, running out
 // of them does not end it.
 func TestSharesStuckThreads(t *testing.T) {
+	t.Parallel()
 	// The limit counts the threads of a user, so nobody else may run as these, such as another run of
 	// this test.
 	uid := uint32(1<<30 + 2*os.Getpid())
