@@ -29,10 +29,15 @@ func TestMain(m *testing.M) {
 	if os.Getenv(impersonate) != "" {
 		os.Exit(run())
 	}
-	// Tests that run in parallel wait for time limits most of the time, not for processors.
+	// Tests that run in parallel wait for time limits most of the time, not for processors. With the
+	// race detector they take several times as much of those.
+	most := "16"
+	if raceEnabled {
+		most = "8"
+	}
 	flag.Parse()
 	if parallel := flag.Lookup("test.parallel"); parallel.Value.String() == parallel.DefValue {
-		flag.Set("test.parallel", "16")
+		flag.Set("test.parallel", most)
 	}
 	os.Exit(m.Run())
 }

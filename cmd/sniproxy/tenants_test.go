@@ -212,7 +212,7 @@ func TestTenantDeaf(t *testing.T) {
 			c.Close()
 		})
 	}
-	hostdirtest.Await(t, "all clients to be accepted", func() bool { return d.fds() >= base+clients })
+	hostdirtest.Await(t, "all clients to be accepted", func() bool { return d.counters().accepted == clients })
 	inParallel(200, 4, func(int) {
 		if err := d.greeted("a.example"); err != nil {
 			t.Error(err)
