@@ -2,7 +2,6 @@ package examples_test
 
 import (
 	"bufio"
-	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -22,6 +21,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"sniproxy/hostdir/hostdirtest"
 )
 
 // A backendSite is a hosts directory with one.example in it, sniproxy that serves it, and an
@@ -39,11 +40,9 @@ type backendSite struct {
 
 func newBackendSite(t *testing.T) *backendSite {
 	t.Helper()
-	hosts := directory(t)
-	s := &backendSite{t: t, dir: filepath.Join(hosts, "one.example"), addr: startProxy(t, hosts)}
-	if err := os.Mkdir(s.dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	hosts := hostdirtest.Dir(t)
+	s := &backendSite{t: t, dir: filepath.Join(hosts, hostdirtest.Entry("one.example")), addr: startProxy(t, hosts)}
+	hostdirtest.Must(t, os.Mkdir(s.dir, 0o755))
 	s.makeCertificate()
 	application := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprintf(w, "This is %s for %s.\n", r.Host, r.Header.Get("X-Forwarded-For"))
@@ -56,14 +55,9 @@ func newBackendSite(t *testing.T) *backendSite {
 // startProxy starts a daemon for a hosts directory, and returns its address.
 func startProxy(t *testing.T, hosts string) (addr string) {
 	t.Helper()
-	var lc net.ListenConfig
-	lc.SetMultipathTCP(false)
-	l, err := lc.Listen(context.Background(), "tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	l := hostdirtest.ListenTCP(t, "tcp", "127.0.0.1:0")
 	defer l.Close()
-	socket, err := l.(*net.TCPListener).File()
+	socket, err := l.File()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -77,13 +71,8 @@ func startProxy(t *testing.T, hosts string) (addr string) {
 // makeCertificate makes a certificate for one.example, which signs itself.
 func (s *backendSite) makeCertificate() {
 	s.t.Helper()
-	fail := func(err error) {
-		if err != nil {
-			s.t.Fatal(err)
-		}
-	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	fail(err)
+	hostdirtest.Must(s.t, err)
 	template := &x509.Certificate{
 		SerialNumber: big.NewInt(1),
 		DNSNames:     []string{"one.example"},
@@ -91,20 +80,20 @@ func (s *backendSite) makeCertificate() {
 		NotAfter:     time.Now().Add(time.Hour),
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	fail(err)
+	hostdirtest.Must(s.t, err)
 	cert, err := x509.ParseCertificate(der)
-	fail(err)
+	hostdirtest.Must(s.t, err)
 	s.pool = x509.NewCertPool()
 	s.pool.AddCert(cert)
 	secret, err := x509.MarshalPKCS8PrivateKey(key)
-	fail(err)
+	hostdirtest.Must(s.t, err)
 	chainPEM := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
 	keyPEM := pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: secret})
-	dir := directory(s.t)
+	dir := hostdirtest.Dir(s.t)
 	s.chain, s.key, s.both = filepath.Join(dir, "chain"), filepath.Join(dir, "key"), filepath.Join(dir, "both")
-	fail(os.WriteFile(s.chain, chainPEM, 0o644))
-	fail(os.WriteFile(s.key, keyPEM, 0o644))
-	fail(os.WriteFile(s.both, append(chainPEM, keyPEM...), 0o644))
+	hostdirtest.Must(s.t, os.WriteFile(s.chain, chainPEM, 0o644))
+	hostdirtest.Must(s.t, os.WriteFile(s.key, keyPEM, 0o644))
+	hostdirtest.Must(s.t, os.WriteFile(s.both, append(chainPEM, keyPEM...), 0o644))
 }
 
 // configure writes an example of a backend into a new directory, with the paths and the address of
@@ -124,19 +113,15 @@ func (s *backendSite) configure(file string, oldnew ...string) (path string) {
 		}
 	}
 	content = strings.NewReplacer(append(all, oldnew...)...).Replace(content)
-	path = filepath.Join(directory(s.t), filepath.Base(file))
-	if err := os.WriteFile(path, []byte(content), 0o644); err != nil {
-		s.t.Fatal(err)
-	}
+	path = filepath.Join(hostdirtest.Dir(s.t), filepath.Base(file))
+	hostdirtest.Must(s.t, os.WriteFile(path, []byte(content), 0o644))
 	return path
 }
 
 // mark makes a marker.
 func (s *backendSite) mark(name string) {
 	s.t.Helper()
-	if err := os.WriteFile(filepath.Join(s.dir, name), nil, 0o644); err != nil {
-		s.t.Fatal(err)
-	}
+	hostdirtest.Touch(s.t, filepath.Join(s.dir, name))
 }
 
 // run starts a backend, and waits until every user may connect to its socket.
@@ -144,7 +129,7 @@ func (s *backendSite) run(cmd *exec.Cmd) {
 	s.t.Helper()
 	start(s.t, cmd)
 	socket := filepath.Join(s.dir, "tls-socket")
-	await(s.t, cmd.String()+" to listen", func() bool {
+	hostdirtest.Await(s.t, cmd.String()+" to listen", func() bool {
 		info, err := os.Stat(socket)
 		if err != nil || info.Mode().Perm()&0o222 != 0o222 {
 			return false
@@ -160,12 +145,12 @@ func (s *backendSite) run(cmd *exec.Cmd) {
 
 // page gets the page of one.example through sniproxy. It returns the client's address as well.
 func (s *backendSite) page() (page, client string, err error) {
-	c, err := tls.DialWithDialer(&net.Dialer{Timeout: patience}, "tcp", s.addr, &tls.Config{ServerName: "one.example", RootCAs: s.pool})
+	c, err := tls.DialWithDialer(&net.Dialer{Timeout: hostdirtest.Patience}, "tcp", s.addr, &tls.Config{ServerName: "one.example", RootCAs: s.pool})
 	if err != nil {
 		return "", "", err
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(patience))
+	c.SetDeadline(time.Now().Add(hostdirtest.Patience))
 	client, _, _ = net.SplitHostPort(c.LocalAddr().String())
 	io.WriteString(c, "GET / HTTP/1.1\r\nHost: one.example\r\nConnection: close\r\n\r\n")
 	response, err := http.ReadResponse(bufio.NewReader(c), nil)
@@ -202,9 +187,9 @@ func (s *backendSite) expectFailure() {
 // of the PROXY header.
 func TestBackendNginx(t *testing.T) {
 	t.Parallel()
-	nginx := program(t, "nginx")
+	nginx := hostdirtest.Need(t, "nginx")
 	s := newBackendSite(t)
-	dir := directory(t)
+	dir := hostdirtest.Dir(t)
 	config := filepath.Join(dir, "nginx.conf")
 	if err := os.WriteFile(config, fmt.Appendf(nil, `
 daemon off;
@@ -235,12 +220,10 @@ http {
 // Goal: the same for HAProxy, also if an earlier run was killed.
 func TestBackendHAProxy(t *testing.T) {
 	t.Parallel()
-	haproxy := program(t, "haproxy")
+	haproxy := hostdirtest.Need(t, "haproxy")
 	s := newBackendSite(t)
-	defaults := filepath.Join(directory(t), "haproxy.cfg")
-	if err := os.WriteFile(defaults, []byte("defaults\n\ttimeout connect 30s\n\ttimeout client 30s\n\ttimeout server 30s\n"), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	defaults := filepath.Join(hostdirtest.Dir(t), "haproxy.cfg")
+	hostdirtest.Must(t, os.WriteFile(defaults, []byte("defaults\n\ttimeout connect 30s\n\ttimeout client 30s\n\ttimeout server 30s\n"), 0o644))
 	config := s.configure("backends/haproxy.cfg")
 	run := func() *exec.Cmd {
 		cmd := exec.Command(haproxy, "-db", "-f", defaults, "-f", config)
@@ -262,7 +245,7 @@ func TestBackendHAProxy(t *testing.T) {
 // the lines about the PROXY header, from which it learns the client's address.
 func TestBackendCaddy(t *testing.T) {
 	t.Parallel()
-	caddy := program(t, "caddy")
+	caddy := hostdirtest.Need(t, "caddy")
 	version := regexp.MustCompile(`^v?2\.(\d+)\.`).FindStringSubmatch(command(t, caddy, "version"))
 	if version == nil {
 		t.Fatalf("caddy is not of version 2: %s", command(t, caddy, "version"))
@@ -270,7 +253,7 @@ func TestBackendCaddy(t *testing.T) {
 	old := len(version[1]) == 1 && version[1] < "7"
 	run := func(s *backendSite, oldnew ...string) *exec.Cmd {
 		t.Helper()
-		dir := directory(t)
+		dir := hostdirtest.Dir(t)
 		// Its administrator's port is one for all.
 		oldnew = append(oldnew, "\tauto_https", "\tadmin off\n\tauto_https")
 		config := s.configure("backends/Caddyfile", append(oldnew,
@@ -279,7 +262,7 @@ func TestBackendCaddy(t *testing.T) {
 		cmd.Env = append(os.Environ(), "HOME="+dir, "XDG_DATA_HOME="+dir, "XDG_CONFIG_HOME="+dir)
 		if old { // and so as the comment in the file says
 			cmd.Args = append([]string{"sh", "-c", `umask 0; exec "$@"`, "sh"}, cmd.Args...)
-			cmd.Path = program(t, "sh")
+			cmd.Path = hostdirtest.Need(t, "sh")
 		}
 		s.run(cmd)
 		return cmd
@@ -311,7 +294,7 @@ func TestBackendCaddy(t *testing.T) {
 // Goal: the example for Node.js serves a host, also if an earlier run was killed.
 func TestBackendNode(t *testing.T) {
 	t.Parallel()
-	node := program(t, "node")
+	node := hostdirtest.Need(t, "node")
 	s := newBackendSite(t)
 	script := s.configure("backends/server.js")
 	for range 2 {
@@ -327,7 +310,7 @@ func TestBackendNode(t *testing.T) {
 func TestBackendGo(t *testing.T) {
 	t.Parallel()
 	s := newBackendSite(t)
-	build := exec.Command(program(t, "go"), "build", "-o", "server", filepath.Base(s.configure("backends/server.go")))
+	build := exec.Command(hostdirtest.Need(t, "go"), "build", "-o", "server", filepath.Base(s.configure("backends/server.go")))
 	build.Dir = filepath.Dir(s.configure("backends/server.go"))
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)

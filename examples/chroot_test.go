@@ -2,35 +2,30 @@ package examples_test
 
 import (
 	"bufio"
-	"context"
 	"fmt"
 	"io/fs"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
+
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
 // Goal: as an unprivileged user, in a chroot that holds the static binary, the hosts and nothing
 // else, not even /dev, the daemon starts, serves and stops.
 func TestChroot(t *testing.T) {
 	t.Parallel()
-	needRoot(t)
+	hostdirtest.NeedRoot(t)
 	root, hosts := chroot(t)
 	uid, gid := nobody(t)
 	serve(t, hosts, "a.example")
 
-	var lc net.ListenConfig
-	lc.SetMultipathTCP(false)
-	l, err := lc.Listen(context.Background(), "tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	socket, err := l.(*net.TCPListener).File()
+	l := hostdirtest.ListenTCP(t, "tcp", "127.0.0.1:0")
+	socket, err := l.File()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -60,13 +55,11 @@ func TestChroot(t *testing.T) {
 		}
 	}
 	expect("listening on " + addr)
-	served := startLoad(t, addr, hello(t, "a.example"))
+	served := startLoad(t, addr, snitest.Hello("a.example"))
 	served.more(500)
 	served.end()
 
-	if err := cmd.Process.Signal(syscall.SIGHUP); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, cmd.Process.Signal(syscall.SIGHUP))
 	expect("got SIGHUP, shutting down")
 	if err := cmd.Wait(); err != nil {
 		t.Error(err)
@@ -79,17 +72,13 @@ func TestChroot(t *testing.T) {
 // chroot makes a chroot as examples/s6/run wants it.
 func chroot(t *testing.T) (root, hosts string) {
 	t.Helper()
-	root = directory(t)
+	root = hostdirtest.Dir(t)
 	hosts = filepath.Join(root, "hosts")
 	for _, dir := range []string{hosts, filepath.Join(root, "bin")} {
-		if err := os.Mkdir(dir, 0o755); err != nil {
-			t.Fatal(err)
-		}
+		hostdirtest.Must(t, os.Mkdir(dir, 0o755))
 	}
 	// A link: a copy could not be executed while another test's new process has it open for writing.
-	if err := os.Link(daemon(t), filepath.Join(root, "bin/sniproxy")); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, os.Link(daemon(t), filepath.Join(root, "bin/sniproxy")))
 	return root, hosts
 }
 

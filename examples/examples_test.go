@@ -5,7 +5,6 @@ package examples_test
 
 import (
 	"bytes"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -21,11 +20,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
-)
 
-const (
-	patience = 20 * time.Second      // for anything that must happen; it is far quicker when all is well
-	interval = 10 * time.Millisecond // between two looks at something that cannot be waited for
+	"sniproxy/hostdir/hostdirtest"
 )
 
 // workspace holds what the tests share, the daemon that they all run. Any user may enter it.
@@ -58,13 +54,7 @@ func build(t *testing.T, name string) string {
 	builtMu.Lock()
 	defer builtMu.Unlock()
 	if built[name] == "" {
-		path := filepath.Join(workspace, name)
-		cmd := exec.Command("go", "build", "-buildvcs=false", "-o", path, "sniproxy/cmd/"+name)
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Fatalf("%v\n%s", err, out)
-		}
-		built[name] = path
+		built[name] = hostdirtest.Program(t, workspace, name)
 	}
 	return built[name]
 }
@@ -73,40 +63,6 @@ func build(t *testing.T, name string) string {
 func daemon(t *testing.T) string {
 	t.Helper()
 	return build(t, "sniproxy")
-}
-
-// program returns the path of a program, and skips the test where there is none.
-func program(t *testing.T, name string) string {
-	t.Helper()
-	path, err := exec.LookPath(name)
-	if err != nil {
-		if os.Getenv("SNIPROXY_TEST_REQUIRE") != "" {
-			t.Fatalf("%s is not installed, and SNIPROXY_TEST_REQUIRE is set", name)
-		}
-		t.Skipf("%s is not installed", name)
-	}
-	return path
-}
-
-func needRoot(t *testing.T) {
-	t.Helper()
-	if os.Getuid() != 0 {
-		t.Skip("needs root")
-	}
-}
-
-// directory makes a directory that any user may enter, unlike those of t.TempDir.
-func directory(t *testing.T) string {
-	t.Helper()
-	dir, err := os.MkdirTemp(workspace, "")
-	if err == nil {
-		err = os.Chmod(dir, 0o755)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	return dir
 }
 
 // example installs the example file in dir, with each old string, which must occur exactly once,
@@ -129,9 +85,7 @@ func example(t *testing.T, file, dir string, oldnew ...string) (path string) {
 		text = strings.Replace(text, oldnew[i], oldnew[i+1], 1)
 	}
 	path = filepath.Join(dir, filepath.Base(file))
-	if err := os.WriteFile(path, []byte(text), info.Mode().Perm()); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, os.WriteFile(path, []byte(text), info.Mode().Perm()))
 	return path
 }
 
@@ -162,63 +116,18 @@ func nobody(t *testing.T) (uid, gid int) {
 	return uid, gid
 }
 
-// await waits until condition holds.
-func await(t *testing.T, what string, condition func() bool) {
+// serve is the backend of name: it sends every byte back, and ends when the client does. It counts
+// the connections.
+func serve(t *testing.T, hosts, name string) *atomic.Int64 {
 	t.Helper()
-	tick := time.NewTicker(interval)
-	defer tick.Stop()
-	deadline := time.After(patience)
-	for !condition() {
-		select {
-		case <-tick.C:
-		case <-deadline:
-			t.Fatalf("still waiting for: %s", what)
-		}
-	}
-}
-
-// serve is the backend of name: it sends every byte back, and ends when the client does.
-func serve(t *testing.T, hosts, name string) {
-	t.Helper()
-	dir := filepath.Join(hosts, name)
-	if err := os.Mkdir(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	path := filepath.Join(dir, "tls-socket")
-	l, err := net.Listen("unix", path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { l.Close(); os.Remove(dir) })
-	if err := os.Chmod(path, 0o666); err != nil {
-		t.Fatal(err)
-	}
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				io.Copy(c, c)
-			}()
-		}
-	}()
-}
-
-// hello returns the ClientHello of Go for name.
-func hello(t *testing.T, name string) []byte {
-	t.Helper()
-	client, server := net.Pipe()
-	defer server.Close()
-	go tls.Client(client, &tls.Config{ServerName: name}).Handshake()
-	b := make([]byte, 1<<16)
-	n, err := server.Read(b)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return b[:n]
+	dir := filepath.Join(hosts, hostdirtest.Entry(name))
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	count := new(atomic.Int64)
+	hostdirtest.Serve(t, dir, func(c *net.UnixConn) {
+		count.Add(1)
+		io.Copy(c, c)
+	})
+	return count
 }
 
 // A client is a connection that has sent its hello and was not answered yet.
@@ -228,11 +137,11 @@ type client struct {
 }
 
 func connect(addr string, hello []byte) (client, error) {
-	c, err := net.DialTimeout("tcp", addr, patience)
+	c, err := net.DialTimeout("tcp", addr, hostdirtest.Patience)
 	if err != nil {
 		return client{}, err
 	}
-	c.SetDeadline(time.Now().Add(patience))
+	c.SetDeadline(time.Now().Add(hostdirtest.Patience))
 	if _, err := c.Write(hello); err != nil {
 		c.Close()
 		return client{}, err
@@ -298,7 +207,7 @@ func startLoad(t *testing.T, addr string, hello []byte) *load {
 func (l *load) more(n int64) {
 	l.t.Helper()
 	n += l.served.Load()
-	await(l.t, fmt.Sprintf("%d clients served", n), func() bool {
+	hostdirtest.Await(l.t, fmt.Sprintf("%d clients served", n), func() bool {
 		return l.served.Load() >= n || len(l.failed) > 0
 	})
 }
@@ -333,9 +242,7 @@ func start(t *testing.T, cmd *exec.Cmd) {
 	var out bytes.Buffer
 	cmd.Stderr = &out
 	cmd.WaitDelay = time.Second // a service that outlives its supervisor holds the pipe
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, cmd.Start())
 	t.Cleanup(func() {
 		if cmd.ProcessState == nil {
 			for _, child := range children(cmd.Process.Pid) {
@@ -365,7 +272,7 @@ func children(pid int) (pids []int) {
 func onlyChild(t *testing.T, pid int) (child int) {
 	t.Helper()
 	uid, _ := nobody(t)
-	await(t, "one sniproxy under the supervisor", func() bool {
+	hostdirtest.Await(t, "one sniproxy under the supervisor", func() bool {
 		pids := children(pid)
 		if len(pids) != 1 {
 			return false
@@ -374,9 +281,7 @@ func onlyChild(t *testing.T, pid int) (child int) {
 		return executes(child, daemon(t))
 	})
 	var stat syscall.Stat_t
-	if err := syscall.Stat(fmt.Sprintf("/proc/%d", child), &stat); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, syscall.Stat(fmt.Sprintf("/proc/%d", child), &stat))
 	if int(stat.Uid) != uid {
 		t.Errorf("sniproxy runs as user %d, want nobody (%d)", stat.Uid, uid)
 	}
@@ -404,10 +309,8 @@ func killDaemon(t *testing.T, pid int) {
 // signalAndAwait sends a signal, and waits until the process is gone: it is a child of the supervisor.
 func signalAndAwait(t *testing.T, pid int, sig syscall.Signal) {
 	t.Helper()
-	if err := syscall.Kill(pid, sig); err != nil {
-		t.Fatal(err)
-	}
-	await(t, fmt.Sprintf("the end of process %d", pid), func() bool {
+	hostdirtest.Must(t, syscall.Kill(pid, sig))
+	hostdirtest.Await(t, fmt.Sprintf("the end of process %d", pid), func() bool {
 		return errors.Is(syscall.Kill(pid, 0), syscall.ESRCH)
 	})
 }

@@ -10,16 +10,19 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
 // Goal: the line for inetd.conf serves, ends gracefully, and is started again for the next client.
-// While clients come all the time it is ended five times, and none of them is lost.
+// While clients come all the time it is ended five times, and loses none of them.
 func TestInetd(t *testing.T) {
 	t.Parallel()
-	needRoot(t)
-	inetd := program(t, "inetd")
-	program(t, "env")
-	dir, hosts, port := directory(t), directory(t), freePort(t)
+	hostdirtest.NeedRoot(t)
+	inetd := hostdirtest.Need(t, "inetd")
+	hostdirtest.Need(t, "env")
+	dir, hosts, port := hostdirtest.Dir(t), hostdirtest.Dir(t), freePort(t)
 	conf := example(t, "inetd/inetd.conf", dir,
 		"\n443 stream", "\n127.0.0.1:"+port+" stream",
 		"wait sniproxy /usr/bin/env", "wait nobody /usr/bin/env",
@@ -30,10 +33,10 @@ func TestInetd(t *testing.T) {
 // Goal: the same for the service file of xinetd.
 func TestXinetd(t *testing.T) {
 	t.Parallel()
-	needRoot(t)
-	xinetd := program(t, "xinetd")
-	program(t, "env")
-	dir, hosts, port := directory(t), directory(t), freePort(t)
+	hostdirtest.NeedRoot(t)
+	xinetd := hostdirtest.Need(t, "xinetd")
+	hostdirtest.Need(t, "env")
+	dir, hosts, port := hostdirtest.Dir(t), hostdirtest.Dir(t), freePort(t)
 	conf := example(t, "inetd/xinetd.conf", dir,
 		"= 443\n", "= "+port+"\n\tbind = ::ffff:127.0.0.1\n",
 		"= sniproxy\n", "= nobody\n",
@@ -44,18 +47,16 @@ func TestXinetd(t *testing.T) {
 
 func testInetd(t *testing.T, cmd *exec.Cmd, hosts, addr string) {
 	serve(t, hosts, "a.example")
-	hello := hello(t, "a.example")
+	hello := snitest.Hello("a.example")
 	start(t, cmd)
-	await(t, "a listening socket", func() bool { return canConnect(addr) })
+	hostdirtest.Await(t, "a listening socket", func() bool { return canConnect(addr) })
 	first := onlyChild(t, cmd.Process.Pid) // that connection has started it
 	served := startLoad(t, addr, hello)
 	served.more(500)
 	served.end()
 
 	signalAndAwait(t, first, syscall.SIGHUP)
-	if err := exchange(addr, hello); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, exchange(addr, hello))
 	second := onlyChild(t, cmd.Process.Pid)
 	if second == first {
 		t.Errorf("process %d serves after its end", first)
@@ -83,10 +84,8 @@ func testInetd(t *testing.T, cmd *exec.Cmd, hosts, addr string) {
 		t.Fatal(err)
 	}
 	first = second
-	if err := syscall.Kill(first, syscall.SIGHUP); err != nil {
-		t.Fatal(err)
-	}
-	await(t, "the old program to let go of the socket", func() bool { return !listens(t, first) })
+	hostdirtest.Must(t, syscall.Kill(first, syscall.SIGHUP))
+	hostdirtest.Await(t, "the old program to let go of the socket", func() bool { return !listens(t, first) })
 	waits, err := connect(addr, hello)
 	if err != nil {
 		t.Fatal(err)
@@ -110,20 +109,18 @@ func testInetd(t *testing.T, cmd *exec.Cmd, hosts, addr string) {
 	if err := exchange(addr, hello); err != nil {
 		t.Errorf("without its supervisor: %v", err)
 	}
-	if err := syscall.Kill(second, syscall.SIGHUP); err != nil {
-		t.Fatal(err)
-	}
-	await(t, "a free port", func() bool { return canListen(addr) })
+	hostdirtest.Must(t, syscall.Kill(second, syscall.SIGHUP))
+	hostdirtest.Await(t, "a free port", func() bool { return canListen(addr) })
 }
 
 // Goal: the line for inetd.conf with nowait serves each client with a process of its own, which
-// ends with the client. The client gets nothing but what the backend says, or its alert.
+// ends with the client. The client gets only what the backend says, or its alert.
 func TestInetdNowait(t *testing.T) {
 	t.Parallel()
-	needRoot(t)
-	inetd := program(t, "inetd")
-	program(t, "env")
-	dir, hosts, port := directory(t), directory(t), freePort(t)
+	hostdirtest.NeedRoot(t)
+	inetd := hostdirtest.Need(t, "inetd")
+	hostdirtest.Need(t, "env")
+	dir, hosts, port := hostdirtest.Dir(t), hostdirtest.Dir(t), freePort(t)
 	conf := example(t, "inetd/nowait.conf", dir,
 		"\n443 stream", "\n127.0.0.1:"+port+" stream",
 		" sniproxy /usr/bin/env", " nobody /usr/bin/env",
@@ -134,8 +131,8 @@ func TestInetdNowait(t *testing.T) {
 // Goal: the same under tcpserver of ucspi-tcp.
 func TestTcpserver(t *testing.T) {
 	t.Parallel()
-	tcpserver := program(t, "tcpserver")
-	hosts, port := directory(t), freePort(t)
+	tcpserver := hostdirtest.Need(t, "tcpserver")
+	hosts, port := hostdirtest.Dir(t), freePort(t)
 	options := []string{"-RHl0", "-c", "1000"}
 	if os.Getuid() == 0 {
 		uid, gid := nobody(t)
@@ -153,7 +150,7 @@ func TestS6Tcpserver(t *testing.T) {
 	if err != nil {
 		t.Skip("s6-tcpserver is not installed")
 	}
-	hosts, port := directory(t), freePort(t)
+	hosts, port := hostdirtest.Dir(t), freePort(t)
 	cmd := exec.Command(tcpserver, "127.0.0.1", port, daemon(t))
 	cmd.Dir = hosts
 	testSingle(t, cmd, hosts, "127.0.0.1:"+port)
@@ -162,9 +159,9 @@ func TestS6Tcpserver(t *testing.T) {
 // testSingle tests a supervisor that accepts, and starts a daemon for each connection.
 func testSingle(t *testing.T, cmd *exec.Cmd, hosts, addr string) {
 	serve(t, hosts, "a.example")
-	known, unknown := hello(t, "a.example"), hello(t, "unknown.example")
+	known, unknown := snitest.Hello("a.example"), snitest.Hello("unknown.example")
 	start(t, cmd)
-	await(t, "a listening socket", func() bool { return canConnect(addr) })
+	hostdirtest.Await(t, "a listening socket", func() bool { return canConnect(addr) })
 	served := startLoad(t, addr, known)
 	served.more(100)
 	served.end()
@@ -178,7 +175,7 @@ func testSingle(t *testing.T, cmd *exec.Cmd, hosts, addr string) {
 	if want := "\x15\x03\x03\x00\x02\x02\x70"; string(got) != want || err != nil { // unrecognized_name
 		t.Errorf("a client that is refused got %q, error %v, want %q", got, err, want)
 	}
-	await(t, "the end of all processes", func() bool { return len(children(cmd.Process.Pid)) == 0 })
+	hostdirtest.Await(t, "the end of all processes", func() bool { return len(children(cmd.Process.Pid)) == 0 })
 
 	var stay []client
 	for range 3 {
@@ -210,7 +207,7 @@ func testSingle(t *testing.T, cmd *exec.Cmd, hosts, addr string) {
 			t.Error(err)
 		}
 	}
-	await(t, "the end of all processes", func() bool { return len(children(cmd.Process.Pid)) == 0 })
+	hostdirtest.Await(t, "the end of all processes", func() bool { return len(children(cmd.Process.Pid)) == 0 })
 }
 
 // listens tells whether a process has a listening TCP socket.

@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/crypto/blake2s"
 
+	"sniproxy/hostdir/hostdirtest"
 	"sniproxy/sni"
 )
 
@@ -75,10 +76,10 @@ func firsts(t *testing.T, pattern, text string) []string {
 	return found
 }
 
-// Goal: mandoc has nothing to say against a manual page, but for what depends on the machine: which
-// manuals of others it has, and its clock.
+// Goal: mandoc finds nothing wrong with a manual page, apart from what depends on the machine:
+// which other manuals it has, and its clock.
 func TestManualLint(t *testing.T) {
-	mandoc := program(t, "mandoc")
+	mandoc := hostdirtest.Need(t, "mandoc")
 	foreign := regexp.MustCompile(`: STYLE: referenced manual not found: |: date in the future, using it anyway: `)
 	for _, page := range manuals(t) {
 		out, err := exec.Command(mandoc, "-T", "lint", "-W", "all", page).Output()
@@ -95,8 +96,8 @@ func TestManualLint(t *testing.T) {
 	}
 }
 
-// Goal: each program has a manual page beside it, and so has the hosts directory, of the right
-// section. Each page has what readers look for, and refers to the others where they are.
+// Goal: each program, and the hosts directory, has a manual page of the right section. Each page
+// has what readers look for, and refers to the others where they are.
 func TestManualPages(t *testing.T) {
 	section := func(name string) string {
 		switch name {
@@ -148,7 +149,7 @@ func TestManualPages(t *testing.T) {
 	}
 }
 
-// Goal: sniproxy(8) has the alerts that there are, by the names that they have.
+// Goal: sniproxy(8) has the alerts that exist, by their names.
 func TestManualAlerts(t *testing.T) {
 	got := firsts(t, `(?m)^\.It (\d+ Ta [a-z_]+) Ta `, manualSubsection(t, "sniproxy.8", "DESCRIPTION", "Alerts"))
 	var want []string
@@ -162,7 +163,7 @@ func TestManualAlerts(t *testing.T) {
 	}
 }
 
-// Goal: sniproxy-hosts(5) has the files that the README has for a host's directory, and no others.
+// Goal: sniproxy-hosts(5) has the same files for a host's directory as the README.
 func TestManualFiles(t *testing.T) {
 	got := firsts(t, `(?m)^\.It Ar name Ns Pa /(\S+)$`, manualSection(t, "sniproxy-hosts.5", "DESCRIPTION"))
 	want := firsts(t, `(?m)^    NAME/(\S+)  `, readmeSection(t, "Add a host"))
@@ -180,7 +181,7 @@ func TestManualHash(t *testing.T) {
 	}
 }
 
-// Goal: the reasons for which sniproxy(8) says that a client is refused are words of the program.
+// Goal: the reasons for refusing a client in sniproxy(8) are words of the program.
 func TestManualReasons(t *testing.T) {
 	var source strings.Builder
 	err := filepath.WalkDir("..", func(file string, entry fs.DirEntry, err error) error {

@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"sniproxy/hostdir/hostdirtest"
 	"sniproxy/sni"
 )
 
@@ -60,7 +61,7 @@ func TestReadmeLength(t *testing.T) {
 	}
 }
 
-// Goal: what the README and the file about the engine link to is there.
+// Goal: the links of the README, and of the file about the engine, lead to files that exist.
 func TestReadmeLinks(t *testing.T) {
 	for _, file := range []string{"../README.md", "../cmd/internal/epoll/README.md"} {
 		for _, to := range firsts(t, `\]\(([^)#:]+)(?:#[^)]*)?\)`, fileText(t, file)) {
@@ -71,8 +72,8 @@ func TestReadmeLinks(t *testing.T) {
 	}
 }
 
-// Goal: users find each file that is there to be pasted: the README links it, or the files beside it
-// name it. Each says in a comment at its head what it is.
+// Goal: users find each file that is there to be pasted: the README links it, or the files beside
+// it name it. Each begins with a comment that says what it is.
 func TestReadmeExamples(t *testing.T) {
 	for _, dir := range []string{"backends", "inetd", "s6", "systemd"} {
 		texts := map[string]string{}
@@ -101,14 +102,14 @@ func TestReadmeExamples(t *testing.T) {
 	}
 }
 
-// Goal: the code layout names the directory of each package once, and none that is not there.
+// Goal: the code layout names the directory of each package once, and nothing else.
 func TestReadmeLayout(t *testing.T) {
 	var named []string
 	for _, row := range tableRows(t, readmeSection(t, "Code layout"), "`([^`]+)`") {
 		named = append(named, row[1])
 	}
 	packages := map[string]bool{}
-	for name := range strings.FieldsSeq(command(t, program(t, "go"), "list", "-e", "sniproxy/...")) {
+	for name := range strings.FieldsSeq(command(t, hostdirtest.Need(t, "go"), "list", "-e", "sniproxy/...")) {
 		packages[strings.TrimPrefix(name, "sniproxy/")] = true
 	}
 	for dir := range packages {
@@ -126,7 +127,7 @@ func TestReadmeLayout(t *testing.T) {
 	}
 }
 
-// Goal: each fault that is said to be survived has a test that there is.
+// Goal: each fault in the list of those that the program survives has a test, which exists.
 func TestSurvives(t *testing.T) {
 	var tests strings.Builder
 	err := filepath.WalkDir("../cmd", func(file string, entry fs.DirEntry, err error) error {

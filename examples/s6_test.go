@@ -4,15 +4,15 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
-	"os"
 	"os/exec"
-	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
+
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
 // limit is how long the commands of s6 wait, in milliseconds.
@@ -30,13 +30,13 @@ type s6Service struct {
 // startS6 starts the service directory, and waits until it is ready.
 func startS6(t *testing.T) *s6Service {
 	t.Helper()
-	needRoot(t)
+	hostdirtest.NeedRoot(t)
 	for _, name := range []string{"s6-supervise", "s6-svc", "s6-svwait", "s6-svstat", "unshare"} {
-		program(t, name)
+		hostdirtest.Need(t, name)
 	}
 	root, hosts := chroot(t)
 	port := freePort(t)
-	s := &s6Service{t: t, dir: directory(t), hosts: hosts, addr: "127.0.0.1:" + port}
+	s := &s6Service{t: t, dir: hostdirtest.Dir(t), hosts: hosts, addr: "127.0.0.1:" + port}
 	example(t, "s6/run", s.dir,
 		"\nroot=/srv/sniproxy\n", "\nroot="+root+"\n",
 		"\nuser=sniproxy\n", "\nuser=nobody\n",
@@ -45,7 +45,7 @@ func startS6(t *testing.T) *s6Service {
 	example(t, "s6/notification-fd", s.dir)
 	s.supervise = exec.Command("s6-supervise", s.dir)
 	start(t, s.supervise)
-	await(t, "s6-supervise", func() bool { return exec.Command("s6-svstat", s.dir).Run() == nil })
+	hostdirtest.Await(t, "s6-supervise", func() bool { return exec.Command("s6-svstat", s.dir).Run() == nil })
 	command(t, "s6-svwait", "-U", "-t"+limit, s.dir)
 	if !canConnect(s.addr) {
 		t.Error("the service is not ready when s6 says so")
@@ -81,7 +81,7 @@ func TestS6(t *testing.T) {
 	t.Parallel()
 	s := startS6(t)
 	serve(t, s.hosts, "a.example")
-	hello := hello(t, "a.example")
+	hello := snitest.Hello("a.example")
 	first := s.child()
 	if got := visible(t, first, "/hosts"); got != "/bin /bin/sniproxy /hosts" {
 		t.Errorf("sniproxy sees %s", got)
@@ -100,49 +100,16 @@ func TestS6(t *testing.T) {
 	s.stop()
 }
 
-// serveCounted is like serve, and counts the connections.
-func serveCounted(t *testing.T, hosts, name string) *atomic.Int64 {
-	t.Helper()
-	dir := filepath.Join(hosts, name)
-	if err := os.Mkdir(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	path := filepath.Join(dir, "tls-socket")
-	l, err := net.Listen("unix", path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { l.Close(); os.Remove(dir) })
-	if err := os.Chmod(path, 0o666); err != nil {
-		t.Fatal(err)
-	}
-	count := new(atomic.Int64)
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			count.Add(1)
-			go func() {
-				defer c.Close()
-				io.Copy(c, c)
-			}()
-		}
-	}()
-	return count
-}
-
 // Goal: after s6-svc -r under load the service is there again, and every client that was accepted
-// is served to its end, also one that stays. Each start binds the port anew, so others are lost:
-// refused until the new program has bound it, or reset by the kernel, if they waited in the
-// backlog of the old socket at its end. Nobody gets a cut or wrong answer.
+// is served to its end, even one that stays. Each start binds the port anew, so other clients are
+// lost: refused until the new program has bound it, or reset by the kernel if they waited in the
+// old socket's backlog. Nobody gets a cut or wrong answer.
 func TestS6Restart(t *testing.T) {
 	t.Parallel()
 	s := startS6(t)
 	serve(t, s.hosts, "stays.example")
-	reached := serveCounted(t, s.hosts, "a.example")
-	h := hello(t, "a.example")
+	reached := serve(t, s.hosts, "a.example")
+	h := snitest.Hello("a.example")
 
 	var over atomic.Bool
 	var served, refused, reset atomic.Int64
@@ -154,7 +121,7 @@ func TestS6Restart(t *testing.T) {
 	defer stop()
 	for range 8 {
 		clients.Go(func() {
-			again := time.NewTicker(interval)
+			again := time.NewTicker(10 * time.Millisecond)
 			defer again.Stop()
 			for !over.Load() {
 				err := exchange(s.addr, h)
@@ -177,7 +144,7 @@ func TestS6Restart(t *testing.T) {
 	more := func(n int64) {
 		t.Helper()
 		n += served.Load()
-		await(t, fmt.Sprintf("%d clients served", n), func() bool { return served.Load() >= n || t.Failed() })
+		hostdirtest.Await(t, fmt.Sprintf("%d clients served", n), func() bool { return served.Load() >= n || t.Failed() })
 	}
 	more(500)
 	old := s.child()
@@ -191,7 +158,7 @@ func TestS6Restart(t *testing.T) {
 		old = child
 	}
 
-	stays, err := connect(s.addr, hello(t, "stays.example"))
+	stays, err := connect(s.addr, snitest.Hello("stays.example"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -200,7 +167,7 @@ func TestS6Restart(t *testing.T) {
 	}
 	restarting := exec.Command("s6-svc", "-wR", "-T"+limit, "-r", s.dir)
 	start(t, restarting)
-	await(t, "clients to be refused", func() bool { return !canConnect(s.addr) })
+	hostdirtest.Await(t, "clients to be refused", func() bool { return !canConnect(s.addr) })
 	if !executes(old, daemon(t)) {
 		t.Error("the old program has ended before its client")
 	}

@@ -13,14 +13,17 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
 // inside is set in the environment of the test binary that runs beside the real systemd.
 const inside = "SNIPROXY_TEST_INSIDE"
 
 // Goal: under a real systemd the units, as they are, serve; restart, upgrade and stop without
-// losing a client; and recover from kill -9. The test starts a systemd of its own with
-// systemd-run.sh, which is looked for beside this project and is no part of it, and itself in there.
+// losing a client; and recover from kill -9. The script systemd-run.sh starts that systemd, and
+// this test again inside. It is looked for beside this project, and is no part of it.
 func TestSystemd(t *testing.T) {
 	if os.Getenv(inside) != "" {
 		t.Run("start and stop", testUnitsStartAndStop)
@@ -40,7 +43,7 @@ func TestSystemd(t *testing.T) {
 	if _, err := os.Stat(script); errors.Is(err, fs.ErrNotExist) {
 		t.Skipf("%s is not installed", script)
 	}
-	needRoot(t)
+	hostdirtest.NeedRoot(t)
 	units, err := filepath.Abs("systemd")
 	if err != nil {
 		t.Fatal(err)
@@ -95,7 +98,7 @@ func property(t *testing.T, unit, name string) string {
 // awaitProperty waits until a unit has the value for the property.
 func awaitProperty(t *testing.T, unit, name, value string) {
 	t.Helper()
-	await(t, unit+" with "+name+"="+value, func() bool { return property(t, unit, name) == value })
+	hostdirtest.Await(t, unit+" with "+name+"="+value, func() bool { return property(t, unit, name) == value })
 }
 
 // startUnits makes a host and starts the socket. It returns the host's hello.
@@ -110,7 +113,7 @@ func startUnits(t *testing.T) []byte {
 			t.Logf("%s", out)
 		}
 	})
-	return hello(t, unitHost)
+	return snitest.Hello(unitHost)
 }
 
 // checkStopped checks that a service has ended as it should.
@@ -131,9 +134,7 @@ func testUnitsStartAndStop(t *testing.T) {
 		t.Errorf("the service is %s before the first client", got)
 	}
 	for _, addr := range []string{"[::1]:443", unitAddr} {
-		if err := exchange(addr, hello); err != nil {
-			t.Fatal(err)
-		}
+		hostdirtest.Must(t, exchange(addr, hello))
 	}
 	pid := mainPID(t, "sniproxy.service")
 	// systemd leaves the empty directory incoming in every root that it makes.
@@ -149,7 +150,7 @@ func testUnitsStartAndStop(t *testing.T) {
 		}
 	}
 	for _, line := range []string{"listening on [::]:443", "got SIGHUP, shutting down"} {
-		await(t, line+" in the journal", func() bool {
+		hostdirtest.Await(t, line+" in the journal", func() bool {
 			out, err := exec.Command("journalctl", "--no-pager", "--output=cat", "--unit=sniproxy.service").Output()
 			return err == nil && slices.Contains(strings.Split(string(out), "\n"), line)
 		})
@@ -242,25 +243,19 @@ func testUnitsUpgrades(t *testing.T) {
 func testUnitsKill(t *testing.T) {
 	hello := startUnits(t)
 	for range 7 {
-		if err := exchange(unitAddr, hello); err != nil {
-			t.Fatal(err)
-		}
+		hostdirtest.Must(t, exchange(unitAddr, hello))
 		killed := mainPID(t, "sniproxy.service")
 		command(t, "systemctl", "kill", "--signal=SIGKILL", "sniproxy.service")
-		await(t, "the end of the killed process", func() bool { return mainPID(t, "sniproxy.service") != killed })
+		hostdirtest.Await(t, "the end of the killed process", func() bool { return mainPID(t, "sniproxy.service") != killed })
 	}
-	if err := exchange(unitAddr, hello); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, exchange(unitAddr, hello))
 }
 
 // Goal: the drop-ins for several sockets can be added while the service runs; then one process serves
 // them all; a restart and an upgrade under load lose no client of any; the stop frees all ports.
 func testUnitsSeveral(t *testing.T) {
 	hello := startUnits(t)
-	if err := exchange(unitAddr, hello); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, exchange(unitAddr, hello))
 	for dir, file := range map[string]string{
 		"sniproxy.socket.d":       "socket.conf",
 		"sniproxy.service.d":      "service.conf",
@@ -309,7 +304,7 @@ func testUnitsSeveral(t *testing.T) {
 		}
 	}
 	for _, addr := range []string{"0.0.0.0:443", "[::]:443", "127.0.0.1:8443"} {
-		await(t, addr+" in the journal", func() bool {
+		hostdirtest.Await(t, addr+" in the journal", func() bool {
 			out, err := exec.Command("journalctl", "--no-pager", "--output=cat", "--unit=sniproxy.service").Output()
 			return err == nil && slices.Contains(strings.Split(string(out), "\n"), "listening on "+addr)
 		})
@@ -326,9 +321,7 @@ func testUnitsAccept(t *testing.T) {
 		service: settings + "\n",
 	} {
 		path := "/etc/systemd/system/" + unit
-		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
-			t.Fatal(err)
-		}
+		hostdirtest.Must(t, os.WriteFile(path, []byte(text), 0o644))
 		t.Cleanup(func() {
 			os.Remove(path)
 			command(t, "systemctl", "daemon-reload")
@@ -338,7 +331,7 @@ func testUnitsAccept(t *testing.T) {
 	command(t, "systemctl", "daemon-reload")
 	command(t, "systemctl", "start", socket)
 	t.Cleanup(func() { command(t, "systemctl", "stop", socket) })
-	hello := hello(t, unitHost)
+	hello := snitest.Hello(unitHost)
 	for range 5 {
 		if err := exchange("127.0.0.1:8444", hello); err != nil {
 			t.Error(err)
@@ -371,14 +364,14 @@ func TestNextService(t *testing.T) {
 	}
 }
 
-// Goal: systemd-socket-activate passes several sockets as systemd does, in LISTEN_FDS; the daemon
+// Goal: systemd-socket-activate passes several sockets as systemd does, in LISTEN_FDS. The daemon
 // serves them all, and its stop frees them all.
 func TestSocketActivateSeveral(t *testing.T) {
 	t.Parallel()
-	activate := program(t, "systemd-socket-activate")
-	hosts := directory(t)
+	activate := hostdirtest.Need(t, "systemd-socket-activate")
+	hosts := hostdirtest.Dir(t)
 	serve(t, hosts, "a.example")
-	hello := hello(t, "a.example")
+	hello := snitest.Hello("a.example")
 	args := []string{}
 	var addrs []string
 	for range 3 {
@@ -390,14 +383,12 @@ func TestSocketActivateSeveral(t *testing.T) {
 	cmd.Dir = hosts
 	start(t, cmd)
 	for _, addr := range addrs {
-		await(t, "a listening socket", func() bool { return canConnect(addr) })
+		hostdirtest.Await(t, "a listening socket", func() bool { return canConnect(addr) })
 		served := startLoad(t, addr, hello)
 		served.more(200)
 		served.end()
 	}
-	if err := cmd.Process.Signal(syscall.SIGHUP); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, cmd.Process.Signal(syscall.SIGHUP))
 	if err := cmd.Wait(); err != nil {
 		t.Error(err)
 	}
@@ -411,11 +402,11 @@ func TestSocketActivateSeveral(t *testing.T) {
 // Goal: systemd-socket-activate --accept starts a daemon for each connection, on standard input
 // and output, or without --inetd as the one socket in LISTEN_FDS.
 func TestSocketActivateAccept(t *testing.T) {
-	activate := program(t, "systemd-socket-activate")
+	activate := hostdirtest.Need(t, "systemd-socket-activate")
 	for _, args := range [][]string{{"--accept", "--inetd"}, {"--accept"}} {
 		t.Run(strings.Join(args, " "), func(t *testing.T) {
 			t.Parallel()
-			hosts, addr := directory(t), net.JoinHostPort("127.0.0.1", freePort(t))
+			hosts, addr := hostdirtest.Dir(t), net.JoinHostPort("127.0.0.1", freePort(t))
 			cmd := exec.Command(activate, append(args, "--listen="+addr, daemon(t))...)
 			cmd.Dir = hosts
 			testSingle(t, cmd, hosts, addr)
@@ -427,20 +418,18 @@ func TestSocketActivateAccept(t *testing.T) {
 // and stops.
 func TestSocketActivate(t *testing.T) {
 	t.Parallel()
-	activate := program(t, "systemd-socket-activate")
-	hosts, addr := directory(t), net.JoinHostPort("127.0.0.1", freePort(t))
+	activate := hostdirtest.Need(t, "systemd-socket-activate")
+	hosts, addr := hostdirtest.Dir(t), net.JoinHostPort("127.0.0.1", freePort(t))
 	serve(t, hosts, "a.example")
-	hello := hello(t, "a.example")
+	hello := snitest.Hello("a.example")
 	cmd := exec.Command(activate, "--inetd", "--listen="+addr, daemon(t))
 	cmd.Dir = hosts
 	start(t, cmd)
-	await(t, "a listening socket", func() bool { return canConnect(addr) })
+	hostdirtest.Await(t, "a listening socket", func() bool { return canConnect(addr) })
 	served := startLoad(t, addr, hello)
 	served.more(500)
 	served.end()
-	if err := cmd.Process.Signal(syscall.SIGHUP); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, cmd.Process.Signal(syscall.SIGHUP))
 	if err := cmd.Wait(); err != nil {
 		t.Error(err)
 	}

@@ -14,15 +14,17 @@ import (
 	"time"
 
 	"sniproxy/cmd/internal/report"
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
 // logAll makes the daemon log the connections of all hosts.
-func (d *daemon) logAll() { writeMarker(d.t.(*testing.T), d.hostPath("*", "log-connections")) }
+func (d *daemon) logAll() { hostdirtest.Touch(d.t.(*testing.T), d.hostPath("*", "log-connections")) }
 
 // served waits for the line about the client with an address, and returns what is behind that.
 func (d *daemon) served(addr net.Addr) string {
 	d.t.Helper()
-	line := d.err.await(d.t, "served "+addr.String()+" ")
+	line := d.err.Await(d.t, "served "+addr.String()+" ")
 	_, rest, _ := strings.Cut(line, addr.String())
 	return rest
 }
@@ -40,9 +42,10 @@ func (d *daemon) expectServed(addr net.Addr, name string, sentUp, sentDown int, 
 	}
 }
 
+// Goal: a connection to a host with the marker has a log line when it ends: all bytes each way,
+// without the backend's header, and how it ended. Other connections have none.
 func TestAccessLog(t *testing.T) {
-	// Goal: a connection to a host with the marker has a line at its end, with all bytes
-	// each way, without the header for the backend, and how it ended. Others have none.
+	t.Parallel() // it waits for connections to be ended
 	const halfClosed = "800ms"
 	for _, all := range []bool{false, true} {
 		t.Run(fmt.Sprintf("of all hosts %v", all), func(t *testing.T) {
@@ -51,11 +54,11 @@ func TestAccessLog(t *testing.T) {
 			if all {
 				d.logAll()
 			} else {
-				writeMarker(t, d.hostPath("logged.example", "log-connections"))
+				hostdirtest.Touch(t, d.hostPath("logged.example", "log-connections"))
 			}
-			writeMarker(t, d.hostPath("logged.example", "send-proxy-v2"))
-			d.serve("silent.example", greet)
-			hi := hello("logged.example")
+			hostdirtest.Touch(t, d.hostPath("logged.example", "send-proxy-v2"))
+			d.serve("silent.example", hostdirtest.Greet)
+			hi := snitest.Hello("logged.example")
 			base := d.fds()
 			// begin returns both ends of a connection that has moved 3 bytes up and 5 down.
 			begin := func() (*net.TCPConn, *net.UnixConn) {
@@ -115,9 +118,7 @@ func TestAccessLog(t *testing.T) {
 			d.expectServed(client.LocalAddr(), " for logged.example", sent+6, 5, report.ResetByBackend)
 
 			before := strings.Count(d.err.String(), "served")
-			if err := d.greeted("silent.example"); err != nil {
-				t.Fatal(err)
-			}
+			hostdirtest.Must(t, d.greeted("silent.example"))
 			client, b = begin()
 			client.Close()
 			b.Close()
@@ -126,7 +127,7 @@ func TestAccessLog(t *testing.T) {
 			if all {
 				want++
 			}
-			await(t, "all lines", func() bool { return strings.Count(d.err.String(), "served") >= want })
+			hostdirtest.Await(t, "all lines", func() bool { return strings.Count(d.err.String(), "served") >= want })
 			if got := strings.Count(d.err.String(), "served"); got != want {
 				t.Errorf("%d lines, want %d:\n%s", got, want, d.err)
 			}
@@ -135,7 +136,7 @@ func TestAccessLog(t *testing.T) {
 			// What is cut at the stop has a line as well.
 			client, _ = begin()
 			d.signal(syscall.SIGTERM)
-			d.out.await(t, "shutting down")
+			d.out.Await(t, "shutting down")
 			d.signal(syscall.SIGTERM)
 			if status := d.wait(); status != 0 {
 				t.Errorf("exit status %d", status)
@@ -145,33 +146,30 @@ func TestAccessLog(t *testing.T) {
 	}
 }
 
+// Goal: a tenant can turn on logging neither for its own host nor for all hosts.
 func TestAccessLogOwner(t *testing.T) {
-	// Goal: a tenant cannot have connections logged, neither those of its own host nor all.
+	t.Parallel() // it waits for the marker in * to be noticed
 	if os.Getuid() != 0 {
 		t.Skip("needs root")
 	}
 	d := start(t)
-	d.serve("a.example", greet)
+	d.serve("a.example", hostdirtest.Greet)
 	for _, name := range []string{"a.example", "*"} {
 		marker := d.hostPath(name, "log-connections")
-		writeMarker(t, marker)
-		if err := os.Lchown(marker, 65534, 65534); err != nil {
-			t.Fatal(err)
-		}
+		hostdirtest.Touch(t, marker)
+		hostdirtest.Must(t, os.Lchown(marker, 65534, 65534))
 	}
 	base, refused := d.fds(), 0
 	// lines returns how many lines there are about a connection.
 	lines := func() int {
 		t.Helper()
 		before := strings.Count(d.err.String(), "served")
-		if err := d.greeted("a.example"); err != nil {
-			t.Fatal(err)
-		}
+		hostdirtest.Must(t, d.greeted("a.example"))
 		d.awaitFds(base)
 		// A refused client's line comes behind it.
-		d.expectAlert(hello("x..y"), 112)
+		d.expectAlert(snitest.Hello("x..y"), 112)
 		refused++
-		await(t, "the line of the refused client", func() bool {
+		hostdirtest.Await(t, "the line of the refused client", func() bool {
 			return strings.Count(d.err.String(), "refused") == refused
 		})
 		return strings.Count(d.err.String(), "served") - before
@@ -195,30 +193,23 @@ func TestAccessLogOwner(t *testing.T) {
 	}
 	expect("markers of a tenant", 0)
 	marker := d.hostPath("*", "log-connections")
-	if err := os.Lchown(marker, 0, 0); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, os.Lchown(marker, 0, 0))
 	eventually("a line, by the administrator's marker in *", 1)
-	if err := os.Lchown(d.hostPath("*", "."), 65534, 65534); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, os.Lchown(d.hostPath("*", "."), 65534, 65534))
 	eventually("no line, by a tenant's directory *", 0)
-	if err := os.Lchown(d.hostPath("a.example", "log-connections"), 0, 0); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, os.Lchown(d.hostPath("a.example", "log-connections"), 0, 0))
 	expect("the administrator's marker", 1)
 	// So is one of the owner of the hosts directory.
 	for _, path := range []string{d.dir, d.hostPath("a.example", "log-connections")} {
-		if err := os.Lchown(path, 1, 1); err != nil {
-			t.Fatal(err)
-		}
+		hostdirtest.Must(t, os.Lchown(path, 1, 1))
 	}
 	expect("a marker of the owner of the hosts directory", 1)
 }
 
+// Goal: while nobody reads the log, the daemon serves as ever. It drops lines and counts them: in
+// the end each connection has a line or is counted as dropped.
 func TestAccessLogFull(t *testing.T) {
-	// Goal: while the log takes nothing, connections are served as ever; lines are dropped,
-	// and counted: in the end each connection has a line or is among those dropped.
+	t.Parallel() // it waits for the marker in * to be noticed
 	const conns, before = 3000, 20
 	r, w, err := os.Pipe()
 	if err != nil {
@@ -227,14 +218,12 @@ func TestAccessLogFull(t *testing.T) {
 	defer r.Close()
 	d := start(t, output2(w))
 	w.Close()
-	d.serve("a.example", greet)
+	d.serve("a.example", hostdirtest.Greet)
 	d.logAll()
 	base := d.fds()
 	// The first ones may come before it is known that they are logged.
 	for range before {
-		if err := d.greeted("a.example"); err != nil {
-			t.Fatal(err)
-		}
+		hostdirtest.Must(t, d.greeted("a.example"))
 		<-time.After(report.LogAllPeriod / before)
 	}
 	inParallel(conns, 20, func(int) {
@@ -243,10 +232,10 @@ func TestAccessLogFull(t *testing.T) {
 		}
 	})
 	d.awaitFds(base)
-	var log lines
+	var log hostdirtest.Lines
 	var reading sync.WaitGroup
 	reading.Go(func() { io.Copy(&log, r) })
-	log.await(t, "were dropped")
+	log.Await(t, "were dropped")
 	d.signal(syscall.SIGTERM)
 	d.expectExit(0)
 	reading.Wait()

@@ -11,10 +11,12 @@ import (
 	"path/filepath"
 	"testing"
 	"time"
+
+	"sniproxy/hostdir/hostdirtest"
 )
 
-// Goal: servers that require the PROXY header accept ours, and learn from it the addresses
-// that the client's connection really has.
+// Goal: servers that require the PROXY header accept ours, and learn the real addresses of the
+// client's connection from it.
 func TestProxyHeaderBackends(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -27,21 +29,19 @@ func TestProxyHeaderBackends(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			need(t, tt.name)
+			hostdirtest.Need(t, tt.name)
 			ca := newAuthority(t)
-			hosts := hostsDir(t)
+			hosts := hostdirtest.Dir(t)
 			socket := hostPath(t, hosts, "site.example", "tls-socket")
 			config := writeFile(t, "config", fmt.Appendf(nil, tt.config, socket, pemFile(t, ca.issue(t, "site.example")), t.TempDir()))
 			startBackend(t, socket, tt.name, append(tt.args, config)...)
 
-			l := listen(t, "tcp4", "127.0.0.1:0")
+			l := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
 			startOn(t, l, hosts)
 			if got, c, err := get(t, ca, l.Addr().String()); err == nil {
 				t.Fatalf("without the header, %v was told %q: the backend does not require it", c, got)
 			}
-			if err := os.WriteFile(filepath.Join(filepath.Dir(socket), "send-proxy-v1"), nil, 0o644); err != nil {
-				t.Fatal(err)
-			}
+			hostdirtest.Must(t, os.WriteFile(filepath.Join(filepath.Dir(socket), "send-proxy-v1"), nil, 0o644))
 
 			for _, tt := range []struct{ listener, network, addr, client string }{
 				{"IPv4", "tcp4", "127.0.0.1:0", "127.0.0.1"},
@@ -51,9 +51,9 @@ func TestProxyHeaderBackends(t *testing.T) {
 			} {
 				t.Run(tt.listener, func(t *testing.T) {
 					if tt.network != "tcp4" {
-						needIPv6(t)
+						hostdirtest.NeedIPv6(t)
 					}
-					l := listen(t, tt.network, tt.addr)
+					l := hostdirtest.ListenTCP(t, tt.network, tt.addr)
 					startOn(t, l, hosts)
 					_, port, _ := net.SplitHostPort(l.Addr().String())
 					got, c, err := get(t, ca, net.JoinHostPort(tt.client, port))
@@ -108,13 +108,13 @@ frontend site
 // get returns the page that a client gets, and the client's connection, which is closed.
 func get(t testing.TB, ca *authority, addr string) (page string, c *tls.Conn, err error) {
 	t.Helper()
-	dialer := &net.Dialer{Timeout: patience}
+	dialer := &net.Dialer{Timeout: hostdirtest.Patience}
 	c, err = tls.DialWithDialer(dialer, "tcp", addr, &tls.Config{ServerName: "site.example", RootCAs: ca.pool})
 	if err != nil {
 		return "", nil, err
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(patience))
+	c.SetDeadline(time.Now().Add(hostdirtest.Patience))
 	io.WriteString(c, "GET / HTTP/1.1\r\nHost: site.example\r\nConnection: close\r\n\r\n")
 	response, err := http.ReadResponse(bufio.NewReader(c), nil)
 	if err != nil {

@@ -9,6 +9,9 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
 // What matters is the cost for the daemon, so its processor time is reported beside the time
@@ -31,8 +34,8 @@ func BenchmarkConnection(b *testing.B) {
 	for _, width := range []int{1, 32} {
 		b.Run(fmt.Sprintf("clients=%d", width), func(b *testing.B) {
 			d := start(b)
-			d.serve("short.example", greet)
-			sent := hello("short.example")
+			d.serve("short.example", hostdirtest.Greet)
+			sent := snitest.Hello("short.example")
 			used := d.daemonTime(b, func() {
 				inParallel(b.N, width, func(int) {
 					if got, err := d.exchange(sent); err != nil || string(got) != "this is short.example" {
@@ -49,8 +52,8 @@ func BenchmarkConnection(b *testing.B) {
 func BenchmarkPingPong(b *testing.B) {
 	const conns, size = 64, 128
 	d := start(b)
-	d.serve("echo.example", echo)
-	clients := d.crowd(conns, hello("echo.example"))
+	d.serve("echo.example", hostdirtest.Echo)
+	clients := d.crowd(conns, snitest.Hello("echo.example"))
 	used := d.daemonTime(b, func() {
 		var players sync.WaitGroup
 		for i, c := range clients {
@@ -77,8 +80,8 @@ func BenchmarkPingPongBesideBulk(b *testing.B) {
 	for _, beside := range []string{"nothing", "download", "upload"} {
 		b.Run(beside, func(b *testing.B) {
 			d := start(b, func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, "GOMAXPROCS=1") })
-			d.serve("echo.example", echo)
-			clients := d.crowd(64, hello("echo.example"))
+			d.serve("echo.example", hostdirtest.Echo)
+			clients := d.crowd(64, snitest.Hello("echo.example"))
 			p := d.pairs(1)[0]
 			switch beside {
 			case "download":

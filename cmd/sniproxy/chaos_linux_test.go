@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir/hostdirtest"
 )
 
 func init() {
@@ -22,7 +24,7 @@ func init() {
 				ch.t.Log("without file systems in user space, which only root can mount here")
 				return
 			}
-			ownMounts(ch.t)
+			hostdirtest.OwnMounts(ch.t)
 			ch.hosts = append(ch.hosts, chaosHost{"stuck.example", maybe}, chaosHost{"*.stuck.example", maybe},
 				chaosHost{"exchanged.example", maybe}, chaosHost{"slow.example", maybe}, chaosHost{"*.slow.example", maybe})
 			ch.actors = append(ch.actors, ch.stick, ch.dawdle)
@@ -32,7 +34,7 @@ func init() {
 
 // pass has a backend pass descriptors.
 func (ch *chaos) pass() (stop func()) {
-	l := listenHost(ch.t, ch.daemons[0].dir, "passing.example")
+	l := hostdirtest.Listen(ch.t, hostDir(ch.daemons[0].dir, "passing.example"))
 	go func() {
 		for {
 			c, err := l.AcceptUnix()
@@ -66,15 +68,15 @@ func (ch *chaos) pass() (stop func()) {
 // takes turns with a symlink. They are a tenant's but for the wildcard, which would not count.
 func (ch *chaos) stick() (stop func()) {
 	d := ch.daemons[0]
-	fs := mountUserFS(ch.t, hostsDir(ch.t), unix.S_IFDIR)
+	fs := hostdirtest.MountUserFS(ch.t, hostdirtest.Dir(ch.t), unix.S_IFDIR)
 	for _, name := range []string{"stuck.example", "*.stuck.example"} {
-		symlink(ch.t, filepath.Join(fs.dir, "x"), d.hostDir(name))
+		symlink(ch.t, filepath.Join(fs.Dir, "x"), d.hostDir(name))
 	}
 	d.give("stuck.example", greedy)
 	ch.serve(d.dir, "exchanged.example", "exchanged.example", false)
 	d.give("exchanged.example", modest)
 	socket, link := d.hostPath("exchanged.example", "tls-socket"), d.hostPath("exchanged.example", "link")
-	symlink(ch.t, filepath.Join(fs.dir, "x"), link)
+	symlink(ch.t, filepath.Join(fs.Dir, "x"), link)
 	over := make(chan struct{})
 	var tenant sync.WaitGroup
 	tenant.Go(func() {
@@ -96,7 +98,7 @@ func (ch *chaos) stick() (stop func()) {
 	return func() {
 		close(over)
 		tenant.Wait()
-		fs.abort()
+		fs.Abort()
 		for _, name := range []string{"stuck.example", "*.stuck.example", "exchanged.example"} {
 			if err := os.RemoveAll(d.hostDir(name)); err != nil {
 				ch.t.Error(err)
@@ -108,23 +110,23 @@ func (ch *chaos) stick() (stop func()) {
 // dawdle has hosts on a file system that takes its time.
 func (ch *chaos) dawdle() (stop func()) {
 	d := ch.daemons[0]
-	fs := mountUserFS(ch.t, hostsDir(ch.t), unix.S_IFDIR)
-	fs.delay = 20 * time.Millisecond
-	sub := fs.add(rootNode, "sub", unix.S_IFDIR|0o755, "")
+	fs := hostdirtest.MountUserFS(ch.t, hostdirtest.Dir(ch.t), unix.S_IFDIR)
+	fs.Delay = 20 * time.Millisecond
+	sub := fs.Add(hostdirtest.RootNode, "sub", unix.S_IFDIR|0o755, "")
 	entries := []string{"slow.example", "*.slow.example"}
 	for i, entry := range entries {
 		dir := string(rune('a' + i))
-		fs.add(sub, dir, unix.S_IFDIR|0o755, "")
+		fs.Add(sub, dir, unix.S_IFDIR|0o755, "")
 		if i == 0 {
-			fs.serve(0)
+			fs.Serve(0)
 		}
-		serveSocket(ch.t, filepath.Join(fs.dir, "sub", dir, "tls-socket"), ch.backend(entry, false))
-		symlink(ch.t, filepath.Join(fs.dir, "sub", dir), d.hostDir(entry))
+		hostdirtest.Serve(ch.t, filepath.Join(fs.Dir, "sub", dir), ch.backend(entry, false))
+		symlink(ch.t, filepath.Join(fs.Dir, "sub", dir), d.hostDir(entry))
 	}
 	return func() {
 		for _, entry := range entries {
 			os.Remove(d.hostDir(entry))
 		}
-		fs.abort()
+		fs.Abort()
 	}
 }

@@ -26,7 +26,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sniproxy/cmd/internal/limits"
+	"sniproxy/hostdir/hostdirtest"
 	"sniproxy/sni"
+	"sniproxy/sni/snitest"
 )
 
 var (
@@ -34,10 +36,11 @@ var (
 	chaosSeed = flag.Uint64("chaos-seed", 0, "the seed of the first conversation of TestChaos, 0 for any")
 )
 
-// Goal: whatever clients, backends and the hosts directory do, nobody gets a wrong byte, or
-// takes for the end what is none, or waits for ever; and nothing of it stays in the daemon.
-// A second daemon on the same hosts directory is short of descriptors.
+// Goal: whatever clients, backends and the hosts directory do, nobody gets a wrong byte, takes a
+// cut stream for a whole one, or waits for ever, and the daemon keeps nothing of it. A second
+// daemon on the same hosts directory is short of descriptors.
 func TestChaos(t *testing.T) {
+	t.Parallel() // it waits for those whose backend does not accept
 	const round, width = 512, 64
 	ch := &chaos{t: t, hosts: chaosHosts}
 	for _, prepare := range chaosActors {
@@ -45,12 +48,12 @@ func TestChaos(t *testing.T) {
 	}
 	// Where there are loops, those of one daemon hand relays over all the time.
 	d := start(t, func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, "SNIPROXY_TEST_SHARE=1") })
-	l := listen(t, "tcp4", "127.0.0.1:0")
+	l := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
 	poor := startOn(t, l, d.dir, limitFiles(48))
 	l.Close()
 	ch.daemons = [2]*daemon{d, poor}
 	ch.makeHosts()
-	d.serve("greet.example", greet)
+	d.serve("greet.example", hostdirtest.Greet)
 
 	seed := *chaosSeed
 	if seed == 0 {
@@ -72,7 +75,7 @@ func TestChaos(t *testing.T) {
 		for i, d := range ch.daemons {
 			d.awaitFds(bases[i])
 		}
-		await(t, "the backends to end", func() bool { return ch.backends.Load() == 0 })
+		hostdirtest.Await(t, "the backends to end", func() bool { return ch.backends.Load() == 0 })
 		ch.judge()
 		if memory[0] == 0 {
 			memory = [2]int{d.rss(), poor.rss()}
@@ -156,18 +159,18 @@ func (ch *chaos) makeHosts() {
 	ch.serve(dir, "moved.example", "moved.example", false)
 	ch.serve(dir, "spare.example", "moved.example", true)
 	// Two directories that the symlink switched.example points to in turn.
-	ch.elsewhere = hostsDir(ch.t)
+	ch.elsewhere = hostdirtest.Dir(ch.t)
 	ch.serve(ch.elsewhere, "green", "switched.example", false)
 	ch.serve(ch.elsewhere, "blue", "switched.example", true)
 	ch.actors = append(ch.actors, ch.die)
-	serveHost(ch.t, dir, "rude.example", func(c *net.UnixConn) { c.Read(make([]byte, rand.IntN(400))) })
+	hostdirtest.Serve(ch.t, hostDir(dir, "rude.example"), func(c *net.UnixConn) { c.Read(make([]byte, rand.IntN(400))) })
 }
 
 // serve makes a host whose backend takes part in conversations of those who ask for an entry.
 func (ch *chaos) serve(hosts, name, entry string, marker bool) {
-	serveHost(ch.t, hosts, name, ch.backend(entry, marker))
+	hostdirtest.Serve(ch.t, hostDir(hosts, name), ch.backend(entry, marker))
 	if marker {
-		writeMarker(ch.t, hostPath(ch.t, hosts, name, "send-proxy-v1"))
+		hostdirtest.Touch(ch.t, hostPath(ch.t, hosts, name, "send-proxy-v1"))
 	}
 }
 
@@ -297,8 +300,8 @@ func (ch *chaos) newConversation(seed uint64) *conversation {
 		v.host = strconv.FormatUint(r.Uint64()>>r.IntN(64), 36) + rest
 	}
 
-	pad := shape{}.extension(padding, pick(r, 0, 200, 2000, 16000))
-	v.begin = records(shape{name: v.host, before: pad}.message(), pick(r, 1<<14, 1<<14, 1<<14, 1+r.IntN(500)))
+	message := padded(v.host, pick(r, 0, 200, 2000, 16000)).Bytes
+	v.begin = snitest.Records(message, pick(r, 1<<14, 1<<14, 1<<14, 1+r.IntN(500)))
 	if r.IntN(16) == 0 {
 		v.begin = newChaosStream(nil, seed, 2).next(make([]byte, 1+r.IntN(3000)))
 		v.begin[0] = pick(r, 22, v.begin[0])
@@ -505,13 +508,13 @@ func (ch *chaos) converse(seed uint64) {
 		v.daemon = ch.daemons[1]
 	}
 	begun := time.Now()
-	c, err := net.DialTimeout("tcp", v.daemon.addr, patience)
+	c, err := net.DialTimeout("tcp", v.daemon.addr, hostdirtest.Patience)
 	if err != nil {
 		ch.t.Errorf("seed %d: %v", seed, err)
 		return
 	}
 	defer c.Close()
-	c.SetDeadline(begun.Add(patience))
+	c.SetDeadline(begun.Add(hostdirtest.Patience))
 	v.addr = localAddr(c)
 	ch.running.Store(seed, v)
 	v.reports[0].Store(v.scripts[0].play(c.(halfConn), newChaosStream(v.begin, seed, 0), newChaosStream([]byte(answerBegin), seed, 1)))
@@ -520,7 +523,7 @@ func (ch *chaos) converse(seed uint64) {
 
 // answer is the backend.
 func (ch *chaos) answer(c *net.UnixConn, entry string, marker bool) {
-	c.SetDeadline(time.Now().Add(patience))
+	c.SetDeadline(time.Now().Add(hostdirtest.Patience))
 	header, begin, err := readBegin(c)
 	if err != nil {
 		return // the client sent no more, or its report will tell

@@ -23,10 +23,12 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"sniproxy/hostdir/hostdirtest"
 )
 
-// Goal: the clients in use reach the site that they ask for, through the proxy, with what
-// they negotiate end to end; and they say so when they are refused for an unknown name.
+// Goal: the clients in use reach the site that they ask for, and negotiate end to end with it. They
+// tell their user when the name is unknown.
 func TestClients(t *testing.T) {
 	t.Parallel()
 	d := start(t)
@@ -145,7 +147,7 @@ func TestEarlyData(t *testing.T) {
 	args := append(sClient(d, ca, "site.example"), "-tls1_3")
 	session := filepath.Join(t.TempDir(), "session")
 	first := spawn(t, "", "openssl", append(args, "-sess_out", session)...)
-	await(t, "a session ticket", func() bool {
+	hostdirtest.Await(t, "a session ticket", func() bool {
 		b, _ := os.ReadFile(session)
 		return bytes.Contains(b, []byte("END SSL SESSION"))
 	})
@@ -156,16 +158,16 @@ func TestEarlyData(t *testing.T) {
 		fmt.Fprintf(&early, "line %d\n", i)
 	}
 	second := spawn(t, "", "openssl", append(args, "-sess_in", session, "-early_data", writeFile(t, "early", []byte(early.String())))...)
-	second.out.await(t, "Early data was accepted")
+	second.out.Await(t, "Early data was accepted")
 	second.end(t)
-	server.out.await(t, "End of early data")
+	server.out.Await(t, "End of early data")
 	if !strings.Contains(server.out.String(), early.String()) {
 		t.Error("the backend did not get all of the early data")
 	}
 }
 
-// Goal: a client shows its certificate to a backend that requires one, and without it is
-// refused, by the backend.
+// Goal: a client shows its certificate to a backend that requires one. Without it the backend
+// refuses the client.
 func TestClientCertificate(t *testing.T) {
 	t.Parallel()
 	d := start(t)
@@ -189,9 +191,9 @@ func TestClientCertificate(t *testing.T) {
 	}
 }
 
-// Goal: real handshakes and what follows them go through however the client cuts its bytes,
-// with a post-quantum key share, with the protocol that ACME's tls-alpn-01 relies upon, and with a
-// hello of several records.
+// Goal: real handshakes and what follows them go through however the client cuts its bytes: with a
+// post-quantum key share, with the protocol of ACME's tls-alpn-01, and with a hello in several
+// records.
 func TestGoClient(t *testing.T) {
 	t.Parallel()
 	const acmeProto = "acme-tls/1"
@@ -244,7 +246,7 @@ func TestGoClient(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				c.SetDeadline(time.Now().Add(patience))
+				c.SetDeadline(time.Now().Add(hostdirtest.Patience))
 				config := tt.config.Clone()
 				config.ServerName = "site.example"
 				client := tls.Client(pieces{c, size}, config)
@@ -313,24 +315,22 @@ func sClient(d *daemon, ca *authority, host string) []string {
 type program struct {
 	cmd    *exec.Cmd
 	stdin  io.WriteCloser
-	out    lines         // its standard output and error
-	exited chan struct{} // closed when it has ended
+	out    hostdirtest.Lines // its standard output and error
+	exited chan struct{}     // closed when it has ended
 }
 
 // spawn starts a program in a directory. It is killed at the end of the test, if it still
 // runs; what it printed is logged if the test fails.
 func spawn(t testing.TB, dir, name string, args ...string) *program {
 	t.Helper()
-	p := &program{cmd: exec.Command(need(t, name), args...), exited: make(chan struct{})}
+	p := &program{cmd: exec.Command(hostdirtest.Need(t, name), args...), exited: make(chan struct{})}
 	p.cmd.Dir = dir
 	p.cmd.Stdout, p.cmd.Stderr = &p.out, &p.out
 	var err error
 	if p.stdin, err = p.cmd.StdinPipe(); err != nil {
 		t.Fatal(err)
 	}
-	if err := p.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, p.cmd.Start())
 	go func() {
 		p.cmd.Wait()
 		close(p.exited)
@@ -350,7 +350,7 @@ func (p *program) wait(t testing.TB) int {
 	t.Helper()
 	select {
 	case <-p.exited:
-	case <-time.After(patience):
+	case <-time.After(hostdirtest.Patience):
 		t.Fatalf("%s does not end", p.cmd.Args)
 	}
 	return p.cmd.ProcessState.ExitCode()
@@ -378,7 +378,7 @@ func execute(t testing.TB, name string, args ...string) (out string, status int)
 func startBackend(t testing.TB, socket, name string, args ...string) *program {
 	t.Helper()
 	p := spawn(t, filepath.Dir(socket), name, args...)
-	await(t, name+" to listen", func() bool {
+	hostdirtest.Await(t, name+" to listen", func() bool {
 		select {
 		case <-p.exited:
 			t.Fatalf("%s has ended", name)
@@ -469,8 +469,6 @@ func pemFile(t testing.TB, cert tls.Certificate) string {
 func writeFile(t testing.TB, name string, content []byte) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), name)
-	if err := os.WriteFile(path, content, 0o644); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, os.WriteFile(path, content, 0o644))
 	return path
 }

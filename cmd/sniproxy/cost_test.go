@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir/hostdirtest"
 )
 
 // Goal: a daemon that has just begun to listen takes less than 6 MiB of memory.
@@ -23,9 +25,9 @@ func TestCostStart(t *testing.T) {
 	binary := build(t)
 	r, w := openPipe(t)
 	begin := time.Now()
-	d := startOn(t, listen(t, "tcp4", "127.0.0.1:0"), hostsDir(t), binary, output1(w))
+	d := startOn(t, hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0"), hostdirtest.Dir(t), binary, output1(w))
 	w.Close()
-	r.SetReadDeadline(time.Now().Add(patience))
+	r.SetReadDeadline(time.Now().Add(hostdirtest.Patience))
 	if line, err := bufio.NewReader(r).ReadString('\n'); !strings.HasPrefix(line, "listening on ") {
 		t.Fatalf("the daemon says %q, error %v", line, err)
 	}
@@ -36,8 +38,8 @@ func TestCostStart(t *testing.T) {
 	}
 }
 
-// Goal: a connection that has moved much and is idle now holds exactly two descriptors. None
-// of them is of a pipe.
+// Goal: a connection that has moved much and is idle now holds exactly two descriptors, and no
+// pipe.
 func TestCostIdleDescriptors(t *testing.T) {
 	const size = 512 << 10
 	d := start(t)
@@ -50,12 +52,12 @@ func TestCostIdleDescriptors(t *testing.T) {
 	for _, p := range d.pairs(conns) {
 		p.move(t, size)
 	}
-	await(t, fmt.Sprintf("the daemon to have no pipes and %d descriptors more", 2*conns), func() bool {
+	hostdirtest.Await(t, fmt.Sprintf("the daemon to have no pipes and %d descriptors more", 2*conns), func() bool {
 		return d.pipes() == pipes && d.fds() == fds+2*conns
 	})
 }
 
-// Goal: an idle connection costs the memory of its state, and of no more.
+// Goal: an idle connection costs the memory of its state, and no more.
 func TestCostIdleMemory(t *testing.T) {
 	limit := 512.0
 	if isPortable(t) {
@@ -154,9 +156,7 @@ func descriptorsFor(t testing.TB, n int) int {
 	t.Helper()
 	const others = 100
 	var limit unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
 	if room := uint64(limit.Cur)/2 - others; room < uint64(n) {
 		t.Logf("the limit of descriptors is %d, which is enough for %d connections, not %d", limit.Cur, room, n)
 		n = int(room)
@@ -172,7 +172,7 @@ func build(t testing.TB) setup {
 		t.Skip("the program that is installed is without race detector")
 	}
 	path := filepath.Join(t.TempDir(), "sniproxy")
-	cmd := exec.Command(need(t, "go"), "build", "-buildvcs=false", "-tags", buildTags(t), "-o", path, ".")
+	cmd := exec.Command(hostdirtest.Need(t, "go"), "build", "-buildvcs=false", "-tags", buildTags(t), "-o", path, ".")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("go build: %v\n%s", err, out)

@@ -13,6 +13,9 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
 // counted is what a line of counters says.
@@ -88,7 +91,7 @@ func (d *daemon) counters() counted {
 	before := len(d.told())
 	d.signal(syscall.SIGUSR1)
 	var told []string
-	await(d.t, "a line of counters", func() bool {
+	hostdirtest.Await(d.t, "a line of counters", func() bool {
 		told = d.told()
 		return len(told) > before
 	})
@@ -102,26 +105,24 @@ func (d *daemon) counters() counted {
 // has just received is counted a moment later.
 func (d *daemon) awaitCounters(want counted) {
 	d.t.Helper()
-	await(d.t, fmt.Sprintf("the counters to be %+v", want), func() bool {
+	hostdirtest.Await(d.t, fmt.Sprintf("the counters to be %+v", want), func() bool {
 		got := d.counters()
 		got.descriptors, got.limit = 0, 0
 		return got == want
 	})
 }
 
-// Goal: a connection is counted when it is accepted, as waiting until it has a backend, as open
-// until it ends; all bytes of the two peers are counted, and no others.
+// Goal: the daemon counts a connection when it accepts it, as waiting until it has a backend, and
+// as open until it ends. It counts all bytes of the two peers, and no others.
 func TestCountersConnections(t *testing.T) {
 	d := start(t)
 	var want counted
 	d.awaitCounters(want)
-	h := hello("good.example")
-	d.serve("good.example", greet)
+	h := snitest.Hello("good.example")
+	d.serve("good.example", hostdirtest.Greet)
 	const answer = "this is good.example"
 	for range 7 {
-		if err := d.greeted("good.example"); err != nil {
-			t.Fatal(err)
-		}
+		hostdirtest.Must(t, d.greeted("good.example"))
 		want.accepted++
 		want.up += len(h)
 		want.down += len(answer)
@@ -130,12 +131,10 @@ func TestCountersConnections(t *testing.T) {
 
 	// The header is not the client's.
 	d.serve("headed.example", headed)
-	writeMarker(t, d.hostPath("headed.example", "send-proxy-v1"))
-	if err := d.greeted("headed.example"); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Touch(t, d.hostPath("headed.example", "send-proxy-v1"))
+	hostdirtest.Must(t, d.greeted("headed.example"))
 	want.accepted++
-	want.up += len(hello("headed.example"))
+	want.up += len(snitest.Hello("headed.example"))
 	want.down += len("this is headed.example")
 	d.awaitCounters(want)
 
@@ -153,7 +152,7 @@ func TestCountersConnections(t *testing.T) {
 		room = append(room, c)
 	}
 	full := d.dial()
-	fullHello := hello("full.example")
+	fullHello := snitest.Hello("full.example")
 	full.Write(fullHello)
 	want.accepted += 3
 	want.open, want.waiting = 3, 3
@@ -195,19 +194,20 @@ func TestCountersConnections(t *testing.T) {
 	d.awaitCounters(want)
 }
 
-// Goal: each client that is refused is counted once, with its alert, and waits no longer; until
-// it goes it is open.
+// Goal: each refused client is counted once, with its alert, and no longer as waiting. It is open
+// until it goes.
 func TestCountersRefused(t *testing.T) {
+	t.Parallel() // it waits for the ten seconds of a client
 	d := start(t)
 	var want counted
-	good := record(22, shape{name: "a.example"}.message()...)
+	good := snitest.Named("a.example").Stream()
 	for _, c := range []struct {
 		sent    []byte
 		times   int
 		refused string
 	}{
-		{record(22, shape{}.client(nil)...), 3, "112: 3"},
-		{hello("unknown.example"), 2, "112: 5"},
+		{snitest.ClientHello{}.Build().Stream(), 3, "112: 3"},
+		{snitest.Hello("unknown.example"), 2, "112: 5"},
 		{[]byte("GET / HTTP/1.1\r\n\r\n"), 1, "10: 1, 112: 5"},
 		{[]byte{22, 3, 1, 0xff, 0xff}, 1, "10: 1, 22: 1, 112: 5"},
 		{good[:20], 4, "10: 1, 22: 1, 50: 4, 112: 5"},
@@ -224,13 +224,13 @@ func TestCountersRefused(t *testing.T) {
 	}
 
 	stays := d.dial()
-	stays.Write(hello("unknown.example"))
+	stays.Write(snitest.Hello("unknown.example"))
 	if _, err := io.ReadFull(stays, make([]byte, 7)); err != nil {
 		t.Fatal(err)
 	}
 	want.accepted++
 	want.refused = "10: 1, 22: 1, 50: 4, 80: 2, 112: 6"
-	await(t, "the refused client to be open, but not to be waiting", func() bool {
+	hostdirtest.Await(t, "the refused client to be open, but not to be waiting", func() bool {
 		got := d.counters()
 		return got.accepted == want.accepted && got.waiting == 0 && got.refused == want.refused
 	})
@@ -253,16 +253,16 @@ func TestCountersRefused(t *testing.T) {
 	d.awaitCounters(want)
 }
 
-// Goal: each client that is dropped to make room is counted, no other is; and the descriptors in
-// use are those that the system knows of, also when there are no more.
+// Goal: each client that is dropped to make room is counted, and no other. The descriptors in use
+// are those that the system shows, even when none are left.
 func TestCountersDropped(t *testing.T) {
 	const limit, silent = 64, 200
 	d := start(t, limitFiles(limit))
-	d.serve("echo.example", echo)
+	d.serve("echo.example", hostdirtest.Echo)
 	relay := openEcho(t, d, "echo.example")
 	clients := d.crowd(silent, nil)
 	var got counted
-	await(t, "all clients to be accepted", func() bool {
+	hostdirtest.Await(t, "all clients to be accepted", func() bool {
 		got = d.counters()
 		return got.accepted == silent+1 && got.waiting == got.open-1
 	})
@@ -277,17 +277,17 @@ func TestCountersDropped(t *testing.T) {
 	for _, c := range clients {
 		c.Close()
 	}
-	up := len(hello("echo.example")) + 2*len("is anybody there?")
+	up := len(snitest.Hello("echo.example")) + 2*len("is anybody there?")
 	d.awaitCounters(counted{
 		accepted: silent + 1,
 		open:     1,
 		refused:  fmt.Sprintf("50: %d", silent-got.dropped), // they ended before their hello
 		dropped:  got.dropped,
 		up:       up,
-		down:     up - len(hello("echo.example")),
+		down:     up - len(snitest.Hello("echo.example")),
 	})
 	d.expectDescriptors()
-	await(t, "the log to tell of as many", func() bool {
+	hostdirtest.Await(t, "the log to tell of as many", func() bool {
 		refused, leftOut, others := notices(d.err.String())
 		lines := len(refused) + leftOut
 		for _, line := range others {
@@ -307,7 +307,7 @@ func TestCountersDropped(t *testing.T) {
 	}
 	d.crowd(silent, nil)
 	dropped := got.dropped
-	await(t, "all clients to be accepted", func() bool {
+	hostdirtest.Await(t, "all clients to be accepted", func() bool {
 		got = d.counters()
 		return got.accepted == 1+silent+refused+silent
 	})
@@ -319,7 +319,7 @@ func TestCountersDropped(t *testing.T) {
 // expectDescriptors waits for the daemon to say that it has as many descriptors as it has.
 func (d *daemon) expectDescriptors() {
 	d.t.Helper()
-	await(d.t, "the counted descriptors to be those in use", func() bool {
+	hostdirtest.Await(d.t, "the counted descriptors to be those in use", func() bool {
 		got := d.counters()
 		return got.descriptors == d.fdsBelow(got.limit)
 	})
@@ -341,8 +341,8 @@ func (d *daemon) fdsBelow(n int) (count int) {
 	return count
 }
 
-// Goal: a connection is open, and not waiting, until both directions have ended, in whatever way
-// they do, and what it has moved until then is counted.
+// Goal: a connection is open, and not waiting, until both directions have ended, however they end.
+// What it moved until then is counted.
 func TestCountersEnds(t *testing.T) {
 	d := start(t)
 	l := d.host("a.example")
@@ -352,7 +352,7 @@ func TestCountersEnds(t *testing.T) {
 		client, backend = d.pair(l, "a.example")
 		want.accepted++
 		want.open++
-		want.up += len(hello("a.example"))
+		want.up += len(snitest.Hello("a.example"))
 		d.awaitCounters(want)
 		return client, backend
 	}
@@ -415,8 +415,8 @@ func TestCountersEnds(t *testing.T) {
 	ended()
 }
 
-// Goal: much that goes both ways at once is counted to the byte, also with a header in front, and
-// while the backend does not read only what it has been sent is.
+// Goal: bulk both ways at once is counted to the byte, also with a header in front. While the
+// backend does not read, only what it was sent is counted.
 func TestCountersBulk(t *testing.T) {
 	const size = 24 << 20
 	for _, marker := range []bool{false, true} {
@@ -424,10 +424,10 @@ func TestCountersBulk(t *testing.T) {
 			d := start(t)
 			l := d.host("bulk.example")
 			if marker {
-				writeMarker(t, d.hostPath("bulk.example", "send-proxy-v1"))
+				hostdirtest.Touch(t, d.hostPath("bulk.example", "send-proxy-v1"))
 			}
 			client := d.dial()
-			sent := append(hello("bulk.example"), randomBytes(size)...)
+			sent := append(snitest.Hello("bulk.example"), randomBytes(size)...)
 			var work sync.WaitGroup
 			work.Go(func() {
 				client.Write(sent)
@@ -439,7 +439,7 @@ func TestCountersBulk(t *testing.T) {
 			}
 			defer backend.Close()
 			var last counted
-			await(t, "the flow to stand still", func() bool {
+			hostdirtest.Await(t, "the flow to stand still", func() bool {
 				before := last
 				last = d.counters()
 				return last.up > 0 && last == before
@@ -471,17 +471,17 @@ func TestCountersBulk(t *testing.T) {
 	}
 }
 
-// Goal: asking for counters under load costs no client anything, and no counter ever goes back.
-// Asking too often does no harm either.
+// Goal: asking for counters under load costs no client anything, and no counter goes back. Asking
+// too often does no harm.
 func TestCountersLoad(t *testing.T) {
 	d := start(t)
-	d.serve("good.example", greet)
+	d.serve("good.example", hostdirtest.Greet)
 	served, stop := d.load("good.example")
 	defer stop()
 	var last counted
 	for i := range 100 {
 		if i%10 == 0 {
-			d.expectAlert(hello("unknown.example"), 112)
+			d.expectAlert(snitest.Hello("unknown.example"), 112)
 		}
 		now := d.counters()
 		if now.accepted < last.accepted || now.dropped < last.dropped || now.up < last.up || now.down < last.down {
@@ -503,9 +503,9 @@ func TestCountersLoad(t *testing.T) {
 	}
 	awaitMore(t, served, 20)
 	stop()
-	h := len(hello("good.example"))
+	h := len(snitest.Hello("good.example"))
 	n := int(served.Load())
-	await(t, "the counters to be those of all clients", func() bool {
+	hostdirtest.Await(t, "the counters to be those of all clients", func() bool {
 		// The answer to an earlier signal may be late.
 		d.signal(syscall.SIGUSR1)
 		told := d.told()
@@ -515,30 +515,30 @@ func TestCountersLoad(t *testing.T) {
 }
 
 // Goal: the counters can be asked for at any time: before the program listens, while connections
-// are open after a stop, and where the answer cannot be written. It never ends the program.
+// are open after a stop, and where the answer cannot be written. Asking never ends the program.
 func TestCountersAnyTime(t *testing.T) {
 	t.Run("start", func(t *testing.T) {
 		for range 10 {
-			f := socketFile(t, listen(t, "tcp4", "127.0.0.1:0"))
-			d := launch(t, f, hostsDir(t))
-			await(t, "the daemon to take signals", func() bool { return d.catches(syscall.SIGUSR1) })
-			await(t, "the daemon to listen", func() bool {
+			f := socketFile(t, hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0"))
+			d := launch(t, f, hostdirtest.Dir(t))
+			hostdirtest.Await(t, "the daemon to take signals", func() bool { return d.catches(syscall.SIGUSR1) })
+			hostdirtest.Await(t, "the daemon to listen", func() bool {
 				d.signal(syscall.SIGUSR1)
 				return strings.Contains(d.out.String(), "listening on ")
 			})
-			await(t, "a line of counters", func() bool { return len(d.told()) > 0 })
+			hostdirtest.Await(t, "a line of counters", func() bool { return len(d.told()) > 0 })
 			d.signal(syscall.SIGHUP)
 			d.expectExit(0)
 		}
 	})
 	t.Run("stop", func(t *testing.T) {
 		d := start(t)
-		d.serve("echo.example", echo)
+		d.serve("echo.example", hostdirtest.Echo)
 		relay := openEcho(t, d, "echo.example")
 		waiting := d.dial()
-		await(t, "the client to be accepted", func() bool { return d.counters().accepted == 2 })
+		hostdirtest.Await(t, "the client to be accepted", func() bool { return d.counters().accepted == 2 })
 		d.signal(syscall.SIGHUP)
-		d.out.await(t, "shutting down")
+		d.out.Await(t, "shutting down")
 		for range 5 {
 			if got := d.counters(); got.accepted != 2 || got.open != 2 || got.waiting != 1 {
 				t.Errorf("the counters are %+v", got)
@@ -546,7 +546,7 @@ func TestCountersAnyTime(t *testing.T) {
 			relay.works()
 		}
 		waiting.Close()
-		await(t, "one connection to be left", func() bool { return d.counters().open == 1 })
+		hostdirtest.Await(t, "one connection to be left", func() bool { return d.counters().open == 1 })
 		relay.works()
 		relay.Close()
 		// Until there is nobody to signal any more.
@@ -557,12 +557,10 @@ func TestCountersAnyTime(t *testing.T) {
 	t.Run("nowhere to write", func(t *testing.T) {
 		_, w := openPipe(t)
 		fill(t, w)
-		l := listen(t, "tcp4", "127.0.0.1:0")
-		for _, d := range []*daemon{startInetd(t), startOn(t, l, hostsDir(t), output2(w))} {
-			d.serve("good.example", greet)
-			if err := d.greeted("good.example"); err != nil {
-				t.Fatal(err)
-			}
+		l := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
+		for _, d := range []*daemon{startInetd(t), startOn(t, l, hostdirtest.Dir(t), output2(w))} {
+			d.serve("good.example", hostdirtest.Greet)
+			hostdirtest.Must(t, d.greeted("good.example"))
 			for range 1000 {
 				d.signal(syscall.SIGUSR1)
 			}
@@ -597,15 +595,15 @@ func (d *daemon) catches(s syscall.Signal) bool {
 	return false
 }
 
-// Goal: relays that are handed over between loops all the time are counted once, at any moment,
-// and so is each of their bytes.
+// Goal: relays that loops hand over to each other all the time are counted once, at any moment, and
+// so is each of their bytes.
 func TestCountersShared(t *testing.T) {
 	const relays, rounds = 30, 200
 	d := start(t, func(cmd *exec.Cmd) {
 		cmd.Env = append(cmd.Env, "SNIPROXY_TEST_SHARE=1", "GOMAXPROCS=3")
 	})
-	d.serve("echo.example", echo)
-	h := hello("echo.example")
+	d.serve("echo.example", hostdirtest.Echo)
+	h := snitest.Hello("echo.example")
 	clients := d.crowd(relays, h)
 	d.awaitCounters(counted{accepted: relays, open: relays, up: relays * len(h)})
 	var load sync.WaitGroup

@@ -21,7 +21,7 @@ func TestCut(t *testing.T) {
 		t.Fatalf("after the end of the backend the client got %q, error %v", got, err)
 	}
 	d.signal(syscall.SIGTERM)
-	d.out.await(t, "shutting down")
+	d.out.Await(t, "shutting down")
 	d.signal(syscall.SIGTERM)
 	if status := d.wait(); status != 0 {
 		t.Errorf("exit status %d", status)

@@ -14,20 +14,22 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sniproxy/cmd/internal/limits"
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
 // Goal: where the system forbids a thread a working directory of its own, hosts, markers, wildcards
-// and symlinks are what they are elsewhere, and one line at the start says what is forbidden, and
-// that it limits the length of names.
+// and symlinks work as elsewhere. One line at the start says what is forbidden, and that this
+// limits the length of names.
 func TestDenyUnshare(t *testing.T) {
 	d := start(t, deny("unshare"))
-	d.serve("a.example", greet)
+	d.serve("a.example", hostdirtest.Greet)
 	d.serve("marked.example", greetBehindHeader)
-	writeMarker(t, d.hostPath("marked.example", "send-proxy-v1"))
-	d.serve("*.wild.example", greet)
-	d.serve("*", greet)
-	elsewhere := hostsDir(t)
-	serveHost(t, elsewhere, "x", greet)
+	hostdirtest.Touch(t, d.hostPath("marked.example", "send-proxy-v1"))
+	d.serve("*.wild.example", hostdirtest.Greet)
+	d.serve("*", hostdirtest.Greet)
+	elsewhere := hostdirtest.Dir(t)
+	hostdirtest.Serve(t, hostDir(elsewhere, "x"), hostdirtest.Greet)
 	symlink(t, hostDir(elsewhere, "x"), d.hostDir("linked.example"))
 	symlink(t, hostDir("", "a.example"), d.hostDir("near.example"))
 	for _, name := range []string{"a.example", "b.wild.example", "a.b.wild.example", "linked.example", "near.example"} {
@@ -36,10 +38,8 @@ func TestDenyUnshare(t *testing.T) {
 		}
 	}
 	expectTold(t, d.ask(1, "marked.example"), 1, `"this is marked.example behind a header"`)
-	if err := os.RemoveAll(d.hostDir("*")); err != nil {
-		t.Fatal(err)
-	}
-	d.expectAlert(hello("absent.example"), 112)
+	hostdirtest.Must(t, os.RemoveAll(d.hostDir("*")))
+	d.expectAlert(snitest.Hello("absent.example"), 112)
 
 	d.signal(unix.SIGTERM)
 	d.expectExit(0)
@@ -52,18 +52,16 @@ func TestDenyUnshare(t *testing.T) {
 	}
 }
 
-// Goal: where that is forbidden, a tenant who replaces its symlink all the time, and has clients who
-// ask for it, keeps no other host from being served. No thread is given up for that.
+// Goal: where that is forbidden, a tenant who replaces its symlink all the time, while clients ask
+// for it, keeps no other host from being served, and costs no thread.
 func TestDenyUnshareSwitched(t *testing.T) {
 	t.Parallel()
 	d := start(t, deny("unshare"), oneLoop)
-	d.serve("victim.example", greet)
+	d.serve("victim.example", hostdirtest.Greet)
 	for _, name := range []string{"a", "b"} {
-		d.serve(name, greet)
+		d.serve(name, hostdirtest.Greet)
 	}
-	if err := d.greeted("victim.example"); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, d.greeted("victim.example"))
 	threads := d.threads()
 	var over atomic.Bool
 	var tenant sync.WaitGroup
@@ -82,7 +80,7 @@ func TestDenyUnshareSwitched(t *testing.T) {
 			}
 		}
 	})
-	await(t, "the first symlink", func() bool {
+	hostdirtest.Await(t, "the first symlink", func() bool {
 		_, err := os.Lstat(d.hostDir("evil.example"))
 		return err == nil
 	})
@@ -101,21 +99,20 @@ func TestDenyUnshareSwitched(t *testing.T) {
 	}
 }
 
-// Goal: where that is forbidden, what is stuck in a file system is no more than elsewhere: 4
-// look-ups of an entry, whatever names clients ask for, and other hosts are served, wherever they
-// are.
+// Goal: where that is forbidden, no more look-ups are stuck in a file system than elsewhere: 4 for
+// an entry, whatever names clients ask for. Other hosts are served, wherever they are.
 func TestDenyUnshareStuck(t *testing.T) {
 	t.Parallel()
-	ownMounts(t)
+	hostdirtest.OwnMounts(t)
 	d := start(t, deny("unshare"))
-	d.serve("good.example", greet)
-	elsewhere := hostsDir(t)
-	serveHost(t, elsewhere, "x", greet)
+	d.serve("good.example", hostdirtest.Greet)
+	elsewhere := hostdirtest.Dir(t)
+	hostdirtest.Serve(t, hostDir(elsewhere, "x"), hostdirtest.Greet)
 	symlink(t, hostDir(elsewhere, "x"), d.hostDir("linked.example"))
 	base := d.fds()
-	fs := mountUserFS(t, hostsDir(t), unix.S_IFDIR)
-	symlink(t, filepath.Join(fs.dir, "x"), d.hostDir("*.stuck.example"))
-	symlink(t, filepath.Join(fs.dir, "y"), d.hostDir("stuck.example"))
+	fs := hostdirtest.MountUserFS(t, hostdirtest.Dir(t), unix.S_IFDIR)
+	symlink(t, filepath.Join(fs.Dir, "x"), d.hostDir("*.stuck.example"))
+	symlink(t, filepath.Join(fs.Dir, "y"), d.hostDir("stuck.example"))
 	stops := []func(){d.steady("good.example"), d.steady("linked.example")}
 	defer func() {
 		for _, stop := range stops {
@@ -130,7 +127,7 @@ func TestDenyUnshareStuck(t *testing.T) {
 	for _, stop := range stops {
 		stop()
 	}
-	fs.abort()
+	fs.Abort()
 	d.awaitFds(base)
 	d.signal(unix.SIGTERM)
 	d.expectExit(0)

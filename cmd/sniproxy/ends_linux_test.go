@@ -13,7 +13,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"sniproxy/cmd/internal/limits"
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
 // urge sends a byte out of band.
@@ -70,7 +71,7 @@ func (u urgent) send(from, to halfConn) error {
 		sendErr = err
 	})
 	defer sender.Wait()
-	to.SetReadDeadline(time.Now().Add(limits.Hello))
+	to.SetReadDeadline(time.Now().Add(hostdirtest.Patience))
 	var got bytes.Buffer
 	var err error
 	if u.end {
@@ -89,7 +90,7 @@ func (u urgent) send(from, to halfConn) error {
 	case err == nil && len(rest) < len(all)-1, err == nil && u.end && len(rest) < len(all):
 		return fmt.Errorf("%d of %d bytes, and then a clean end", len(rest), len(all))
 	}
-	to.SetReadDeadline(time.Now().Add(4 * patience))
+	to.SetReadDeadline(time.Now().Add(4 * hostdirtest.Patience))
 	sender.Wait()
 	if sendErr != nil && !isReset(sendErr) {
 		return fmt.Errorf("sending: %w", sendErr)
@@ -97,8 +98,8 @@ func (u urgent) send(from, to halfConn) error {
 	return nil
 }
 
-// Goal: a byte that is sent out of band, wherever it is in a stream, costs at most itself, or else the
-// connection: what looks like the end is not in the middle.
+// Goal: a byte that is sent out of band, anywhere in a stream, costs at most itself, or else the
+// connection. A stream that was cut never looks whole.
 func TestEndsUrgent(t *testing.T) {
 	d := start(t)
 	l := d.host("urgent.example")
@@ -124,7 +125,7 @@ func TestEndsUrgent(t *testing.T) {
 	}
 }
 
-// Goal: a connection goes on to be used, both ways, after many urgent bytes in bulk.
+// Goal: a connection stays usable, both ways, after many urgent bytes in bulk.
 func TestEndsUrgentOften(t *testing.T) {
 	d := start(t)
 	l := d.host("urgent.example")
@@ -136,31 +137,27 @@ func TestEndsUrgentOften(t *testing.T) {
 				from, to = backend, client
 			}
 			for range 20 {
-				if err := (urgent{1 << 20, 1 << 16, false}).send(from, to); err != nil {
-					t.Fatal(err)
-				}
+				hostdirtest.Must(t, (urgent{1 << 20, 1 << 16, false}).send(from, to))
 				// What is left of it, since the urgent byte may have come as well.
 				to.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
 				io.Copy(io.Discard, to)
-				to.SetReadDeadline(time.Now().Add(4 * patience))
+				to.SetReadDeadline(time.Now().Add(4 * hostdirtest.Patience))
 			}
 			ping(t, to, from)
 		})
 	}
 }
 
-// Goal: an urgent byte in the hello does not keep the client from being told, or served.
+// Goal: a client with an urgent byte in its hello is served or gets an alert.
 func TestEndsUrgentHello(t *testing.T) {
 	d := start(t)
-	d.serve("a.example", greet)
+	d.serve("a.example", hostdirtest.Greet)
 	base := d.fds()
-	h := hello("a.example")
+	h := snitest.Hello("a.example")
 	for _, at := range []int{0, 1, 5, 100, len(h) - 1} {
 		c := d.dial()
 		say(t, c, h[:at])
-		if err := urge(c, h[at]); err != nil {
-			t.Fatal(err)
-		}
+		hostdirtest.Must(t, urge(c, h[at]))
 		say(t, c, h[at+1:])
 		c.CloseWrite()
 		// Without that byte, which may be left out, it is another hello, or not complete.
@@ -173,8 +170,8 @@ func TestEndsUrgentHello(t *testing.T) {
 	d.awaitFds(base)
 }
 
-// Goal: what a backend says after it has shut down its reading side reaches the client, all of it, and
-// then the end, whatever the client sends meanwhile; or else the client gets a reset.
+// Goal: what a backend says after it has shut down its reading side reaches the client, all of it,
+// and then the end, whatever the client sends meanwhile; or else the client gets a reset.
 func TestEndsBackendDeaf(t *testing.T) {
 	for _, tt := range []struct {
 		name         string
@@ -230,7 +227,7 @@ func TestEndsBackendDeaf(t *testing.T) {
 					<-time.After(tt.pause)
 				}
 			})
-			client.SetReadDeadline(time.Now().Add(limits.Hello))
+			client.SetReadDeadline(time.Now().Add(hostdirtest.Patience))
 			got, err := io.ReadAll(client)
 			switch {
 			case !bytes.HasPrefix(want, got):

@@ -15,6 +15,8 @@ import (
 	"testing"
 
 	"sniproxy/cmd/internal/epoll"
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
 // With this variable a daemon's loops hand relays over although they are not busy.
@@ -24,15 +26,15 @@ func init() {
 	}
 }
 
-// Goal: relays that keep one loop busy are shared out among all, also when they began while
-// one loop was enough, and lose nothing on the way.
+// Goal: relays that keep one loop busy are shared among all loops, even if they began while one
+// loop was enough, and lose nothing on the way.
 func TestLoopsShareRelays(t *testing.T) {
 	const loops = 3
 	d := start(t, func(cmd *exec.Cmd) {
 		cmd.Env = append(cmd.Env, "SNIPROXY_TEST_SHARE=1", fmt.Sprintf("GOMAXPROCS=%d", loops))
 	})
-	d.serve("echo.example", echo)
-	clients := d.crowd(60, hello("echo.example"))
+	d.serve("echo.example", hostdirtest.Echo)
+	clients := d.crowd(60, snitest.Hello("echo.example"))
 	var over atomic.Bool
 	var load sync.WaitGroup
 	for i, c := range clients {
@@ -48,7 +50,7 @@ func TestLoopsShareRelays(t *testing.T) {
 			}
 		})
 	}
-	await(t, "all loops to have worked", func() bool { return t.Failed() || d.workers() >= loops })
+	hostdirtest.Await(t, "all loops to have worked", func() bool { return t.Failed() || d.workers() >= loops })
 	over.Store(true)
 	load.Wait()
 	for _, c := range clients {

@@ -7,11 +7,11 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"testing"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir/hostdirtest"
 )
 
 // With this variable, a list with commas, the system forbids a daemon what is in denials. It may
@@ -27,11 +27,8 @@ var denials = map[string]struct {
 	// A working directory of the thread's own, as container engines do by default.
 	"unshare": {unix.SYS_UNSHARE, nil, unix.EPERM},
 	// Not to be passed descriptors, as Linux before 6.16.
-	"passrights": {unix.SYS_SETSOCKOPT, map[int]uint32{1: unix.SOL_SOCKET, 2: soPassRights}, unix.ENOPROTOOPT},
+	"passrights": {unix.SYS_SETSOCKOPT, map[int]uint32{1: unix.SOL_SOCKET, 2: hostdirtest.SOPassRights}, unix.ENOPROTOOPT},
 }
-
-// soPassRights is SO_PASSRIGHTS, which package unix does not have.
-const soPassRights = 83
 
 // deny has the system forbid the daemon one of denials.
 func deny(what string) setup {
@@ -75,52 +72,14 @@ func init() {
 		}
 	}
 	for _, what := range deniedToAll() {
-		if err := denyNow(what); err != nil {
+		d, ok := denials[what]
+		if !ok {
+			fmt.Fprintln(os.Stderr, "cannot deny", what)
+			os.Exit(255)
+		}
+		if err := hostdirtest.Deny(d.call, d.args, d.errno); err != nil {
 			fmt.Fprintf(os.Stderr, "cannot deny %s: %v\n", what, err)
 			os.Exit(255)
 		}
-	}
-}
-
-// denyNow installs a filter as in seccomp(2), for all threads. What the filter looks at is struct
-// seccomp_data: the number of the call comes first, the arguments from 16 on, the lower halves
-// first on the machines that there are.
-func denyNow(what string) error {
-	d, ok := denials[what]
-	if !ok {
-		return fmt.Errorf("%s is not in the list", what)
-	}
-	const allow = 1 // how many instructions are behind the tests, without this
-	var filter []unix.SockFilter
-	test := func(offset, value uint32) {
-		filter = append(filter,
-			unix.SockFilter{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: offset},
-			unix.SockFilter{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: value})
-	}
-	test(0, d.call)
-	for arg, value := range d.args {
-		test(16+8*uint32(arg), value)
-	}
-	for i := 1; i < len(filter); i += 2 {
-		filter[i].Jf = uint8(len(filter) - i - 1 + allow)
-	}
-	filter = append(filter,
-		unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ERRNO | uint32(d.errno)},
-		unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW})
-	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
-		return err
-	}
-	program := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
-	if _, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC, uintptr(unsafe.Pointer(&program))); errno != 0 {
-		return fmt.Errorf("seccomp: %w", errno)
-	}
-	return nil
-}
-
-// needRoot skips the test where files cannot be given away.
-func needRoot(t testing.TB) {
-	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("only root can give files away")
 	}
 }

@@ -18,15 +18,10 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sniproxy/hostdir"
+	"sniproxy/hostdir/hostdirtest"
 	"sniproxy/sni"
+	"sniproxy/sni/snitest"
 )
-
-// hostDir returns the path of the directory of a host, without making it.
-func hostDir(hosts, name string) string {
-	return filepath.Join(hosts, string(hostdir.AppendName(nil, []byte(name))))
-}
-
-func (d *daemon) hostDir(name string) string { return hostDir(d.dir, name) }
 
 // badHosts are the ways in which a host cannot be connected to, each made at a path where
 // its directory would be.
@@ -77,30 +72,26 @@ func bindUnix(path string, kind int) error {
 	return errors.Join(unix.Bind(fd, &unix.SockaddrUnix{Name: path}), os.Chmod(path, 0o777))
 }
 
+// Goal: whatever is wrong with a host, its clients get unrecognized_name, others are served, no
+// descriptor is lost, and the host is served as soon as it is right.
 func TestBadHosts(t *testing.T) {
-	// Goal: whatever is wrong with a host, its clients get unrecognized_name, others are
-	// served, no descriptor is lost, and the host is served once it is right.
 	d := start(t)
-	d.serve("good.example", greet)
+	d.serve("good.example", hostdirtest.Greet)
 	base := d.fds()
 	for what, do := range badHosts {
 		t.Run(what, func(t *testing.T) {
 			name := "bad.example"
 			dir := d.hostDir(name)
-			if err := do(dir); err != nil {
-				t.Fatal(err)
-			}
+			hostdirtest.Must(t, do(dir))
 			for range 3 {
-				got, err := d.exchange(hello(name))
+				got, err := d.exchange(snitest.Hello(name))
 				expectRecord(t, got, err, sni.UnrecognizedName)
 			}
-			if err := os.RemoveAll(dir); err != nil {
-				t.Fatal(err)
-			}
-			l := listenHost(t, d.dir, name)
+			hostdirtest.Must(t, os.RemoveAll(dir))
+			l := hostdirtest.Listen(t, hostDir(d.dir, name))
 			go func() {
 				if c, err := l.AcceptUnix(); err == nil {
-					greet(c)
+					hostdirtest.Greet(c)
 					c.Close()
 				}
 			}()
@@ -108,9 +99,7 @@ func TestBadHosts(t *testing.T) {
 				t.Error(err)
 			}
 			l.Close()
-			if err := os.RemoveAll(dir); err != nil {
-				t.Fatal(err)
-			}
+			hostdirtest.Must(t, os.RemoveAll(dir))
 		})
 	}
 	if err := d.greeted("good.example"); err != nil {
@@ -119,29 +108,23 @@ func TestBadHosts(t *testing.T) {
 	d.awaitFds(base)
 }
 
+// Goal: a directory or a socket that the daemon may not use gives unrecognized_name. The host is
+// served once the daemon may.
 func TestNotPermitted(t *testing.T) {
-	// Goal: a directory or a socket that the daemon has no permission for gives
-	// unrecognized_name, and the host is served once there is permission.
 	d := start(t, ordinaryUser(t))
-	d.serve("good.example", greet)
-	if err := d.greeted("good.example"); err != nil {
-		t.Fatal(err)
-	}
+	d.serve("good.example", hostdirtest.Greet)
+	hostdirtest.Must(t, d.greeted("good.example"))
 	for _, c := range []struct{ name, file string }{
 		{"directory.example", "."},
 		{"socket.example", "tls-socket"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			d.serve(c.name, greet)
+			d.serve(c.name, hostdirtest.Greet)
 			path := d.hostPath(c.name, c.file)
-			if err := os.Chmod(path, 0); err != nil {
-				t.Fatal(err)
-			}
-			got, err := d.exchange(hello(c.name))
+			hostdirtest.Must(t, os.Chmod(path, 0))
+			got, err := d.exchange(snitest.Hello(c.name))
 			expectRecord(t, got, err, sni.UnrecognizedName)
-			if err := os.Chmod(path, 0o777); err != nil {
-				t.Fatal(err)
-			}
+			hostdirtest.Must(t, os.Chmod(path, 0o777))
 			if err := d.greeted(c.name); err != nil {
 				t.Error(err)
 			}
@@ -165,47 +148,38 @@ func ordinaryUser(t *testing.T) setup {
 	if err != nil {
 		t.Fatal(err)
 	}
-	path := filepath.Join(hostsDir(t), "sniproxy")
-	if err := os.WriteFile(path, binary, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	path := filepath.Join(hostdirtest.Dir(t), "sniproxy")
+	hostdirtest.Must(t, os.WriteFile(path, binary, 0o755))
 	return func(cmd *exec.Cmd) {
 		cmd.Path = path
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 	}
 }
 
+// Goal: the daemon sees at once when hosts and sockets are made, removed and made again.
 func TestHostComesAndGoes(t *testing.T) {
-	// Goal: hosts and sockets that are made, removed and made again while the daemon runs
-	// are seen at once, in both directions.
 	d := start(t)
 	for range 3 {
-		d.expectAlert(hello("a.example"), sni.UnrecognizedName)
-		d.serve("a.example", greet)
+		d.expectAlert(snitest.Hello("a.example"), sni.UnrecognizedName)
+		d.serve("a.example", hostdirtest.Greet)
 		if err := d.greeted("a.example"); err != nil {
 			t.Error(err)
 		}
 		socket := d.hostPath("a.example", "tls-socket")
-		if err := os.Rename(socket, socket+"~"); err != nil {
-			t.Fatal(err)
-		}
-		d.expectAlert(hello("a.example"), sni.UnrecognizedName)
-		if err := os.Rename(socket+"~", socket); err != nil {
-			t.Fatal(err)
-		}
+		hostdirtest.Must(t, os.Rename(socket, socket+"~"))
+		d.expectAlert(snitest.Hello("a.example"), sni.UnrecognizedName)
+		hostdirtest.Must(t, os.Rename(socket+"~", socket))
 		if err := d.greeted("a.example"); err != nil {
 			t.Error(err)
 		}
-		if err := os.RemoveAll(filepath.Dir(socket)); err != nil {
-			t.Fatal(err)
-		}
+		hostdirtest.Must(t, os.RemoveAll(filepath.Dir(socket)))
 	}
 }
 
 // saying is a backend that reads a hello and answers with a word.
 func saying(word string) func(*net.UnixConn) {
 	return func(c *net.UnixConn) {
-		if _, _, err := readHello(c); err == nil {
+		if _, _, err := hostdirtest.ReadHello(c); err == nil {
 			io.WriteString(c, word)
 		}
 	}
@@ -214,17 +188,17 @@ func saying(word string) func(*net.UnixConn) {
 // expectWord fails the test unless a client that asks for name gets the word.
 func expectWord(t *testing.T, d *daemon, name, word string) {
 	t.Helper()
-	if got, err := d.exchange(record(22, shape{name: name}.message()...)); err != nil || string(got) != word {
+	if got, err := d.exchange(snitest.Named(name).Stream()); err != nil || string(got) != word {
 		t.Errorf("%q: got %q, error %v, want %q", name, got, err, word)
 	}
 }
 
+// Goal: the daemon follows symlinks wherever they lead: relative or absolute, to a directory or a
+// socket, inside or outside the hosts directory, through one another.
 func TestSymlinks(t *testing.T) {
-	// Goal: symlinks are followed wherever they lead: relative or not, to a directory or a
-	// socket, inside or outside the hosts directory, through one another.
 	d := start(t)
-	elsewhere := hostsDir(t)
-	serveHost(t, elsewhere, "target", saying("outside"))
+	elsewhere := hostdirtest.Dir(t)
+	hostdirtest.Serve(t, hostDir(elsewhere, "target"), saying("outside"))
 	outside := hostDir(elsewhere, "target")
 	relative, err := filepath.Rel(d.dir, outside)
 	if err != nil {
@@ -239,9 +213,7 @@ func TestSymlinks(t *testing.T) {
 		{"inner.example", inside, "inside"},
 		{"twice.example", hostDir("", "inner.example"), "inside"},
 	} {
-		if err := os.Symlink(c.target, d.hostDir(c.name)); err != nil {
-			t.Fatal(err)
-		}
+		hostdirtest.Must(t, os.Symlink(c.target, d.hostDir(c.name)))
 		expectWord(t, d, c.name, c.word)
 	}
 	for _, c := range []struct{ name, target, word string }{
@@ -249,23 +221,21 @@ func TestSymlinks(t *testing.T) {
 		{"relative-socket.example", filepath.Join("..", relative, "tls-socket"), "outside"},
 		{"inner-socket.example", filepath.Join("..", inside, "tls-socket"), "inside"},
 	} {
-		if err := os.Symlink(c.target, d.hostPath(c.name, "tls-socket")); err != nil {
-			t.Fatal(err)
-		}
+		hostdirtest.Must(t, os.Symlink(c.target, d.hostPath(c.name, "tls-socket")))
 		expectWord(t, d, c.name, c.word)
 	}
 }
 
+// Goal: while a host's symlink is switched between two directories, by renaming a new symlink over
+// it, one or the other serves each client, and the backend gets a PROXY header exactly where a
+// marker is beside the socket.
 func TestAtomicSwitch(t *testing.T) {
-	// Goal: a host whose symlink is switched from one directory to another while it is in
-	// use, by renaming a new symlink over it, is served by one or the other at any time, and
-	// gets a PROXY header exactly where there is a marker beside the socket.
 	for _, marker := range []bool{false, true} {
 		t.Run(fmt.Sprintf("marker %v", marker), func(t *testing.T) {
 			d := start(t)
-			elsewhere := hostsDir(t)
+			elsewhere := hostdirtest.Dir(t)
 			backend := func(word, begin string) {
-				serveHost(t, elsewhere, word, func(c *net.UnixConn) {
+				hostdirtest.Serve(t, hostDir(elsewhere, word), func(c *net.UnixConn) {
 					got := make([]byte, len(begin))
 					if _, err := io.ReadFull(c, got); err == nil && string(got) != begin {
 						fmt.Fprintf(c, "%q for ", got)
@@ -277,7 +247,7 @@ func TestAtomicSwitch(t *testing.T) {
 			backend("green", "\x16")
 			if marker {
 				backend("blue", "PROXY ")
-				writeMarker(t, hostPath(t, elsewhere, "blue", "send-proxy-v1"))
+				hostdirtest.Touch(t, hostPath(t, elsewhere, "blue", "send-proxy-v1"))
 			} else {
 				backend("blue", "\x16")
 			}
@@ -285,9 +255,7 @@ func TestAtomicSwitch(t *testing.T) {
 				next := filepath.Join(d.dir, "next")
 				return errors.Join(os.Symlink(hostDir(elsewhere, word), next), os.Rename(next, d.hostDir("a.example")))
 			}
-			if err := point("blue"); err != nil {
-				t.Fatal(err)
-			}
+			hostdirtest.Must(t, point("blue"))
 
 			// The next switch is made when the last one has been seen by a client.
 			answers := make(chan string)
@@ -295,7 +263,7 @@ func TestAtomicSwitch(t *testing.T) {
 			for range 4 {
 				clients.Go(func() {
 					for range 500 {
-						got, err := d.tell(record(22, shape{name: "a.example"}.message()...), 1<<20, true)
+						got, err := d.tell(snitest.Named("a.example").Stream(), 1<<20, true)
 						if err != nil {
 							t.Error(err)
 						}
@@ -327,16 +295,9 @@ func TestAtomicSwitch(t *testing.T) {
 	}
 }
 
-func writeMarker(t *testing.T, path string) {
-	t.Helper()
-	if err := os.WriteFile(path, nil, 0o644); err != nil {
-		t.Fatal(err)
-	}
-}
-
+// Goal: a name is looked up in lower case. It may have underscores, and hyphens within and at the
+// end of labels. The backend gets it as the client sent it.
 func TestNames(t *testing.T) {
-	// Goal: a name is looked up in lower case, may have underscores, and hyphens within
-	// and at the end of labels; the backend gets it as it was sent.
 	d := start(t)
 	for _, c := range []struct{ sent, canonical string }{
 		{"a", "a"},
@@ -348,7 +309,7 @@ func TestNames(t *testing.T) {
 		{"a-.b--c.example", "a-.b--c.example"},
 		{strings.Repeat("a.", 25) + "example", strings.Repeat("a.", 25) + "example"},
 	} {
-		sent := record(22, shape{name: c.sent}.message()...)
+		sent := snitest.Named(c.sent).Stream()
 		d.serve(c.canonical, func(c *net.UnixConn) {
 			got := make([]byte, len(sent))
 			if _, err := io.ReadFull(c, got); err == nil && bytes.Equal(got, sent) {
@@ -359,27 +320,23 @@ func TestNames(t *testing.T) {
 	}
 }
 
+// Goal: a name that is not canonical, apart from upper case, never becomes a path, even if there is
+// a socket at that path.
 func TestForbiddenNames(t *testing.T) {
-	// Goal: a name that is not canonical, but for the case, never becomes a path, even if
-	// there is a socket at that path.
-	parent := hostsDir(t)
+	parent := hostdirtest.Dir(t)
 	hosts := filepath.Join(parent, "hosts")
-	if err := os.Mkdir(hosts, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	d := startOn(t, listen(t, "tcp4", "127.0.0.1:0"), hosts)
-	d.serve("a", greet)
-	d.serve("a/b", greet)
+	hostdirtest.Must(t, os.Mkdir(hosts, 0o755))
+	d := startOn(t, hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0"), hosts)
+	d.serve("a", hostdirtest.Greet)
+	d.serve("a/b", hostdirtest.Greet)
 	for _, name := range []string{
 		".", "..", "a.", "a..b", ".a", "-a", "b.-a", "a b", "a\nb", "a\\b", "*.b", "a:443", "\xc3\xa9", "\xff",
 		"\u212a", "a,b", "a%00", "[::1]",
 	} {
-		d.serve(name, greet)
+		d.serve(name, hostdirtest.Greet)
 	}
 	// A NUL would end the path here.
-	if err := os.Symlink(hostDir("", "a")+"/tls-socket", filepath.Join(hosts, "bare")); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, os.Symlink(hostDir("", "a")+"/tls-socket", filepath.Join(hosts, "bare")))
 	for _, name := range []string{
 		"", ".", "..", "../hosts/a", "./a", "/a", "a/", "a/b", "/", parent + "/hosts/a",
 		"a.", "a..", "a..b", ".a", "-a", "b.-a", "a b", "a\nb", "a\\b", "*.b", "a:443", "\xc3\xa9", "\xff",
@@ -387,7 +344,7 @@ func TestForbiddenNames(t *testing.T) {
 		"\x00", "a\x00", "a\x00.example", "\x00a", "a/tls-socket\x00", "bare\x00",
 		strings.Repeat("a", 256), strings.Repeat("a", 60_000),
 	} {
-		got, err := d.exchange(records(shape{name: name}.message(), 1<<14))
+		got, err := d.exchange(snitest.Named(name).Stream())
 		if err != nil || alert(got) != int(sni.UnrecognizedName) {
 			t.Errorf("%.80q: got %x, error %v", name, got, err)
 		}
@@ -397,26 +354,24 @@ func TestForbiddenNames(t *testing.T) {
 	}
 }
 
+// Goal: names of up to 254 bytes are served if the path of the socket fits into a socket address,
+// as the path of a hash always does, or if the daemon needs no path. Other names are unknown,
+// although there is a directory.
 func TestLongNames(t *testing.T) {
-	// Goal: names of up to 254 bytes are served if the path of the socket fits into a socket
-	// address, as that of a hash always does, or if none is needed; else they are unknown, although there is a
-	// directory.
 	d := start(t)
-	elsewhere := hostsDir(t)
-	serveHost(t, elsewhere, "target", saying("found"))
+	elsewhere := hostdirtest.Dir(t)
+	hostdirtest.Serve(t, hostDir(elsewhere, "target"), saying("found"))
 	var address unix.RawSockaddrUnix
 	fits := len(address.Path) - 1 - len("/tls-socket")
 	for _, n := range []int{63, fits - 1, fits, fits + 1, fits + 2, 253, 254, 255} {
 		name := strings.Repeat("abcdefg.", 32)[:n]
 		name = strings.TrimSuffix(name, ".") + strings.Repeat("x", n-len(strings.TrimSuffix(name, ".")))
-		if err := os.Symlink(hostDir(elsewhere, "target"), d.hostDir(name)); err != nil {
-			t.Fatal(err)
-		}
+		hostdirtest.Must(t, os.Symlink(hostDir(elsewhere, "target"), d.hostDir(name)))
 		if n <= fits || (hostdir.Hashed || anyName) && n <= 254 {
 			expectWord(t, d, name, "found")
 			continue
 		}
-		got, err := d.exchange(record(22, shape{name: name}.message()...))
+		got, err := d.exchange(snitest.Named(name).Stream())
 		expectRecord(t, got, err, sni.UnrecognizedName)
 	}
 }
@@ -429,7 +384,7 @@ func firstRead(c *net.UnixConn) {
 		return
 	}
 	b := make([]byte, 64<<10)
-	n, late := 0, time.Now().Add(patience)
+	n, late := 0, time.Now().Add(hostdirtest.Patience)
 	raw.Control(func(fd uintptr) {
 		for err = unix.EAGAIN; err == unix.EAGAIN && time.Now().Before(late); {
 			n, err = unix.Read(int(fd), b)
@@ -440,9 +395,9 @@ func firstRead(c *net.UnixConn) {
 	}
 }
 
+// Goal: with a marker of any kind of file, the backend gets the right header and the hello in one
+// write. Without a marker it gets the hello alone.
 func TestProxyHeader(t *testing.T) {
-	// Goal: with a marker, whatever it is, the backend gets the right header, and with it,
-	// in one write, the hello; without one, the hello alone.
 	markers := map[string]func(path string) error{
 		"none":             nil,
 		"empty file":       func(path string) error { return os.WriteFile(path, nil, 0) },
@@ -461,21 +416,19 @@ func TestProxyHeader(t *testing.T) {
 	} {
 		t.Run(fmt.Sprintf("%s %s from %s", c.network, c.listener, c.client), func(t *testing.T) {
 			if c.network != "tcp4" {
-				needIPv6(t)
+				hostdirtest.NeedIPv6(t)
 			}
-			l := listen(t, c.network, c.listener)
-			d := startOn(t, l, hostsDir(t))
+			l := hostdirtest.ListenTCP(t, c.network, c.listener)
+			d := startOn(t, l, hostdirtest.Dir(t))
 			port := l.Addr().(*net.TCPAddr).Port
 			d.addr = net.JoinHostPort(c.client, fmt.Sprint(port))
 			for what, mark := range markers {
 				name := strings.ToLower(strings.ReplaceAll(what, " ", "-")) + ".example"
 				d.serve(name, firstRead)
 				if mark != nil {
-					if err := mark(d.hostPath(name, "send-proxy-v1")); err != nil {
-						t.Fatal(err)
-					}
+					hostdirtest.Must(t, mark(d.hostPath(name, "send-proxy-v1")))
 				}
-				sent := record(22, shape{name: name}.message()...)
+				sent := snitest.Named(name).Stream()
 				for range 20 {
 					client := d.dial()
 					if _, err := client.Write(sent); err != nil {
@@ -497,13 +450,13 @@ func TestProxyHeader(t *testing.T) {
 	}
 }
 
+// Goal: the header comes once, before all bytes of the client, however the hello is cut and
+// whatever follows it.
 func TestProxyHeaderFirst(t *testing.T) {
-	// Goal: the header comes once, before all bytes of the client, however the hello is cut
-	// and whatever follows it.
 	d := start(t)
 	d.serve("a.example", func(c *net.UnixConn) { io.Copy(c, c) })
-	writeMarker(t, d.hostPath("a.example", "send-proxy-v1"))
-	sent := append(records(shape{name: "a.example"}.message(), 10), "and more"...)
+	hostdirtest.Touch(t, d.hostPath("a.example", "send-proxy-v1"))
+	sent := append(snitest.Records(snitest.Named("a.example").Bytes, 10), "and more"...)
 	for _, piece := range []int{1 << 20, 1} {
 		c := d.dial()
 		go func() {

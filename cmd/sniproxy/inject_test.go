@@ -22,7 +22,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sniproxy/cmd/internal/limits"
+	"sniproxy/hostdir/hostdirtest"
 	"sniproxy/sni"
+	"sniproxy/sni/snitest"
 )
 
 // An injection is a system call, or some, and the errors that it fails with, one after the other.
@@ -35,7 +37,6 @@ type injection struct {
 	ending   string // errors that may end it as if all was said
 
 	share    bool // two loops, which hand relays over all the time
-	fresh    bool // it is made only if no pipe is left from visitors before
 	loopOnly bool // not to fail in other threads than the loop's
 }
 
@@ -44,6 +45,7 @@ type injection struct {
 //   - What is an answer rather than a failure: of readlinkat and statx, that there is no
 //     marker, and of readlinkat that there is one (EINVAL).
 //   - EAGAIN, of reads and writes: it promises an event, which does not come if it is not true.
+//   - pipe2 is called once, at the start.
 //   - shutdown and close have their effect unless the descriptor is wrong, which no caller can
 //     mend; a call that fails here was not made at all.
 var eventLoopInjections = []injection{
@@ -66,7 +68,6 @@ var eventLoopInjections = []injection{
 	{calls: "epoll_pwait", when: "2+3", harmless: "EINTR", loopOnly: true},
 	{calls: "write", when: "3+7", harmless: "EINTR", harmful: writeErrors, ending: "EPIPE", loopOnly: true},
 	{calls: "splice", when: "3+7", harmless: "EINTR", harmful: "EBADF EINVAL ENOMEM ESPIPE ECONNRESET", ending: "EPIPE"},
-	{calls: "pipe2", when: "1+2", harmless: "EFAULT EINVAL EMFILE ENFILE ENOPKG ENOMEM", fresh: true},
 	{calls: "fcntl", when: "2+3", harmless: "EACCES EAGAIN EBADF EBUSY EINTR EINVAL EMFILE ENOMEM EPERM"},
 	{calls: "getpeername", when: "1+2", harmful: "EBADF EFAULT EINVAL ENOBUFS ENOTCONN ENOTSOCK"},
 	{calls: "getsockname", when: "1+2", harmful: "EBADF EFAULT EINVAL ENOBUFS ENOTSOCK"},
@@ -108,8 +109,8 @@ func init() {
 	}
 }
 
-// Goal: whatever system call fails, with whatever error, the daemon goes on, gives nobody a
-// wrong byte, lets nobody wait, and closes what it has opened.
+// Goal: whatever system call fails, with whatever error, the daemon goes on, gives nobody a wrong
+// byte, lets nobody wait, and closes what it opened.
 func TestInject(t *testing.T) {
 	if raceEnabled {
 		t.Skip("this is not about races, and a daemon with the race detector is too slow under strace")
@@ -117,7 +118,7 @@ func TestInject(t *testing.T) {
 	if testing.Short() {
 		t.Skip("it takes long")
 	}
-	strace := need(t, "strace")
+	strace := hostdirtest.Need(t, "strace")
 	t.Parallel() // strace waits a lot
 	injections := eventLoopInjections
 	if isPortable(t) {
@@ -159,9 +160,6 @@ func (in injection) run(t *testing.T, strace string) {
 		{in.ending, outcome{fail: true, end: true}},
 	} {
 		for _, errno := range strings.Fields(class.errors) {
-			if in.fresh {
-				d.awaitFds(base)
-			}
 			s := attach(t, strace, append(target, "-e", "trace="+in.calls,
 				"-e", fmt.Sprintf("inject=%s:error=%s:when=%s", in.calls, errno, in.when))...)
 			visitors.come("with "+errno, class.may)
@@ -170,7 +168,7 @@ func (in injection) run(t *testing.T, strace string) {
 				t.Errorf("none of %d calls failed with %s", strings.Count(log, "\n"), errno)
 			}
 			visitors.come("after "+errno, outcome{})
-			await(t, "the daemon to close what it opened with "+errno, func() bool { return sockets() <= baseSockets && d.directories() == 0 })
+			hostdirtest.Await(t, "the daemon to close what it opened with "+errno, func() bool { return sockets() <= baseSockets && d.directories() == 0 })
 			if t.Failed() {
 				t.Logf("the calls:\n%s", log)
 				return
@@ -215,12 +213,10 @@ func attach(t *testing.T, strace string, args ...string) *tracer {
 	t.Helper()
 	s := &tracer{t: t, log: filepath.Join(t.TempDir(), "strace")}
 	s.cmd = exec.Command(strace, append(args, "-o", s.log)...)
-	said := &lines{}
+	said := &hostdirtest.Lines{}
 	s.cmd.Stderr = said
-	if err := s.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	said.await(t, "attached")
+	hostdirtest.Must(t, s.cmd.Start())
+	said.Await(t, "attached")
 	return s
 }
 
@@ -252,34 +248,32 @@ type visitor struct {
 
 func newVisitors(t *testing.T, d *daemon) *visitors {
 	data := randomBytes(1 << 20)
-	d.serve("greet.example", greet)
-	d.serve("echo.example", echo)
+	d.serve("greet.example", hostdirtest.Greet)
+	d.serve("echo.example", hostdirtest.Echo)
 	d.serve("marked.example", func(c *net.UnixConn) {
 		r := bufio.NewReader(c)
 		header, _ := r.ReadString('\n')
-		name, _, _ := readHello(r)
+		name, _, _ := hostdirtest.ReadHello(r)
 		io.WriteString(c, header+name)
 	})
-	writeMarker(t, d.hostPath("marked.example", "send-proxy-v1"))
+	hostdirtest.Touch(t, d.hostPath("marked.example", "send-proxy-v1"))
 	d.serve("count.example", func(c *net.UnixConn) {
-		_, rest, _ := readHello(c)
+		_, rest, _ := hostdirtest.ReadHello(c)
 		sum := crc32.NewIEEE()
 		n, _ := io.Copy(sum, io.MultiReader(bytes.NewReader(rest), c))
 		fmt.Fprintf(c, "%d bytes, %08x", n, sum.Sum32())
 	})
 	d.serve("data.example", func(c *net.UnixConn) {
-		readHello(c)
+		hostdirtest.ReadHello(c)
 		c.Write(data)
 	})
-	d.serve("rude.example", func(c *net.UnixConn) { readHello(c) })
+	d.serve("rude.example", func(c *net.UnixConn) { hostdirtest.ReadHello(c) })
 	// Somewhere else.
-	elsewhere := hostsDir(t)
-	serveHost(t, elsewhere, "linked.example", greet)
-	if err := os.Symlink(hostDir(elsewhere, "linked.example"), d.hostDir("linked.example")); err != nil {
-		t.Fatal(err)
-	}
+	elsewhere := hostdirtest.Dir(t)
+	hostdirtest.Serve(t, hostDir(elsewhere, "linked.example"), hostdirtest.Greet)
+	hostdirtest.Must(t, os.Symlink(hostDir(elsewhere, "linked.example"), d.hostDir("linked.example")))
 
-	greeting := hello("greet.example")
+	greeting := snitest.Hello("greet.example")
 	refused := sni.UnrecognizedName.Record()
 	getsHeader := func(c *net.TCPConn) []byte {
 		local, remote := localAddr(c), c.RemoteAddr().(*net.TCPAddr)
@@ -288,26 +282,26 @@ func newVisitors(t *testing.T, d *daemon) *visitors {
 	return &visitors{t, d, []visitor{
 		{"short", says(greeting), gets("this is greet.example")},
 		{"in two pieces", says(greeting[:100], greeting[100:]), gets("this is greet.example")},
-		{"elsewhere", says(hello("linked.example")), gets("this is linked.example")},
-		{"elsewhere too", says(hello("linked.example")), gets("this is linked.example")},
-		{"marked", says(hello("marked.example")), getsHeader},
-		{"marked too", says(hello("marked.example")), getsHeader},
-		{"both ways", then((*net.TCPConn).CloseWrite, hello("echo.example"), data), gets(string(data))},
-		{"up", then((*net.TCPConn).CloseWrite, hello("count.example"), data), gets(fmt.Sprintf("%d bytes, %08x", len(data), crc32.ChecksumIEEE(data)))},
-		{"down", says(hello("data.example")), gets(string(data))},
-		{"down, after its end", then((*net.TCPConn).CloseWrite, hello("data.example")), gets(string(data))},
-		{"refused", says(hello("absent.example")), gets(string(refused[:]))},
+		{"elsewhere", says(snitest.Hello("linked.example")), gets("this is linked.example")},
+		{"elsewhere too", says(snitest.Hello("linked.example")), gets("this is linked.example")},
+		{"marked", says(snitest.Hello("marked.example")), getsHeader},
+		{"marked too", says(snitest.Hello("marked.example")), getsHeader},
+		{"both ways", then((*net.TCPConn).CloseWrite, snitest.Hello("echo.example"), data), gets(string(data))},
+		{"up", then((*net.TCPConn).CloseWrite, snitest.Hello("count.example"), data), gets(fmt.Sprintf("%d bytes, %08x", len(data), crc32.ChecksumIEEE(data)))},
+		{"down", says(snitest.Hello("data.example")), gets(string(data))},
+		{"down, after its end", then((*net.TCPConn).CloseWrite, snitest.Hello("data.example")), gets(string(data))},
+		{"refused", says(snitest.Hello("absent.example")), gets(string(refused[:]))},
 		{"without a word", then((*net.TCPConn).Close), nil},
 		{"without a name", then((*net.TCPConn).Close, greeting[:100]), nil},
-		{"without an answer", then((*net.TCPConn).Close, hello("data.example")), nil},
-		{"reset", then(cutOff, hello("count.example"), data[:100_000]), nil},
-		{"not wanted", then((*net.TCPConn).CloseWrite, hello("rude.example"), data), nil},
+		{"without an answer", then((*net.TCPConn).Close, snitest.Hello("data.example")), nil},
+		{"reset", then(cutOff, snitest.Hello("count.example"), data[:100_000]), nil},
+		{"not wanted", then((*net.TCPConn).CloseWrite, snitest.Hello("rude.example"), data), nil},
 	}}
 }
 
 // stay adds n whose connections are made use of for some time.
 func (v *visitors) stay(n int) {
-	parts, want := [][]byte{hello("echo.example")}, []byte(nil)
+	parts, want := [][]byte{snitest.Hello("echo.example")}, []byte(nil)
 	for i := range 64 {
 		b := randomBytes(100 + i)
 		parts, want = append(parts, b), append(want, b...)
@@ -386,7 +380,7 @@ func (v *visitors) come(when string, may outcome) {
 }
 
 func (v *visitors) visit(kind visitor, when string, may outcome) {
-	c, err := net.DialTimeout("tcp", v.d.addr, patience)
+	c, err := net.DialTimeout("tcp", v.d.addr, hostdirtest.Patience)
 	if err != nil {
 		if !may.fail || !isReset(err) {
 			v.t.Errorf("%s %s: %v", kind.name, when, err)
@@ -394,7 +388,7 @@ func (v *visitors) visit(kind visitor, when string, may outcome) {
 		return
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(patience))
+	c.SetDeadline(time.Now().Add(hostdirtest.Patience))
 	var want []byte
 	if kind.want != nil {
 		want = kind.want(c.(*net.TCPConn))

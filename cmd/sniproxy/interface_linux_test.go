@@ -6,19 +6,19 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir/hostdirtest"
 )
 
+// Goal: as TestWrongStdin, for files that only Linux has or opens in this way.
 func TestWrongStdinLinux(t *testing.T) {
-	// Goal: as TestWrongStdin, for what is opened in another way elsewhere.
 	t.Run("terminal", func(t *testing.T) {
 		master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
 		if err != nil {
 			t.Skipf("no terminals: %v", err)
 		}
 		defer master.Close()
-		if err := unix.IoctlSetPointerInt(int(master.Fd()), unix.TIOCSPTLCK, 0); err != nil {
-			t.Fatal(err)
-		}
+		hostdirtest.Must(t, unix.IoctlSetPointerInt(int(master.Fd()), unix.TIOCSPTLCK, 0))
 		n, err := unix.IoctlGetInt(int(master.Fd()), unix.TIOCGPTN)
 		if err != nil {
 			t.Fatal(err)
@@ -28,12 +28,12 @@ func TestWrongStdinLinux(t *testing.T) {
 			t.Skipf("no terminals: %v", err)
 		}
 		defer terminal.Close()
-		launch(t, terminal, hostsDir(t)).expectRefusal("a terminal")
+		launch(t, terminal, hostdirtest.Dir(t)).expectRefusal("a terminal")
 	})
 	t.Run("seqpacket", func(t *testing.T) {
-		launch(t, socketFD(t, unix.AF_UNIX, unix.SOCK_SEQPACKET, nil), hostsDir(t)).expectRefusal("Unix socket")
+		launch(t, socketFD(t, unix.AF_UNIX, unix.SOCK_SEQPACKET, nil), hostdirtest.Dir(t)).expectRefusal("Unix socket")
 	})
 	t.Run("netlink", func(t *testing.T) {
-		launch(t, socketFD(t, unix.AF_NETLINK, unix.SOCK_RAW, nil), hostsDir(t)).expectRefusal("another kind")
+		launch(t, socketFD(t, unix.AF_NETLINK, unix.SOCK_RAW, nil), hostdirtest.Dir(t)).expectRefusal("another kind")
 	})
 }

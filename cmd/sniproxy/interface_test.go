@@ -13,14 +13,17 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
+// Goal: any argument gives the usage and status 2, even if the socket is right.
 func TestArguments(t *testing.T) {
-	// Goal: any argument gives the usage and status 2, even where the socket is right.
 	for _, args := range [][]string{{"-h"}, {"--help"}, {"-version"}, {"8443"}, {""}, {"--"}, {"a", "b"}} {
 		t.Run(strings.Join(args, " "), func(t *testing.T) {
-			f := socketFile(t, listen(t, "tcp4", "127.0.0.1:0"))
-			d := launch(t, f, hostsDir(t), func(cmd *exec.Cmd) { cmd.Args = append(cmd.Args, args...) })
+			f := socketFile(t, hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0"))
+			d := launch(t, f, hostdirtest.Dir(t), func(cmd *exec.Cmd) { cmd.Args = append(cmd.Args, args...) })
 			if status := d.wait(); status != 2 {
 				t.Errorf("status %d, want 2", status)
 			}
@@ -34,9 +37,9 @@ func TestArguments(t *testing.T) {
 	}
 }
 
+// Goal: standard input that is neither a listening TCP socket nor a connection is refused with one
+// line, which says what was found and what to do.
 func TestWrongStdin(t *testing.T) {
-	// Goal: what is neither a listening TCP socket nor a connection is refused with one line, which says what
-	// was found and what to do.
 	for _, c := range []struct {
 		name  string
 		found string // a part of the line
@@ -45,9 +48,7 @@ func TestWrongStdin(t *testing.T) {
 		{"null device", "/dev/null", func(t *testing.T) *os.File { return openFile(t, os.DevNull) }},
 		{"file", "a file", func(t *testing.T) *os.File {
 			path := filepath.Join(t.TempDir(), "file")
-			if err := os.WriteFile(path, nil, 0o644); err != nil {
-				t.Fatal(err)
-			}
+			hostdirtest.Must(t, os.WriteFile(path, nil, 0o644))
 			return openFile(t, path)
 		}},
 		{"directory", "a directory", func(t *testing.T) *os.File { return openFile(t, t.TempDir()) }},
@@ -68,7 +69,7 @@ func TestWrongStdin(t *testing.T) {
 			return socketFile(t, c)
 		}},
 		{"listening Unix socket", "Unix socket", func(t *testing.T) *os.File {
-			return socketFile(t, listenHost(t, hostsDir(t), "a.example"))
+			return socketFile(t, hostdirtest.Listen(t, hostDir(hostdirtest.Dir(t), "a.example")))
 		}},
 		{"Unix datagram socket", "Unix socket", func(t *testing.T) *os.File {
 			return socketFD(t, unix.AF_UNIX, unix.SOCK_DGRAM, nil)
@@ -81,11 +82,11 @@ func TestWrongStdin(t *testing.T) {
 		}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			launch(t, c.open(t), hostsDir(t)).expectRefusal(c.found)
+			launch(t, c.open(t), hostdirtest.Dir(t)).expectRefusal(c.found)
 		})
 	}
 	t.Run("closed", func(t *testing.T) {
-		launch(t, nil, hostsDir(t), func(cmd *exec.Cmd) {
+		launch(t, nil, hostdirtest.Dir(t), func(cmd *exec.Cmd) {
 			cmd.Args = []string{"sh", "-c", `exec "$0" <&-`, cmd.Path}
 			cmd.Path = "/bin/sh"
 		}).expectRefusal("closed")
@@ -146,16 +147,14 @@ func socketFD(t *testing.T, domain, kind int, addr unix.Sockaddr) *os.File {
 	f := os.NewFile(uintptr(fd), "socket")
 	t.Cleanup(func() { f.Close() })
 	if addr != nil {
-		if err := unix.Bind(fd, addr); err != nil {
-			t.Fatal(err)
-		}
+		hostdirtest.Must(t, unix.Bind(fd, addr))
 	}
 	return f
 }
 
+// Goal: IPv4, IPv6, dual-stack and MPTCP listeners are served. The only line on standard output has
+// the address.
 func TestListening(t *testing.T) {
-	// Goal: IPv4, IPv6 and dual-stack listeners are served, MPTCP ones as well; the line
-	// on standard output has the address, and is the only one.
 	for _, c := range []struct {
 		network, addr string
 		clients       []string
@@ -178,13 +177,13 @@ func TestListening(t *testing.T) {
 				defer m.Close()
 				l = m.(*net.TCPListener)
 			case "tcp4":
-				l = listen(t, c.network, c.addr)
+				l = hostdirtest.ListenTCP(t, c.network, c.addr)
 			default:
-				needIPv6(t)
-				l = listen(t, c.network, c.addr)
+				hostdirtest.NeedIPv6(t)
+				l = hostdirtest.ListenTCP(t, c.network, c.addr)
 			}
-			d := startOn(t, l, hostsDir(t))
-			d.serve("a.example", greet)
+			d := startOn(t, l, hostdirtest.Dir(t))
+			d.serve("a.example", hostdirtest.Greet)
 			port := fmt.Sprint(l.Addr().(*net.TCPAddr).Port)
 			for _, client := range c.clients {
 				d.addr = net.JoinHostPort(client, port)
@@ -202,16 +201,13 @@ func TestListening(t *testing.T) {
 	}
 }
 
+// Goal: SIGHUP and SIGTERM stop an idle daemon with status 0 and one line, and the port is free.
 func TestStopSignals(t *testing.T) {
-	// Goal: SIGHUP and SIGTERM stop an idle daemon with status 0 and one line, and the
-	// port is free.
 	for _, s := range []syscall.Signal{syscall.SIGHUP, syscall.SIGTERM} {
 		t.Run(unix.SignalName(s), func(t *testing.T) {
 			d := start(t)
-			d.serve("a.example", greet)
-			if err := d.greeted("a.example"); err != nil {
-				t.Fatal(err)
-			}
+			d.serve("a.example", hostdirtest.Greet)
+			hostdirtest.Must(t, d.greeted("a.example"))
 			d.signal(s)
 			if status := d.wait(); status != 0 {
 				t.Errorf("status %d, want 0", status)
@@ -223,7 +219,7 @@ func TestStopSignals(t *testing.T) {
 			if got := d.err.String(); got != "" {
 				t.Errorf("standard error has %q", got)
 			}
-			listen(t, "tcp4", d.addr)
+			hostdirtest.ListenTCP(t, "tcp4", d.addr)
 		})
 	}
 }
@@ -237,7 +233,7 @@ type openRelay struct {
 func openEcho(t *testing.T, d *daemon, name string) openRelay {
 	t.Helper()
 	c := openRelay{d.dial(), t}
-	if _, err := c.Write(hello(name)); err != nil {
+	if _, err := c.Write(snitest.Hello(name)); err != nil {
 		t.Fatal(err)
 	}
 	c.works()
@@ -257,17 +253,17 @@ func (c openRelay) works() {
 	}
 }
 
+// Goal: after a signal the port can be bound at once, an open connection goes on, the daemon exits
+// when it ends, and no line speaks of cut connections.
 func TestStopGraceful(t *testing.T) {
-	// Goal: after a signal the port can be bound at once, an open connection goes on, the
-	// exit follows its end, and nothing is said about cut connections.
 	for _, s := range []syscall.Signal{syscall.SIGHUP, syscall.SIGTERM} {
 		t.Run(unix.SignalName(s), func(t *testing.T) {
 			d := start(t)
-			d.serve("a.example", echo)
+			d.serve("a.example", hostdirtest.Echo)
 			c := openEcho(t, d, "a.example")
 			d.signal(s)
-			d.out.await(t, "shutting down")
-			await(t, "the port to be free", func() bool {
+			d.out.Await(t, "shutting down")
+			hostdirtest.Await(t, "the port to be free", func() bool {
 				l, err := net.Listen("tcp4", d.addr)
 				if err == nil {
 					l.Close()
@@ -291,9 +287,9 @@ func TestStopGraceful(t *testing.T) {
 	}
 }
 
+// Goal: while a connection is open, a second signal, the same or the other, ends the daemon at once
+// with status 0. A line says that the connection was cut.
 func TestSecondSignal(t *testing.T) {
-	// Goal: a second signal, the same or the other, ends the daemon at once, with status
-	// 0, while a connection is open, and says that this was cut.
 	for _, s := range [][2]syscall.Signal{
 		{syscall.SIGHUP, syscall.SIGHUP},
 		{syscall.SIGHUP, syscall.SIGTERM},
@@ -302,10 +298,10 @@ func TestSecondSignal(t *testing.T) {
 	} {
 		t.Run(unix.SignalName(s[0])+" "+unix.SignalName(s[1]), func(t *testing.T) {
 			d := start(t)
-			d.serve("a.example", echo)
+			d.serve("a.example", hostdirtest.Echo)
 			c := openEcho(t, d, "a.example")
 			d.signal(s[0])
-			d.out.await(t, "shutting down")
+			d.out.Await(t, "shutting down")
 			c.works()
 			d.signal(s[1])
 			if status := d.wait(); status != 0 {
@@ -317,17 +313,17 @@ func TestSecondSignal(t *testing.T) {
 	}
 }
 
+// Goal: ten seconds after the signal, not before, the daemon cuts the connections that are still
+// open, says how many, and ends with status 0.
 func TestStopCutsAfterTenSeconds(t *testing.T) {
-	// Goal: connections that stay open are cut ten seconds after the signal, not before,
-	// with status 0, and their number is told.
 	t.Parallel()
 	d := start(t)
-	d.serve("a.example", echo)
+	d.serve("a.example", hostdirtest.Echo)
 	openEcho(t, d, "a.example")
 	c := openEcho(t, d, "a.example")
 	begin := time.Now()
 	d.signal(syscall.SIGHUP)
-	d.out.await(t, "got SIGHUP, shutting down")
+	d.out.Await(t, "got SIGHUP, shutting down")
 	c.works()
 	if n, err := c.Read(make([]byte, 1)); n > 0 || err == nil {
 		t.Errorf("read %d bytes", n)
@@ -355,12 +351,12 @@ func expectComplaint(t *testing.T, d *daemon, parts ...string) {
 	}
 }
 
+// Goal: when somebody who shares the listening socket shuts it down, the daemon says so and ends
+// with status 1, after the open connections.
 func TestCannotGoOn(t *testing.T) {
-	// Goal: when somebody who shares the listening socket shuts it down, the daemon says
-	// so and ends with status 1, after the open connections.
-	l := listen(t, "tcp4", "127.0.0.1:0")
-	d := startOn(t, l, hostsDir(t))
-	d.serve("a.example", echo)
+	l := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
+	d := startOn(t, l, hostdirtest.Dir(t))
+	d.serve("a.example", hostdirtest.Echo)
 	c := openEcho(t, d, "a.example")
 	raw, err := l.SyscallConn()
 	if err != nil {
@@ -370,7 +366,7 @@ func TestCannotGoOn(t *testing.T) {
 	if err != nil {
 		t.Skipf("this system does not shut listening sockets down: %v", err)
 	}
-	d.err.await(t, "shut down")
+	d.err.Await(t, "shut down")
 	c.works()
 	c.Close()
 	if status := d.wait(); status != 1 {
@@ -379,10 +375,10 @@ func TestCannotGoOn(t *testing.T) {
 	expectComplaint(t, d, "listening socket")
 }
 
+// Goal: the daemon links only small packages of the standard library, golang.org/x/sys and, in
+// hashed builds, the hash.
 func TestDependencies(t *testing.T) {
-	// Goal: the daemon is made of the standard library's small packages, golang.org/x/sys
-	// and, in hashed builds, the hash.
-	program := need(t, "go")
+	program := hostdirtest.Need(t, "go")
 	for _, tags := range []string{"", "hashed", "portable"} {
 		out, err := exec.Command(program, "list", "-deps", "-tags", tags, "sniproxy/cmd/sniproxy").Output()
 		if err != nil {

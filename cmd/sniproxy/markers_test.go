@@ -20,6 +20,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
 // headerV2 returns the header that a backend with send-proxy-v2 must get, from Section 2.2 of the
@@ -77,20 +80,20 @@ func onFamilies(t *testing.T, test func(t *testing.T, d *daemon)) {
 	} {
 		t.Run(fmt.Sprintf("%s %s from %s", tt.network, tt.listener, tt.client), func(t *testing.T) {
 			if tt.network != "tcp4" {
-				needIPv6(t)
+				hostdirtest.NeedIPv6(t)
 			}
-			l := listen(t, tt.network, tt.listener)
-			d := startOn(t, l, hostsDir(t))
+			l := hostdirtest.ListenTCP(t, tt.network, tt.listener)
+			d := startOn(t, l, hostdirtest.Dir(t))
 			d.addr = net.JoinHostPort(tt.client, fmt.Sprint(l.Addr().(*net.TCPAddr).Port))
 			test(t, d)
 		})
 	}
 }
 
+// Goal: with send-proxy-v2, of any kind of file, the backend gets the header of version 2, exact to
+// the byte, with the canonical name, and the hello in the same write. It does so if there is a
+// send-proxy-v1 as well, which alone gives a header of version 1.
 func TestProxyV2(t *testing.T) {
-	// Goal: with send-proxy-v2, whatever it is, the backend gets the header of version 2, exact
-	// to the byte, with the canonical name, and with it, in one write, the hello; also if there
-	// is a send-proxy-v1, which alone gives a header of version 1.
 	markers := map[string]func(path string) error{
 		"empty file":       func(path string) error { return os.WriteFile(path, nil, 0) },
 		"text":             func(path string) error { return os.WriteFile(path, []byte("no"), 0o644) },
@@ -103,20 +106,14 @@ func TestProxyV2(t *testing.T) {
 		for what, mark := range markers {
 			name := strings.ReplaceAll(strings.ToLower(what), " ", "_") + ".example"
 			d.serve(name, firstRead)
-			if err := mark(d.hostPath(name, "send-proxy-v2")); err != nil {
-				t.Fatal(err)
-			}
+			hostdirtest.Must(t, mark(d.hostPath(name, "send-proxy-v2")))
 			for range 5 {
 				d.expectFirst(what, sayHello(name), v2For(name))
-				d.expectFirst(what, hello(strings.ToUpper(name)), v2For(name))
+				d.expectFirst(what, snitest.Hello(strings.ToUpper(name)), v2For(name))
 			}
-			if err := mark(d.hostPath(name, "send-proxy-v1")); err != nil {
-				t.Fatal(err)
-			}
+			hostdirtest.Must(t, mark(d.hostPath(name, "send-proxy-v1")))
 			d.expectFirst(what+", both", sayHello(name), v2For(name))
-			if err := os.RemoveAll(d.hostPath(name, "send-proxy-v2")); err != nil {
-				t.Fatal(err)
-			}
+			hostdirtest.Must(t, os.RemoveAll(d.hostPath(name, "send-proxy-v2")))
 			d.expectFirst(what+", version 1 left", sayHello(name), func(client, listener netip.AddrPort) []byte {
 				family := "TCP4"
 				if client.Addr().Is6() {
@@ -124,18 +121,16 @@ func TestProxyV2(t *testing.T) {
 				}
 				return fmt.Appendf(nil, "PROXY %s %v %v %d %d\r\n", family, client.Addr(), listener.Addr(), client.Port(), listener.Port())
 			})
-			if err := os.RemoveAll(d.hostPath(name, "send-proxy-v1")); err != nil {
-				t.Fatal(err)
-			}
+			hostdirtest.Must(t, os.RemoveAll(d.hostPath(name, "send-proxy-v1")))
 			d.expectFirst(what+", none left", sayHello(name), func(netip.AddrPort, netip.AddrPort) []byte { return nil })
 		}
 	})
 }
 
+// Goal: the header has the name that the client asked for, in lower case, also if it is as long as
+// names get, and if a wildcard or * serves it, whose marker then counts. For a client that named no
+// host the header has no name.
 func TestProxyV2Names(t *testing.T) {
-	// Goal: the header has the name that the client asked for, in lower case, also if it is
-	// as long as names get and if a wildcard or * serves it; that is whose marker counts. A client
-	// that named no host has no name there.
 	onFamilies(t, func(t *testing.T, d *daemon) {
 		for _, entry := range []string{"exact.example", "*.example", "*"} {
 			d.serve(entry, firstRead)
@@ -147,7 +142,7 @@ func TestProxyV2Names(t *testing.T) {
 		}
 		for _, marked := range []string{"", "*", "*.example", "exact.example"} {
 			if marked != "" {
-				writeMarker(t, d.hostPath(marked, "send-proxy-v2"))
+				hostdirtest.Touch(t, d.hostPath(marked, "send-proxy-v2"))
 			}
 			for name, entry := range map[string]string{
 				"exact.example": "exact.example", "a.example": "*.example", "_a-.example": "*.example",
@@ -159,34 +154,32 @@ func TestProxyV2Names(t *testing.T) {
 				}
 				what := fmt.Sprintf("%q, marker in %q", name, marked)
 				if name == "" {
-					d.expectFirst(what, hello(""), header)
+					d.expectFirst(what, snitest.Hello(""), header)
 					continue
 				}
 				d.expectFirst(what, sayHello(name), header)
 				d.expectFirst(what, sayHello(strings.ToUpper(name)), header)
 			}
 			if marked != "" {
-				if err := os.Remove(d.hostPath(marked, "send-proxy-v2")); err != nil {
-					t.Fatal(err)
-				}
+				hostdirtest.Must(t, os.Remove(d.hostPath(marked, "send-proxy-v2")))
 			}
 		}
 	})
 }
 
+// Goal: the header comes once, before all bytes of the client, however the hello is cut and
+// whatever follows it.
 func TestProxyV2First(t *testing.T) {
-	// Goal: the header comes once, before all bytes of the client, however the hello is cut
-	// and whatever follows it.
 	d := start(t)
 	d.serve("a.example", func(c *net.UnixConn) { io.Copy(c, c) })
-	writeMarker(t, d.hostPath("a.example", "send-proxy-v2"))
+	hostdirtest.Touch(t, d.hostPath("a.example", "send-proxy-v2"))
 	bulk := randomBytes(300_000)
 	for _, piece := range []int{1 << 20, 100, 1} {
 		for _, following := range [][]byte{nil, []byte("and more"), bulk} {
 			if piece < 100 && len(following) == len(bulk) {
 				continue
 			}
-			sent := append(records(shape{name: "A.example"}.message(), 10), following...)
+			sent := append(snitest.Records(snitest.Named("A.example").Bytes, 10), following...)
 			c := d.dial()
 			go func() {
 				for i := 0; i < len(sent); i += piece {
@@ -205,9 +198,9 @@ func TestProxyV2First(t *testing.T) {
 	}
 }
 
-// Goal: servers that require the PROXY header accept that of version 2, also from clients that
-// named no host, and learn from it the addresses that the client's connection really has and, if
-// they can, the name.
+// Goal: servers that require the PROXY header accept version 2, also for clients that named no
+// host. They learn the real addresses of the client's connection from it and, if they can, the
+// name.
 func TestProxyV2Backends(t *testing.T) {
 	for _, tt := range []struct {
 		name      string
@@ -224,7 +217,7 @@ func TestProxyV2Backends(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			now := versionOf(t, tt.name)
 			ca := newAuthority(t)
-			hosts := hostsDir(t)
+			hosts := hostdirtest.Dir(t)
 			config, known := tt.config, !now.before(tt.since)
 			if known {
 				for _, last := range []string{"$proxy_protocol_server_port", "%%[dst_port]"} {
@@ -235,7 +228,7 @@ func TestProxyV2Backends(t *testing.T) {
 			file := writeFile(t, "config", fmt.Appendf(nil, config, socket, pemFile(t, ca.issue(t, "site.example")), t.TempDir()))
 			startBackend(t, socket, tt.name, append(tt.args, file)...)
 			for _, marker := range []string{"send-proxy-v1", "send-proxy-v2"} {
-				writeMarker(t, hostPath(t, hosts, "*", marker))
+				hostdirtest.Touch(t, hostPath(t, hosts, "*", marker))
 			}
 			for _, on := range []struct{ listener, network, addr, client string }{
 				{"IPv4", "tcp4", "127.0.0.1:0", "127.0.0.1"},
@@ -244,9 +237,9 @@ func TestProxyV2Backends(t *testing.T) {
 			} {
 				t.Run(on.listener, func(t *testing.T) {
 					if on.network != "tcp4" {
-						needIPv6(t)
+						hostdirtest.NeedIPv6(t)
 					}
-					l := listen(t, on.network, on.addr)
+					l := hostdirtest.ListenTCP(t, on.network, on.addr)
 					startOn(t, l, hosts)
 					_, port, _ := net.SplitHostPort(l.Addr().String())
 					longest := 254
@@ -283,7 +276,7 @@ func (v version) before(w version) bool { return slices.Compare(v[:], w[:]) < 0 
 // versionOf returns the version of a program, which must be installed.
 func versionOf(t *testing.T, program string) (v version) {
 	t.Helper()
-	out, err := exec.Command(need(t, program), "-v").CombinedOutput()
+	out, err := exec.Command(hostdirtest.Need(t, program), "-v").CombinedOutput()
 	m := regexp.MustCompile(`[ /](\d+)\.(\d+)\.(\d+)`).FindSubmatch(out)
 	if err != nil || m == nil {
 		t.Fatalf("%s -v: %q, error %v", program, out, err)
@@ -297,12 +290,12 @@ func versionOf(t *testing.T, program string) (v version) {
 // getAs returns the page that a client gets that asks for a host or, if name is empty, names
 // none, and its connection, which is closed. Whose certificate it is does not matter.
 func getAs(name, addr string) (page string, c *tls.Conn, err error) {
-	c, err = tls.DialWithDialer(&net.Dialer{Timeout: patience}, "tcp", addr, &tls.Config{ServerName: name, InsecureSkipVerify: true})
+	c, err = tls.DialWithDialer(&net.Dialer{Timeout: hostdirtest.Patience}, "tcp", addr, &tls.Config{ServerName: name, InsecureSkipVerify: true})
 	if err != nil {
 		return "", nil, err
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(patience))
+	c.SetDeadline(time.Now().Add(hostdirtest.Patience))
 	io.WriteString(c, "GET / HTTP/1.1\r\nHost: site.example\r\nConnection: close\r\n\r\n")
 	response, err := http.ReadResponse(bufio.NewReader(c), nil)
 	if err != nil {

@@ -13,6 +13,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
 // rss returns how much memory of the daemon is resident, in bytes.
@@ -93,7 +96,7 @@ func (d *daemon) crowd(n int, b []byte) (clients []*net.TCPConn) {
 // its descriptors but for those that are free for a moment after it has made room.
 func (d *daemon) awaitFull() {
 	d.t.Helper()
-	await(d.t, "the daemon to run out of descriptors", func() bool { return d.allFds() >= 50 })
+	hostdirtest.Await(d.t, "the daemon to run out of descriptors", func() bool { return d.allFds() >= 50 })
 }
 
 // exhaust makes a daemon that has limitFiles(64) run out of descriptors, then lets it have
@@ -104,7 +107,7 @@ func (d *daemon) exhaust() {
 	os.Remove(d.hostPath(name, "tls-socket"))
 	d.serve(name, func(c *net.UnixConn) { io.Copy(io.Discard, c) })
 	base := d.fds()
-	clients := d.crowd(100, hello(name))
+	clients := d.crowd(100, snitest.Hello(name))
 	d.awaitFull()
 	for _, c := range clients {
 		c.Close()
@@ -123,20 +126,19 @@ func (d *daemon) expectRest() {
 	}
 }
 
-// Goal: many more clients than there are descriptors for neither end the daemon nor make
-// it spin; whom it has begun to serve it serves on, and it serves all again when they leave.
+// Goal: many more clients than descriptors neither end the daemon nor make it spin. It serves on
+// those whom it has begun to serve, and everybody when the crowd has left.
 func TestOverloadDescriptors(t *testing.T) {
+	t.Parallel() // it waits to see whether the daemon spins
 	d := start(t, limitFiles(64))
-	d.serve("a.example", greet)
-	d.serve("echo.example", echo)
-	if err := d.greeted("a.example"); err != nil {
-		t.Fatal(err)
-	}
+	d.serve("a.example", hostdirtest.Greet)
+	d.serve("echo.example", hostdirtest.Echo)
+	hostdirtest.Must(t, d.greeted("a.example"))
 	base := d.fds()
 	var relays []*net.TCPConn
 	for range 10 {
 		c := d.dial()
-		c.Write(hello("echo.example"))
+		c.Write(snitest.Hello("echo.example"))
 		ping(t, c, c)
 		relays = append(relays, c)
 	}
@@ -146,7 +148,7 @@ func TestOverloadDescriptors(t *testing.T) {
 			ping(t, c, c)
 		}
 	}
-	clients := d.crowd(300, hello("echo.example"))
+	clients := d.crowd(300, snitest.Hello("echo.example"))
 	d.awaitFull()
 	expectRelays()
 	d.expectRest()
@@ -156,9 +158,7 @@ func TestOverloadDescriptors(t *testing.T) {
 	}
 	d.awaitFds(base + 2*len(relays))
 	for range 50 {
-		if err := d.greeted("a.example"); err != nil {
-			t.Fatal(err)
-		}
+		hostdirtest.Must(t, d.greeted("a.example"))
 	}
 	expectRelays()
 	for _, c := range relays {
@@ -170,8 +170,8 @@ func TestOverloadDescriptors(t *testing.T) {
 	}
 }
 
-// Goal: of a burst of clients for which there are not enough descriptors, as many are served
-// as there is room for; making room for one does not cost all others their place.
+// Goal: of a burst of clients, the daemon serves as many as it has descriptors for. Making room for
+// one does not cost all others their place.
 func TestOverloadBurst(t *testing.T) {
 	d := start(t, limitFiles(64))
 	for range 20 {
@@ -179,26 +179,24 @@ func TestOverloadBurst(t *testing.T) {
 	}
 }
 
-// Goal: silent clients that hold all descriptors do not lock out those who say what they
-// want, since the oldest of them makes room.
+// Goal: silent clients that hold all descriptors do not lock out those who say what they want,
+// since the oldest silent one makes room.
 func TestOverloadSilentClients(t *testing.T) {
 	d := start(t, limitFiles(64))
-	d.serve("a.example", greet)
-	d.serve("echo.example", echo)
+	d.serve("a.example", hostdirtest.Greet)
+	d.serve("echo.example", hostdirtest.Echo)
 	base := d.fds()
 	relay := d.dial()
-	relay.Write(hello("echo.example"))
+	relay.Write(snitest.Hello("echo.example"))
 	ping(t, relay, relay)
-	h := hello("a.example")
+	h := snitest.Hello("a.example")
 	cut := bytes.Index(h, []byte("a.example")) // what follows the name is the backend's business
 	var silent []*net.TCPConn
 	for _, b := range [][]byte{nil, h[:1], h[:cut]} {
 		silent = append(silent, d.crowd(100, b)...)
 		d.awaitFull()
 		for range 30 {
-			if err := d.greeted("a.example"); err != nil {
-				t.Fatal(err)
-			}
+			hostdirtest.Must(t, d.greeted("a.example"))
 		}
 		ping(t, relay, relay)
 	}
@@ -230,8 +228,8 @@ func (d *daemon) shortBacklog(name string) *net.UnixListener {
 	return l
 }
 
-// Goal: a backend with a backlog of 1 that gets 200 clients at once, and accepts none of
-// them for a while, in the end serves all.
+// Goal: a backend with a backlog of 1 that gets 200 clients at once, and accepts none for a while,
+// in the end serves all.
 func TestOverloadBacklog(t *testing.T) {
 	const clients = 200
 	d := start(t)
@@ -245,7 +243,7 @@ func TestOverloadBacklog(t *testing.T) {
 			}
 		})
 	}
-	await(t, "all clients to be accepted", func() bool { return d.fds() >= base+clients })
+	hostdirtest.Await(t, "all clients to be accepted", func() bool { return d.fds() >= base+clients })
 	var served sync.WaitGroup
 	for range clients {
 		c, err := l.AcceptUnix()
@@ -254,7 +252,7 @@ func TestOverloadBacklog(t *testing.T) {
 		}
 		served.Go(func() {
 			defer c.Close()
-			greet(c)
+			hostdirtest.Greet(c)
 		})
 	}
 	wait.Wait()
@@ -266,9 +264,9 @@ func TestOverloadBacklog(t *testing.T) {
 func TestOverloadSlowClients(t *testing.T) {
 	const slow, good = 500, 500
 	d := start(t)
-	d.serve("a.example", greet)
+	d.serve("a.example", hostdirtest.Greet)
 	base := d.fds()
-	h := hello("a.example")
+	h := snitest.Hello("a.example")
 	clients := d.crowd(slow, h[:1])
 	over := make(chan struct{})
 	var sending sync.WaitGroup
@@ -303,8 +301,8 @@ func TestOverloadSlowClients(t *testing.T) {
 	d.awaitFds(base)
 }
 
-// Goal: thousands of connections that end at every stage of their way, in every manner,
-// leave no descriptor behind.
+// Goal: thousands of connections that end at every stage, in every manner, leave no descriptor
+// behind.
 func TestOverloadAborted(t *testing.T) {
 	t.Parallel() // it waits for the ten seconds of those whose backend does not accept
 	each := 400
@@ -312,12 +310,12 @@ func TestOverloadAborted(t *testing.T) {
 		each = 40
 	}
 	d := start(t)
-	d.serve("echo.example", echo)
+	d.serve("echo.example", hostdirtest.Echo)
 	d.serve("flood.example", func(c *net.UnixConn) {
 		go io.Copy(io.Discard, c)
 		io.Copy(c, zeros{})
 	})
-	d.serve("closes.example", func(c *net.UnixConn) { readHello(c) })
+	d.serve("closes.example", func(c *net.UnixConn) { hostdirtest.ReadHello(c) })
 	d.serve("resets.example", func(c *net.UnixConn) { c.Read(make([]byte, 1)) })
 	d.serve("ends.example", func(c *net.UnixConn) {
 		c.CloseWrite()
@@ -333,20 +331,20 @@ func TestOverloadAborted(t *testing.T) {
 		defer c.Close()
 	}
 	warm := d.dial()
-	warm.Write(hello("echo.example"))
+	warm.Write(snitest.Hello("echo.example"))
 	ping(t, warm, warm)
 	base := d.fds()
 
-	send := func(c *net.TCPConn, name string) { c.Write(hello(name)) }
+	send := func(c *net.TCPConn, name string) { c.Write(snitest.Hello(name)) }
 	receive := func(c *net.TCPConn, n int) { io.ReadFull(c, make([]byte, n)) }
 	stages := []struct {
 		name  string
 		reach func(c *net.TCPConn)
 	}{
 		{"before the hello", func(*net.TCPConn) {}},
-		{"in the hello", func(c *net.TCPConn) { c.Write(hello("echo.example")[:100]) }},
+		{"in the hello", func(c *net.TCPConn) { c.Write(snitest.Hello("echo.example")[:100]) }},
 		{"end in the hello", func(c *net.TCPConn) {
-			c.Write(hello("echo.example")[:100])
+			c.Write(snitest.Hello("echo.example")[:100])
 			c.CloseWrite()
 		}},
 		{"alert on its way", func(c *net.TCPConn) { send(c, "unknown.example") }},
@@ -385,13 +383,13 @@ func TestOverloadAborted(t *testing.T) {
 		{"backend resets", func(c *net.TCPConn) { send(c, "resets.example") }},
 	}
 	inParallel(each*len(stages), 50, func(i int) {
-		nc, err := net.DialTimeout("tcp", d.addr, patience)
+		nc, err := net.DialTimeout("tcp", d.addr, hostdirtest.Patience)
 		if err != nil {
 			t.Error(err)
 			return
 		}
 		c := nc.(*net.TCPConn)
-		c.SetDeadline(time.Now().Add(patience))
+		c.SetDeadline(time.Now().Add(hostdirtest.Patience))
 		stages[i%len(stages)].reach(c)
 		if i/len(stages)%2 == 0 {
 			abort(c)
@@ -419,19 +417,18 @@ func (d *daemon) rounds(n int, do func(n int)) {
 	d.expectGrowth(warm, 0)
 }
 
-// Goal: 10,000 different names that nobody has, and 100,000 hellos that are none, leave
-// memory flat.
+// Goal: 10,000 different unknown names and 100,000 malformed hellos leave memory flat.
 func TestOverloadRefused(t *testing.T) {
 	// refused ends with a reset, so that no port is lost to TIME_WAIT.
 	refused := func(d *daemon, b []byte, want int) {
-		nc, err := net.DialTimeout("tcp", d.addr, patience)
+		nc, err := net.DialTimeout("tcp", d.addr, hostdirtest.Patience)
 		if err != nil {
 			d.t.Error(err)
 			return
 		}
 		c := nc.(*net.TCPConn)
 		defer abort(c)
-		c.SetDeadline(time.Now().Add(patience))
+		c.SetDeadline(time.Now().Add(hostdirtest.Patience))
 		if _, err := c.Write(b); err != nil {
 			d.t.Error(err)
 			return
@@ -446,13 +443,13 @@ func TestOverloadRefused(t *testing.T) {
 		var serial atomic.Int64
 		d.rounds(10_000, func(n int) {
 			inParallel(n, 20, func(int) {
-				refused(d, hello(fmt.Sprintf("%d.example", serial.Add(1))), 112)
+				refused(d, snitest.Hello(fmt.Sprintf("%d.example", serial.Add(1))), 112)
 			})
 		})
 	})
 	t.Run("malformed hellos", func(t *testing.T) {
 		d := start(t)
-		h := hello("a.example")
+		h := snitest.Hello("a.example")
 		malformed := [][]byte{
 			[]byte("GET / HTTP/1.1\r\n"),
 			bytes.Replace(h, []byte("a.example"), []byte("a example"), 1),
@@ -472,36 +469,24 @@ func TestOverloadRefused(t *testing.T) {
 // hugeHello returns the first size bytes of what claims to be a ClientHello of 16 MiB. All
 // of them are needed to get to the name.
 func hugeHello(size int) []byte {
-	message := []byte{1, 0xff, 0xff, 0xff, 3, 3}       // client_hello, length, version
-	message = append(message, make([]byte, 32)...)     // random
-	message = append(message, 0, 0xff, 0xfe)           // no session_id, 65534 bytes of cipher_suites
-	message = append(message, make([]byte, 0xfffe)...) //
-	message = append(message, 1, 0, 0xff, 0xff)        // a compression method, 65535 bytes of extensions
-	message = append(message, 0, 21, 0xff, 0xfb)       // padding
-	message = append(message, make([]byte, 0xffff)...) //
-	var b []byte
-	for len(b) < size {
-		n := min(len(message), 1<<14)
-		b = append(b, 22, 3, 1, byte(n>>8), byte(n))
-		b = append(b, message[:n]...)
-		message = message[n:]
-	}
-	return b[:size]
+	m := snitest.ClientHello{CipherSuites: 1<<16 - 4, Extensions: func(m *snitest.Message) {
+		m.Extension(snitest.Padding, make([]byte, 1<<16-5))
+	}}.Build()
+	m.Set(m.Lengths[0], 1<<24-1)
+	return m.Stream()[:size]
 }
 
-// Goal: a hello that claims to be 16 MiB long costs the daemon's memory at most the 64 KiB
-// within which the name must come, and then the client is told.
+// Goal: a hello that claims to be 16 MiB long costs the daemon at most the 64 KiB within which the
+// name must come. Then the client gets its alert.
 func TestOverloadHugeHello(t *testing.T) {
 	const conns, size = 200, 60 << 10
 	d := start(t)
-	d.serve("a.example", greet)
-	if err := d.greeted("a.example"); err != nil {
-		t.Fatal(err)
-	}
+	d.serve("a.example", hostdirtest.Greet)
+	hostdirtest.Must(t, d.greeted("a.example"))
 	fds, base := d.fds(), d.rss()
 	h := hugeHello(100 << 10)
 	clients := d.crowd(conns, h[:size])
-	await(t, "all to be read", func() bool {
+	hostdirtest.Await(t, "all to be read", func() bool {
 		n := 0
 		for _, s := range d.sockets(nil) {
 			if s.unread == 0 {
@@ -526,15 +511,15 @@ func TestOverloadHugeHello(t *testing.T) {
 	d.awaitFds(fds)
 }
 
-// Goal: a connection that has moved data and is idle now costs two descriptors, and memory
-// for its state, but none for buffers.
+// Goal: a connection that has moved data and is idle now costs two descriptors and memory for its
+// state, but no buffers.
 func TestOverloadIdle(t *testing.T) {
 	const conns = 1000
 	d := start(t)
-	d.serve("echo.example", echo)
+	d.serve("echo.example", hostdirtest.Echo)
 	var clients []*net.TCPConn
 	add := func(n int) {
-		for _, c := range d.crowd(n, hello("echo.example")) {
+		for _, c := range d.crowd(n, snitest.Hello("echo.example")) {
 			go c.Write(make([]byte, 100_000))
 			if _, err := io.ReadFull(c, make([]byte, 100_000)); err != nil {
 				t.Fatal(err)
@@ -549,7 +534,7 @@ func TestOverloadIdle(t *testing.T) {
 		add(conns / 10)
 	}
 	want := fds + 2*(10+conns)
-	await(t, fmt.Sprintf("the daemon to have %d descriptors", want), func() bool { return d.fds() == want })
+	hostdirtest.Await(t, fmt.Sprintf("the daemon to have %d descriptors", want), func() bool { return d.fds() == want })
 	d.expectGrowth(base, conns*32<<10)
 	for _, c := range clients {
 		ping(t, c, c)

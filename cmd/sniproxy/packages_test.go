@@ -7,9 +7,11 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"sniproxy/hostdir/hostdirtest"
 )
 
-// Goal: the packages that the package comment lists are those that the program is made of, and each
+// Goal: the package comment lists exactly the packages that the program is made of, and each
 // imports only those below it.
 func TestPackages(t *testing.T) {
 	text, err := os.ReadFile("main.go")
@@ -24,7 +26,7 @@ func TestPackages(t *testing.T) {
 	}
 	found := make(map[string]bool)
 	for _, tags := range []string{"", "portable", "hashed"} {
-		list := exec.Command(need(t, "go"), "list", "-deps", "-tags", tags, "-f", "{{.ImportPath}} {{join .Imports \" \"}}", ".")
+		list := exec.Command(hostdirtest.Need(t, "go"), "list", "-deps", "-tags", tags, "-f", "{{.ImportPath}} {{join .Imports \" \"}}", ".")
 		out, err := list.Output()
 		if err != nil {
 			t.Fatalf("go list: %v", err)

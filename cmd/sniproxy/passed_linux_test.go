@@ -15,6 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sniproxy/cmd/internal/limits"
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
 // mostPassed is how many descriptors there can be in a message (SCM_MAX_FD).
@@ -64,14 +66,14 @@ func newToken(t *testing.T) token {
 func (k token) expectClosed(t *testing.T) {
 	t.Helper()
 	unix.Close(k.fd)
-	k.other.SetDeadline(time.Now().Add(limits.Hello))
+	k.other.SetDeadline(time.Now().Add(hostdirtest.Patience))
 	if err := expectEnd(k.other); err != nil {
 		t.Errorf("a descriptor that was passed is still open: %v", err)
 	}
 }
 
-// Goal: where the system has SO_PASSRIGHTS, a backend cannot pass descriptors, and its connections are
-// not harmed by its trying.
+// Goal: where the system has SO_PASSRIGHTS, a backend cannot pass descriptors, and trying does not
+// harm its connections.
 func TestPassedRefused(t *testing.T) {
 	needPassRights(t)
 	d := start(t)
@@ -96,13 +98,13 @@ func needPassRights(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unix.Close(fd)
-	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, soPassRights, 0); err != nil || denied("passrights") {
+	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, hostdirtest.SOPassRights, 0); err != nil || denied("passrights") {
 		t.Skipf("no SO_PASSRIGHTS, which Linux has since 6.16: %v", err)
 	}
 }
 
-// Goal: where the system does not have it, however a backend passes descriptors, its connection ends as
-// one that a backend has reset, with a line in the log, and none of them stays open.
+// Goal: where the system lacks it, a backend that passes descriptors, in whatever way, loses its
+// connection as if it had reset it, with a line in the log. None of the descriptors stays open.
 func TestPassedDescriptors(t *testing.T) {
 	many := func(fd int) (fds []int) {
 		for range mostPassed {
@@ -151,29 +153,23 @@ func TestPassedDescriptors(t *testing.T) {
 			t.Parallel()
 			d := start(t, deny("passrights"))
 			l := d.host("evil.example")
-			d.serve("good.example", greet)
+			d.serve("good.example", hostdirtest.Greet)
 			base, all := d.fds(), d.allFds()
 			client, backend := d.pair(l, "evil.example")
 			k := newToken(t)
-			if err := tt.pass(backend, k.fd); err != nil {
-				t.Fatal(err)
-			}
-			client.SetDeadline(time.Now().Add(limits.Hello))
+			hostdirtest.Must(t, tt.pass(backend, k.fd))
 			if _, err := io.Copy(io.Discard, client); !isReset(err) {
 				t.Errorf("the client got %v, want a reset", err)
 			}
-			backend.SetDeadline(time.Now().Add(limits.Hello))
 			if _, err := io.Copy(io.Discard, backend); err != nil && !isReset(err) && !errors.Is(err, net.ErrClosed) {
 				t.Errorf("the backend got %v, want the end", err)
 			}
-			if !awaitFor(time.Second, func() bool { return passedLine.MatchString(d.err.String()) }) {
-				t.Errorf("standard error has no line about it: %q", d.err)
-			}
+			hostdirtest.Await(t, "a line about it", func() bool { return passedLine.MatchString(d.err.String()) })
 			client.Close()
 			backend.Close()
 			k.expectClosed(t)
 			d.awaitFds(base)
-			await(t, "the descriptors to be closed", func() bool { return d.allFds() <= all+8 })
+			hostdirtest.Await(t, "the descriptors to be closed", func() bool { return d.allFds() <= all+8 })
 			if err := d.greeted("good.example"); err != nil {
 				t.Error(err)
 			}
@@ -183,17 +179,15 @@ func TestPassedDescriptors(t *testing.T) {
 	}
 }
 
-// Goal: of descriptors in messages that nobody has read when the client goes away none stays open, nor
-// of those that came while the daemon could not send on what it had.
+// Goal: no descriptor stays open that is in a message which nobody has read when the client goes
+// away, nor one that came while the daemon could not send on what it had.
 func TestPassedUnread(t *testing.T) {
 	d := start(t, deny("passrights"))
 	l := d.host("evil.example")
 	base := d.fds()
 	for _, end := range []func(c *net.TCPConn){abort, func(c *net.TCPConn) { c.Close() }} {
 		client, backend := d.pair(l, "evil.example")
-		if err := fillUp(backend); err != nil {
-			t.Fatal(err)
-		}
+		hostdirtest.Must(t, fillUp(backend))
 		k := newToken(t)
 		for range 3 {
 			if err := passTo(backend, []byte("a"), 0, k.fd); err != nil && !isReset(err) {
@@ -225,7 +219,7 @@ func fillUp(c *net.UnixConn) error {
 		if _, err := c.Write(b); err != nil {
 			return err
 		}
-		if !awaitFor(200*time.Millisecond, taken) {
+		if !hostdirtest.AwaitFor(200*time.Millisecond, taken) {
 			return nil
 		}
 	}
@@ -240,7 +234,7 @@ type slowFiles struct {
 
 // lingeringSockets returns sockets of TCP whose last close waits until what was sent has arrived.
 func lingeringSockets(t *testing.T, n int) (files slowFiles) {
-	l := listen(t, "tcp4", "127.0.0.1:0")
+	l := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
 	share(t, l).do(func(fd int) error { return unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, 4096) })
 	var others []*net.TCPConn
 	for range n {
@@ -278,13 +272,13 @@ func lingeringSockets(t *testing.T, n int) (files slowFiles) {
 
 // writtenFile returns descriptors of a file in user space, which wait for what was written to it.
 func writtenFile(t *testing.T, n int) (files slowFiles) {
-	ownMounts(t)
-	fs := mountUserFS(t, hostsDir(t), unix.S_IFDIR)
-	fs.lazy = true
-	fs.add(rootNode, "f", unix.S_IFREG|0o666, "")
-	fs.serve(time.Hour)
+	hostdirtest.OwnMounts(t)
+	fs := hostdirtest.MountUserFS(t, hostdirtest.Dir(t), unix.S_IFDIR)
+	fs.Lazy = true
+	fs.Add(hostdirtest.RootNode, "f", unix.S_IFREG|0o666, "")
+	fs.Serve(time.Hour)
 	for range n + 1 {
-		fd, err := unix.Open(filepath.Join(fs.dir, "f"), unix.O_RDWR|unix.O_CLOEXEC, 0)
+		fd, err := unix.Open(filepath.Join(fs.Dir, "f"), unix.O_RDWR|unix.O_CLOEXEC, 0)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -293,21 +287,21 @@ func writtenFile(t *testing.T, n int) (files slowFiles) {
 	writer := files.fds[n]
 	files.fds = files.fds[:n]
 	files.arm = func() {
-		fs.holdWrites()
+		fs.HoldWrites()
 		if _, err := unix.Write(writer, make([]byte, 4096)); err != nil {
 			t.Fatal(err)
 		}
 	}
 	files.release = sync.OnceFunc(func() {
-		fs.abort()
+		fs.Abort()
 		unix.Close(writer)
 	})
 	return files
 }
 
-// Goal: descriptors whose last close takes long, or hangs, in messages that are read or in such that
-// are not, keep no other host from being served, whoever closes them. Few threads do. The daemon ends
-// when it is told to, as soon as the system lets it.
+// Goal: descriptors whose last close takes long or hangs, in messages that are read or not, keep no
+// other host from being served, whoever closes them. Few threads close them. The daemon ends when
+// it is told to, as soon as the system lets it.
 func TestPassedSlow(t *testing.T) {
 	for _, tt := range []struct {
 		name               string
@@ -329,7 +323,7 @@ func TestPassedSlow(t *testing.T) {
 			t.Run(tt.name+", "+end.name, func(t *testing.T) {
 				t.Parallel()
 				d := start(t, deny("passrights"), oneLoop)
-				d.serve("good.example", greet)
+				d.serve("good.example", hostdirtest.Greet)
 				l := d.host("evil.example")
 				base, threads := d.fds(), d.threads()
 				files := tt.make(t, tt.backends*tt.messages*tt.each)
@@ -346,9 +340,7 @@ func TestPassedSlow(t *testing.T) {
 					}
 				})
 				for fds := files.fds; len(fds) > 0; fds = fds[tt.each:] {
-					if err := passTo(backends[len(fds)/tt.each%len(backends)], []byte("a"), 0, fds[:tt.each]...); err != nil {
-						t.Fatal(err)
-					}
+					hostdirtest.Must(t, passTo(backends[len(fds)/tt.each%len(backends)], []byte("a"), 0, fds[:tt.each]...))
 				}
 				for _, fd := range files.fds {
 					unix.Close(fd)
@@ -357,7 +349,7 @@ func TestPassedSlow(t *testing.T) {
 				for _, client := range clients {
 					end.do(client)
 				}
-				h := hello("good.example")
+				h := snitest.Hello("good.example")
 				for i := range 300 {
 					got, err := d.exchangeWithin(h, limits.Hello/2)
 					if err != nil || string(got) != "this is good.example" {

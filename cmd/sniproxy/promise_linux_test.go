@@ -16,6 +16,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sniproxy/cmd/internal/limits"
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
 // inside has the daemon enter its hosts directory by itself. Starting a process in a directory that
@@ -25,23 +27,23 @@ func inside(cmd *exec.Cmd) {
 	cmd.Path, cmd.Dir = "/bin/sh", "/"
 }
 
-// Goal: while the hosts directory is on a file system that takes its time, and look-ups go on without
-// the loop that began them, every client gets to the host that it asked for.
+// Goal: on a hosts directory in a slow file system, where look-ups go on without the loop that
+// began them, every client gets to the host that it asked for.
 func TestPromiseSlowHosts(t *testing.T) {
 	t.Parallel()
 	const clients = 60
 	words := []string{"foo", "bar", "baz"}
-	ownMounts(t)
-	hosts := hostsDir(t)
-	fs := mountUserFS(t, hosts, unix.S_IFDIR)
-	fs.delay = 200 * time.Millisecond
-	elsewhere := hostsDir(t)
+	hostdirtest.OwnMounts(t)
+	hosts := hostdirtest.Dir(t)
+	fs := hostdirtest.MountUserFS(t, hosts, unix.S_IFDIR)
+	fs.Delay = 200 * time.Millisecond
+	elsewhere := hostdirtest.Dir(t)
 	for _, word := range words {
-		serveHost(t, elsewhere, word, saying(word))
-		fs.add(rootNode, hostDir("", "*."+word+".example"), unix.S_IFLNK|0o777, hostDir(elsewhere, word))
+		hostdirtest.Serve(t, hostDir(elsewhere, word), saying(word))
+		fs.Add(hostdirtest.RootNode, hostDir("", "*."+word+".example"), unix.S_IFLNK|0o777, hostDir(elsewhere, word))
 	}
-	fs.serve(0)
-	d := startOn(t, listen(t, "tcp4", "127.0.0.1:0"), hosts, inside)
+	fs.Serve(0)
+	d := startOn(t, hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0"), hosts, inside)
 	// They come during the look-ups of those before, with a hello that begins like theirs.
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
@@ -49,7 +51,7 @@ func TestPromiseSlowHosts(t *testing.T) {
 	for i := range clients {
 		all.Go(func() {
 			word := words[i*7%5%len(words)]
-			got, err := d.exchange(hello(fmt.Sprintf("c%d.%s.example", i, word)))
+			got, err := d.exchange(snitest.Hello(fmt.Sprintf("c%d.%s.example", i, word)))
 			if err != nil || string(got) != word {
 				t.Errorf("a client that asked for *.%s.example got %q, error %v", word, got, err)
 			}
@@ -64,33 +66,31 @@ func TestPromiseSlowHosts(t *testing.T) {
 // leadAstray makes * root's symlink to a tenant's directory, with a marker of root's in it that has the
 // connections of all hosts logged, and has one logged. Then the tenant puts a symlink into a stuck file
 // system in the place of its directory.
-func (d *daemon) leadAstray(t *testing.T) *userFS {
+func (d *daemon) leadAstray(t *testing.T) *hostdirtest.UserFS {
 	t.Helper()
-	d.serve("one.example", greet)
+	d.serve("one.example", hostdirtest.Greet)
 	d.give("one.example", greedy)
-	writeMarker(t, d.hostPath("one.example", "log-connections"))
+	hostdirtest.Touch(t, d.hostPath("one.example", "log-connections"))
 	symlink(t, hostDir("", "one.example"), d.hostDir("*"))
 	d.awaitLogging("victim.example", true)
-	fs := mountUserFS(t, hostsDir(t), unix.S_IFDIR)
-	if err := os.Rename(d.hostDir("one.example"), filepath.Join(d.dir, "old")); err != nil {
-		t.Fatal(err)
-	}
-	symlink(t, filepath.Join(fs.dir, "x"), d.hostDir("one.example"))
+	fs := hostdirtest.MountUserFS(t, hostdirtest.Dir(t), unix.S_IFDIR)
+	hostdirtest.Must(t, os.Rename(d.hostDir("one.example"), filepath.Join(d.dir, "old")))
+	symlink(t, filepath.Join(fs.Dir, "x"), d.hostDir("one.example"))
 	return fs
 }
 
-// logs tells whether the connection of a client that asks for a host served by greet is logged.
+// logs tells whether the connection of a client that asks for a host served by Greet is logged.
 func (d *daemon) logs(name string) bool {
 	d.t.Helper()
 	c := d.dial()
-	say(d.t, c, hello(name))
+	say(d.t, c, snitest.Hello(name))
 	if got, err := io.ReadAll(c); err != nil || string(got) != "this is "+name {
 		d.t.Errorf("got %q, error %v", got, err)
 	}
 	addr := c.LocalAddr().String()
 	c.Close()
 	// What is printed after the connection has ended comes behind the line about it.
-	await(d.t, "the connection to end", func() bool { return d.counters().open == 0 })
+	hostdirtest.Await(d.t, "the connection to end", func() bool { return d.counters().open == 0 })
 	d.counters()
 	return strings.Contains(d.err.String(), "served "+addr+" ")
 }
@@ -98,22 +98,22 @@ func (d *daemon) logs(name string) bool {
 // awaitLogging waits until connections are logged, or are not.
 func (d *daemon) awaitLogging(name string, want bool) {
 	d.t.Helper()
-	await(d.t, fmt.Sprintf("logging of all hosts to be %v", want), func() bool { return d.t.Failed() || d.logs(name) == want })
+	hostdirtest.Await(d.t, fmt.Sprintf("logging of all hosts to be %v", want), func() bool { return d.t.Failed() || d.logs(name) == want })
 }
 
 // Goal: when * leads to a tenant's directory, and that into a file system that never answers, only
-// who asks for it notices. Connections of all hosts are logged as before.
+// clients that ask for * notice. Connections of all hosts are logged as before.
 func TestPromiseLogAllStuck(t *testing.T) {
 	t.Parallel()
-	needRoot(t)
+	hostdirtest.NeedRoot(t)
 	for _, signals := range []int{1, 2} {
 		t.Run(fmt.Sprintf("%d signals", signals), func(t *testing.T) {
 			t.Parallel()
-			ownMounts(t)
+			hostdirtest.OwnMounts(t)
 			d := start(t)
-			d.serve("victim.example", greet)
+			d.serve("victim.example", hostdirtest.Greet)
 			d.leadAstray(t)
-			h := hello("victim.example")
+			h := snitest.Hello("victim.example")
 			unknown := d.ask(1, "unknown.example")
 			for i := range 200 {
 				got, err := d.exchangeWithin(h, limits.Hello/2)
@@ -130,18 +130,12 @@ func TestPromiseLogAllStuck(t *testing.T) {
 					t.Errorf("%d connections were logged, want 200", n)
 				}
 			}
-			begin := time.Now()
 			d.signal(syscall.SIGTERM)
 			if signals == 2 {
-				d.out.await(t, "shutting down")
+				d.out.Await(t, "shutting down")
 				d.signal(syscall.SIGTERM)
 			}
-			select {
-			case <-d.exited:
-			case <-time.After(limits.Drain + 2*time.Second):
-				t.Fatalf("the daemon has not ended within %v after %d signals", time.Since(begin), signals)
-			}
-			if status := d.cmd.ProcessState.ExitCode(); status != 0 {
+			if status := d.wait(); status != 0 {
 				t.Errorf("exit status %d", status)
 			}
 			// It is told which came first.
@@ -152,35 +146,35 @@ func TestPromiseLogAllStuck(t *testing.T) {
 	}
 }
 
-// Goal: that a marker in * is made, or removed, is noticed without a restart, soon, while
-// connections come.
+// Goal: while connections come, the daemon soon notices that a marker in * is made or removed,
+// without a restart.
 func TestPromiseLogAllNoticed(t *testing.T) {
+	t.Parallel() // it waits for the marker to be noticed
 	d := start(t)
-	d.serve("a.example", greet)
+	d.serve("a.example", hostdirtest.Greet)
 	marker := d.hostPath("*", "log-connections")
 	if d.logs("a.example") {
 		t.Error("a connection is logged that is not to be")
 	}
 	for range 2 {
-		writeMarker(t, marker)
+		hostdirtest.Touch(t, marker)
 		d.awaitLogging("a.example", true)
-		if err := os.Remove(marker); err != nil {
-			t.Fatal(err)
-		}
+		hostdirtest.Must(t, os.Remove(marker))
 		d.awaitLogging("a.example", false)
 	}
 }
 
-// Goal: connections of all hosts are logged also while silent clients keep descriptors short.
+// Goal: connections of all hosts are logged even while silent clients keep descriptors short.
 func TestPromiseLogAllShort(t *testing.T) {
+	t.Parallel()
 	d := start(t, limitFiles(64))
-	d.serve("a.example", greet)
+	d.serve("a.example", hostdirtest.Greet)
 	l := d.host("long.example")
 	d.logAll()
 	d.awaitLogging("a.example", true)
 	base := d.fds()
 	silent := d.crowd(60, nil)
-	await(t, "the descriptors to be taken", func() bool { return d.allFds() >= 60 })
+	hostdirtest.Await(t, "the descriptors to be taken", func() bool { return d.allFds() >= 60 })
 	var clients []*net.TCPConn
 	for range 10 {
 		silent = append(silent, d.crowd(20, nil)...)
@@ -206,27 +200,23 @@ func TestPromiseLogAllShort(t *testing.T) {
 	}
 }
 
-// Goal: in a user namespace where nobody but the daemon is known, everybody else seems to be one user,
-// who is not taken for the administrator: neither a tenant's wildcard counts nor his marker for the log.
-// A line at the start says to whom the hosts directory seems to belong.
+// Goal: in a user namespace that knows nobody but the daemon, everybody else seems to be one user.
+// The daemon does not take that user for the administrator: neither wildcards nor log markers of
+// tenants count. A line at the start says to whom the hosts directory seems to belong.
 func TestPromiseUserNamespace(t *testing.T) {
-	needRoot(t)
-	hosts := hostsDir(t)
+	hostdirtest.NeedRoot(t)
+	hosts := hostdirtest.Dir(t)
 	for _, name := range []string{"*.shop.example", "evil.example"} {
-		serveHost(t, hosts, name, greet)
-		writeMarker(t, hostPath(t, hosts, name, "log-connections"))
+		hostdirtest.Serve(t, hostDir(hosts, name), hostdirtest.Greet)
+		hostdirtest.Touch(t, hostPath(t, hosts, name, "log-connections"))
 		for _, path := range []string{hostDir(hosts, name), hostPath(t, hosts, name, "log-connections")} {
-			if err := os.Chown(path, greedy, greedy); err != nil {
-				t.Fatal(err)
-			}
+			hostdirtest.Must(t, os.Chown(path, greedy, greedy))
 		}
 	}
-	if err := os.Chmod(hosts, 0o777|os.ModeSticky); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, os.Chmod(hosts, 0o777|os.ModeSticky))
 	const uid = 64999
 	self := ordinaryUser(t)
-	l := listen(t, "tcp4", "127.0.0.1:0")
+	l := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
 	f, err := l.File()
 	if err != nil {
 		t.Fatal(err)
@@ -238,14 +228,14 @@ func TestPromiseUserNamespace(t *testing.T) {
 		GidMappings: []syscall.SysProcIDMap{{ContainerID: uid, HostID: uid, Size: 1}},
 		Credential:  &syscall.Credential{Uid: uid, Gid: uid, NoSetGroups: true},
 	}
-	if err := (&exec.Cmd{Path: need(t, "true"), SysProcAttr: attr}).Run(); err != nil {
+	if err := (&exec.Cmd{Path: hostdirtest.Need(t, "true"), SysProcAttr: attr}).Run(); err != nil {
 		t.Skipf("no user namespace: %v", err)
 	}
 	d := startOn(t, l, hosts, self, func(cmd *exec.Cmd) { cmd.SysProcAttr = attr })
 	if err := d.greeted("evil.example"); err != nil {
 		t.Error(err)
 	}
-	d.expectAlert(hello("www.shop.example"), 112)
+	d.expectAlert(snitest.Hello("www.shop.example"), 112)
 	d.signal(syscall.SIGTERM)
 	d.expectExit(0)
 	text := d.err.String()
@@ -258,11 +248,11 @@ func TestPromiseUserNamespace(t *testing.T) {
 	}
 }
 
-// Goal: what a tenant can rename into the hosts directory of what root has put into its own makes no
-// wildcard: an entry that is neither a directory nor a symlink is none, whoever it belongs to, and
-// the next wildcard serves.
+// Goal: a tenant may rename what root has put into its directory into the hosts directory. That
+// makes no wildcard: an entry that is neither a directory nor a symlink is none, whoever owns it,
+// and the next wildcard serves.
 func TestPromiseMovedMarker(t *testing.T) {
-	needRoot(t)
+	hostdirtest.NeedRoot(t)
 	for what, do := range map[string]func(path string) error{
 		"marker": func(path string) error { return os.WriteFile(path, nil, 0o644) },
 		"FIFO":   func(path string) error { return unix.Mkfifo(path, 0o644) },
@@ -273,30 +263,22 @@ func TestPromiseMovedMarker(t *testing.T) {
 			d := start(t)
 			d.serve("default.example", saying("default"))
 			symlink(t, hostDir("", "default.example"), d.hostDir("*"))
-			d.serve("evil.example", greet)
+			d.serve("evil.example", hostdirtest.Greet)
 			d.give("evil.example", greedy)
 			moved := d.hostPath("evil.example", "log-connections")
 			if err := do(moved); err != nil {
 				t.Skip(err)
 			}
 			expectWord(t, d, "www.shop.example", "default")
-			if err := os.Rename(moved, d.hostDir("*.shop.example")); err != nil {
-				t.Fatal(err)
-			}
+			hostdirtest.Must(t, os.Rename(moved, d.hostDir("*.shop.example")))
 			expectWord(t, d, "www.shop.example", "default")
-			if err := os.RemoveAll(d.hostDir("*")); err != nil {
-				t.Fatal(err)
-			}
-			d.expectAlert(hello("www.shop.example"), 112)
+			hostdirtest.Must(t, os.RemoveAll(d.hostDir("*")))
+			d.expectAlert(snitest.Hello("www.shop.example"), 112)
 			// An entry of that very name is another matter: it is there, and cannot serve.
 			symlink(t, hostDir("", "default.example"), d.hostDir("*"))
-			if err := os.Rename(d.hostDir("*.shop.example"), d.hostDir("*")+"~"); err != nil {
-				t.Fatal(err)
-			}
-			if err := os.Rename(d.hostDir("*")+"~", d.hostDir("www.shop.example")); err != nil {
-				t.Fatal(err)
-			}
-			d.expectAlert(hello("www.shop.example"), 112)
+			hostdirtest.Must(t, os.Rename(d.hostDir("*.shop.example"), d.hostDir("*")+"~"))
+			hostdirtest.Must(t, os.Rename(d.hostDir("*")+"~", d.hostDir("www.shop.example")))
+			d.expectAlert(snitest.Hello("www.shop.example"), 112)
 		})
 	}
 }

@@ -26,14 +26,16 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sniproxy/hostdir"
+	"sniproxy/hostdir/hostdirtest"
 	"sniproxy/sni"
+	"sniproxy/sni/snitest"
 )
 
-// Goal: whatever clients and backends do, the program as it is installed makes no other system
-// calls than those which the example service allows, and no other sockets than Unix sockets.
+// Goal: whatever clients and backends do, the installed program makes no system calls but those
+// that the example service allows, and no sockets but Unix sockets.
 func TestSandboxCalls(t *testing.T) {
 	t.Parallel() // it waits for the ten seconds of some clients
-	strace := need(t, "strace")
+	strace := hostdirtest.Need(t, "strace")
 	allowed := allowedCalls(t)
 	program, hosts := serviceRoot(t)
 	dir := t.TempDir()
@@ -47,7 +49,7 @@ func TestSandboxCalls(t *testing.T) {
 	made := make(map[string]int)
 	for _, log := range logs {
 		ended := regexp.MustCompile(` \+\+\+ .* \+\+\+\n\z`)
-		await(t, "strace to end", func() bool {
+		hostdirtest.Await(t, "strace to end", func() bool {
 			text, err := os.ReadFile(log)
 			return err == nil && ended.Match(text)
 		})
@@ -76,8 +78,8 @@ func TestSandboxCalls(t *testing.T) {
 	}
 }
 
-// Goal: under the restrictions of the example service, with death for what it forbids, the
-// program as it is installed does all that it does without them.
+// Goal: under the restrictions of the example service, where what it forbids kills, the installed
+// program does everything that it does without them.
 func TestSandbox(t *testing.T) {
 	t.Parallel() // as above
 	sandbox := newSandbox(t)
@@ -85,7 +87,7 @@ func TestSandbox(t *testing.T) {
 	sandbox.Root = filepath.Dir(filepath.Dir(hosts))
 	variedLoad(t, hosts, func(cmd *exec.Cmd) { sandbox.use(t, cmd) })
 
-	l := listen(t, "tcp4", "127.0.0.1:0")
+	l := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
 	d := startOn(t, l, hosts, func(cmd *exec.Cmd) { sandbox.use(t, cmd) })
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", d.cmd.Process.Pid))
 	if err != nil {
@@ -196,9 +198,9 @@ BindReadOnlyPaths=/srv/elsewhere
 Restart=no
 `
 
-// Goal: under a real systemd the example service, with death for what it forbids, does all
-// that the program does elsewhere. The test starts a systemd of its own with systemd-run.sh,
-// which is looked for beside this project and is no part of it, and itself in there.
+// Goal: under a real systemd the example service, changed so that what it forbids kills, does
+// everything that the program does elsewhere. The script systemd-run.sh starts that systemd, and
+// this test again inside. It is looked for beside this project, and is no part of it.
 func TestSandboxSystemd(t *testing.T) {
 	if os.Getenv(insideSystemd) != "" {
 		testSandboxInside(t)
@@ -225,9 +227,7 @@ func TestSandboxSystemd(t *testing.T) {
 		t.Fatal(err)
 	}
 	dropIn := filepath.Join(t.TempDir(), "sniproxy.service.d")
-	if err := errors.Join(os.Mkdir(dropIn, 0o755), os.WriteFile(filepath.Join(dropIn, "sandbox.conf"), []byte(sandboxDropIn), 0o644)); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, errors.Join(os.Mkdir(dropIn, 0o755), os.WriteFile(filepath.Join(dropIn, "sandbox.conf"), []byte(sandboxDropIn), 0o644)))
 	const installed = "/usr/bin/sniproxy-test"
 	cmd := exec.Command(script, "-t", "120", "-f", program+":/usr/bin/sniproxy", "-f", self+":"+installed, units, dropIn,
 		"--", installed, "-test.v", "-test.run=^TestSandboxSystemd$")
@@ -259,9 +259,7 @@ func testSandboxInside(t *testing.T) {
 			t.Logf("%s", out)
 		}
 	})
-	if err := os.MkdirAll("/srv/elsewhere", 0o755); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, os.MkdirAll("/srv/elsewhere", 0o755))
 	systemctl("start", "sniproxy.socket", "sniproxy.service")
 	pid, err := strconv.Atoi(systemctl("show", "--value", "--property=MainPID", "sniproxy.service"))
 	if err != nil {
@@ -357,7 +355,7 @@ func allowedCalls(t *testing.T) map[string]bool {
 // callSets returns systemd's sets of system calls, which can have other sets in them.
 func callSets(t *testing.T) map[string][]string {
 	t.Helper()
-	out, err := exec.Command(need(t, "systemd-analyze"), "--no-pager", "syscall-filter").Output()
+	out, err := exec.Command(hostdirtest.Need(t, "systemd-analyze"), "--no-pager", "syscall-filter").Output()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -379,7 +377,7 @@ func callSets(t *testing.T) map[string][]string {
 // callNumbers returns the numbers of this system's calls, which package unix has as constants.
 func callNumbers(t *testing.T) map[string]uint32 {
 	t.Helper()
-	dir, err := exec.Command(need(t, "go"), "list", "-f", "{{.Dir}}", "golang.org/x/sys/unix").Output()
+	dir, err := exec.Command(hostdirtest.Need(t, "go"), "list", "-f", "{{.Dir}}", "golang.org/x/sys/unix").Output()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -402,18 +400,14 @@ func callNumbers(t *testing.T) map[string]uint32 {
 // the test, and the hosts directory. Beside that is a directory for symlinks to lead to.
 func serviceRoot(t *testing.T) (program, hosts string) {
 	t.Helper()
-	root := hostsDir(t)
+	root := hostdirtest.Dir(t)
 	program, hosts = filepath.Join(root, "usr/bin/sniproxy"), filepath.Join(root, "srv/sniproxy")
 	for _, dir := range []string{filepath.Dir(program), hosts, filepath.Join(root, "srv/elsewhere")} {
-		if err := os.MkdirAll(dir, 0o755); err != nil {
-			t.Fatal(err)
-		}
+		hostdirtest.Must(t, os.MkdirAll(dir, 0o755))
 	}
 	var cmd exec.Cmd
 	build(t)(&cmd)
-	if err := os.Rename(cmd.Path, program); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, os.Rename(cmd.Path, program))
 	return program, hosts
 }
 
@@ -580,12 +574,12 @@ func variedLoad(t *testing.T, hosts string, program setup) {
 			t.Errorf("status %d for wrong usage, want 2", status)
 		}
 	})
-	l := listen(t, "tcp4", "127.0.0.1:0")
+	l := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
 	d := startOn(t, l, hosts, program)
 	l.Close()
 	d.loads(t)
 	t.Run("few descriptors", func(t *testing.T) {
-		l := listen(t, "tcp4", "127.0.0.1:0")
+		l := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
 		d := startOn(t, l, hosts, program, func(cmd *exec.Cmd) { // as limitFiles, but with arguments
 			cmd.Args = slices.Concat([]string{"sh", "-c", `ulimit -n 64; exec "$@"`, "sh", cmd.Path}, cmd.Args[1:])
 			cmd.Path = "/bin/sh"
@@ -605,7 +599,7 @@ func variedLoad(t *testing.T, hosts string, program setup) {
 	})
 	t.Run("inetd", func(t *testing.T) {
 		// Other than before there is IPv6, where there is, and nothing to write lines to.
-		l := listen(t, "tcp", ":0")
+		l := hostdirtest.ListenTCP(t, "tcp", ":0")
 		f := socketFile(t, l)
 		d := startOn(t, l, hosts, program, output1(f), output2(f))
 		f.Close()
@@ -622,7 +616,7 @@ func variedLoad(t *testing.T, hosts string, program setup) {
 	t.Run("full pipe", func(t *testing.T) {
 		_, w := openPipe(t)
 		fill(t, w)
-		l := listen(t, "tcp4", "127.0.0.1:0")
+		l := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
 		d := startOn(t, l, hosts, program, output1(w), output2(w))
 		if err := d.greeted("greet.example"); err != nil {
 			t.Error(err)
@@ -635,11 +629,9 @@ func variedLoad(t *testing.T, hosts string, program setup) {
 // loads is what of the load one daemon can have that nothing is wrong with.
 func (d *daemon) loads(t *testing.T) {
 	t.Helper()
-	d.serve("greet.example", greet)
-	d.serve("echo.example", echo)
-	if err := d.greeted("greet.example"); err != nil {
-		t.Fatal(err)
-	}
+	d.serve("greet.example", hostdirtest.Greet)
+	d.serve("echo.example", hostdirtest.Echo)
+	hostdirtest.Must(t, d.greeted("greet.example"))
 	base := d.fds()
 	for _, load := range []struct {
 		name string
@@ -668,11 +660,11 @@ func loadGood(t *testing.T, d *daemon) {
 		header := make([]byte, len("PROXY TCP4 127.0.0.1 127.0.0.1 "))
 		io.ReadFull(c, header)
 		readUntil(c, '\n')
-		if name, _, err := readHello(c); err == nil {
+		if name, _, err := hostdirtest.ReadHello(c); err == nil {
 			fmt.Fprintf(c, "%s%s", header, name)
 		}
 	})
-	writeMarker(t, d.hostPath("proxy.example", "send-proxy-v1"))
+	hostdirtest.Touch(t, d.hostPath("proxy.example", "send-proxy-v1"))
 	for range 3 {
 		expectWord(t, d, "proxy.example", "PROXY TCP4 127.0.0.1 127.0.0.1 proxy.example")
 	}
@@ -681,7 +673,7 @@ func loadGood(t *testing.T, d *daemon) {
 			t.Error(err)
 		}
 	})
-	if got, err := d.tell(hello("greet.example"), 50, false); err != nil || string(got) != "this is greet.example" {
+	if got, err := d.tell(snitest.Hello("greet.example"), 50, false); err != nil || string(got) != "this is greet.example" {
 		t.Errorf("in pieces: got %q, error %v", got, err)
 	}
 }
@@ -698,7 +690,7 @@ func readUntil(r io.Reader, end byte) {
 // loadHosts asks for hosts with long names, and for such that are elsewhere.
 func loadHosts(t *testing.T, d *daemon) {
 	elsewhere := filepath.Join(filepath.Dir(d.dir), "elsewhere")
-	serveHost(t, elsewhere, "target", saying("elsewhere"))
+	hostdirtest.Serve(t, hostDir(elsewhere, "target"), saying("elsewhere"))
 	target := filepath.Join("..", hostDir("elsewhere", "target"))
 	d.serve("short.example", saying("here"))
 	long := strings.Repeat("long.", 50)
@@ -710,11 +702,9 @@ func loadHosts(t *testing.T, d *daemon) {
 		long + "away": func(dir string) error { return os.Symlink(target, dir) },
 		long + "here": func(dir string) error { return os.Rename(d.hostDir("short.example"), dir) },
 	} {
-		if err := do(d.hostDir(name)); err != nil {
-			t.Fatal(err)
-		}
+		hostdirtest.Must(t, do(d.hostDir(name)))
 		if len(name) == sni.MaxName && !anyName && !hostdir.Hashed {
-			d.expectAlert(hello(name), sni.UnrecognizedName)
+			d.expectAlert(snitest.Hello(name), sni.UnrecognizedName)
 			continue
 		}
 		word := "elsewhere"
@@ -729,27 +719,23 @@ func loadHosts(t *testing.T, d *daemon) {
 func loadAlerts(t *testing.T, d *daemon) {
 	d.expectAlert([]byte("GET / HTTP/1.1\r\n\r\n"), sni.UnexpectedMessage)
 	d.expectAlert([]byte{22, 3, 1, 255, 255}, sni.RecordOverflow)
-	d.expectAlert(record(22), sni.DecodeError)
+	d.expectAlert(snitest.Record(22), sni.DecodeError)
 	d.expectAlert(hugeHello(100<<10), sni.InternalError)
-	d.expectAlert(hello(""), sni.UnrecognizedName)
-	d.expectAlert(record(22, shape{name: "../hosts"}.message()...), sni.UnrecognizedName)
-	got, err := d.tell(hello("greet.example")[:50], 50, true)
+	d.expectAlert(snitest.Hello(""), sni.UnrecognizedName)
+	d.expectAlert(snitest.Named("../hosts").Stream(), sni.UnrecognizedName)
+	got, err := d.tell(snitest.Hello("greet.example")[:50], 50, true)
 	expectRecord(t, got, err, sni.DecodeError)
 	for what, do := range badHosts {
 		dir := d.hostDir("bad.example")
-		if err := do(dir); err != nil {
-			t.Fatal(err)
-		}
-		got, err := d.exchange(hello("bad.example"))
+		hostdirtest.Must(t, do(dir))
+		got, err := d.exchange(snitest.Hello("bad.example"))
 		if err != nil || alert(got) != int(sni.UnrecognizedName) {
 			t.Errorf("%s: got %x, error %v, want alert %d", what, got, err, sni.UnrecognizedName)
 		}
-		if err := os.RemoveAll(dir); err != nil {
-			t.Fatal(err)
-		}
+		hostdirtest.Must(t, os.RemoveAll(dir))
 	}
 	// More than there are lines for.
-	inParallel(100, 10, func(int) { d.expectAlert(hello("unknown.example"), sni.UnrecognizedName) })
+	inParallel(100, 10, func(int) { d.expectAlert(snitest.Hello("unknown.example"), sni.UnrecognizedName) })
 }
 
 // loadBulk keeps all loops busy for some time, and has more going on at once than there are
@@ -765,7 +751,7 @@ func loadBulk(t *testing.T, d *daemon) {
 		}
 		defer c.Close()
 		go func() {
-			c.Write(hello("echo.example"))
+			c.Write(snitest.Hello("echo.example"))
 			c.Write(want)
 			c.CloseWrite()
 		}()
@@ -780,16 +766,16 @@ func loadEnds(t *testing.T, d *daemon) {
 	d.serve("served.example", served)
 	d.serve("flood.example", func(c *net.UnixConn) { io.Copy(c, zeros{}) })
 	d.serve("resets.example", func(c *net.UnixConn) { c.Read(make([]byte, 1)) })
-	if got, err := d.tell(hello("served.example"), 1<<20, true); err != nil || string(got) != "served" {
+	if got, err := d.tell(snitest.Hello("served.example"), 1<<20, true); err != nil || string(got) != "served" {
 		t.Errorf("after the client's end: got %q, error %v", got, err)
 	}
-	if _, err := d.exchange(hello("resets.example")); !isReset(err) {
+	if _, err := d.exchange(snitest.Hello("resets.example")); !isReset(err) {
 		t.Errorf("a reset comes as error %v", err)
 	}
 	for _, n := range []int{1, 1 << 20} {
 		for _, end := range []func(*net.TCPConn){abort, func(c *net.TCPConn) { c.Close() }} {
 			c := d.dial()
-			c.Write(hello("flood.example"))
+			c.Write(snitest.Hello("flood.example"))
 			if _, err := io.ReadFull(c, make([]byte, n)); err != nil {
 				t.Error(err)
 			}
@@ -798,7 +784,7 @@ func loadEnds(t *testing.T, d *daemon) {
 	}
 	for _, n := range []int{0, 100} {
 		c := d.dial()
-		c.Write(hello("echo.example")[:n])
+		c.Write(snitest.Hello("echo.example")[:n])
 		abort(c)
 	}
 }
@@ -831,13 +817,13 @@ func loadBacklog(t *testing.T, d *daemon) {
 			}
 		})
 	}
-	await(t, "all clients to be accepted", func() bool { return d.fds() >= base+n })
+	hostdirtest.Await(t, "all clients to be accepted", func() bool { return d.fds() >= base+n })
 	for range n {
 		c, err := l.AcceptUnix()
 		if err != nil {
 			t.Fatal(err)
 		}
-		greet(c)
+		hostdirtest.Greet(c)
 		c.Close()
 	}
 	clients.Wait()
@@ -845,12 +831,10 @@ func loadBacklog(t *testing.T, d *daemon) {
 
 // loadTime has the alerts for which one has to wait.
 func loadTime(t *testing.T, d *daemon) {
-	fillBacklog(t, d.hostPath("full.example", "tls-socket"))
-	if err := os.Chmod(d.hostPath("full.example", "tls-socket"), 0o777); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.FillBacklog(t, d.hostDir("full.example"))
+	hostdirtest.Must(t, os.Chmod(d.hostPath("full.example", "tls-socket"), 0o777))
 	var clients sync.WaitGroup
-	clients.Go(func() { d.expectAlert(hello("full.example"), sni.InternalError) })
-	clients.Go(func() { expectTimeout(t, d, hello("greet.example")[:50], nil) })
+	clients.Go(func() { d.expectAlert(snitest.Hello("full.example"), sni.InternalError) })
+	clients.Go(func() { expectTimeout(t, d, snitest.Hello("greet.example")[:50], nil) })
 	clients.Wait()
 }

@@ -8,6 +8,9 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
 var (
@@ -35,23 +38,23 @@ func readsAtAccepts(t *testing.T, log string) (at []int) {
 	return at
 }
 
-// Goal: those who wait to be accepted do not wait for all relays that there is something to do for: when
-// a loop comes back to its work, it accepts them at a distance of two full batches of events at most,
-// however many relays there are.
+// Goal: clients that wait to be accepted do not wait for all busy relays: a loop that comes back to
+// its work handles at most two full batches of events between two accepts, however many relays
+// there are.
 func TestSaturatedAccept(t *testing.T) {
 	const batch, waiting = 128, 20
 	relays := descriptorsFor(t, 1000)
 	log := filepath.Join(t.TempDir(), "strace")
-	d := start(t, traced(need(t, "strace"), log, "-e", "trace=accept4,read"), oneLoop)
-	d.serve("echo.example", echo)
-	clients := d.crowd(relays, hello("echo.example"))
+	d := start(t, traced(hostdirtest.Need(t, "strace"), log, "-e", "trace=accept4,read"), oneLoop)
+	d.serve("echo.example", hostdirtest.Echo)
+	clients := d.crowd(relays, snitest.Hello("echo.example"))
 	for _, c := range clients {
 		ping(t, c, c)
 	}
 	before := len(readsAtAccepts(t, log))
 
 	d.signal(syscall.SIGSTOP)
-	await(t, "the daemon to stop", d.stopped)
+	hostdirtest.Await(t, "the daemon to stop", d.stopped)
 	d.crowd(waiting, nil) // which is told of first
 	for _, c := range clients {
 		say(t, c, []byte("a"))
@@ -63,7 +66,7 @@ func TestSaturatedAccept(t *testing.T) {
 		}
 	}
 	var at []int
-	await(t, "all to be accepted", func() bool {
+	hostdirtest.Await(t, "all to be accepted", func() bool {
 		at = readsAtAccepts(t, log)[before:]
 		return len(at) >= waiting
 	})

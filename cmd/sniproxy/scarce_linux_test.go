@@ -8,11 +8,11 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
-	"sniproxy/cmd/internal/limits"
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
 // leastFiles and mostFiles are limits of descriptors (ulimit -n) between which all are tried. With the
@@ -20,8 +20,8 @@ import (
 // set; then it needs some, and ends the program without them.
 const leastFiles, mostFiles = 4, 40
 
-// Goal: with however few descriptors, the daemon either exits with 1 and one line that says how many it
-// takes, or it serves; with as many as the line says, it serves.
+// Goal: with however few descriptors, the daemon either exits with 1 and one line that says how
+// many it needs, or serves. With as many as the line says, it serves.
 func TestScarceDescriptors(t *testing.T) {
 	t.Parallel()
 	var lines [mostFiles + 1]string // what it said when it did not serve
@@ -46,18 +46,18 @@ func TestScarceDescriptors(t *testing.T) {
 // tryScarce returns what the daemon says when it does not serve with few descriptors.
 func tryScarce(t *testing.T, n int) string {
 	t.Helper()
-	l := listen(t, "tcp4", "127.0.0.1:0")
+	l := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
 	f, err := l.File()
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	d := launch(t, f, hostsDir(t), limitFiles(n), func(cmd *exec.Cmd) {
+	d := launch(t, f, hostdirtest.Dir(t), limitFiles(n), func(cmd *exec.Cmd) {
 		cmd.Env = append(cmd.Env, "GOMAXPROCS=2") // which decides how many it takes
 	})
 	d.addr = l.Addr().String()
-	d.serve("a.example", greet)
-	awaitFor(patience, func() bool { return !d.running() || strings.Contains(d.out.String(), "listening on ") })
+	d.serve("a.example", hostdirtest.Greet)
+	hostdirtest.AwaitFor(hostdirtest.Patience, func() bool { return !d.running() || strings.Contains(d.out.String(), "listening on ") })
 	if !d.running() {
 		text := d.err.String()
 		if strings.Count(text, "\n") != 1 || !strings.Contains(text, "ulimit -n") || d.wait() != 1 {
@@ -72,31 +72,28 @@ func tryScarce(t *testing.T, n int) string {
 			c := d.dial()
 			defer c.Close()
 		}
-		got, err := d.exchangeWithin(hello("a.example"), 2*time.Second)
+		got, err := d.exchange(snitest.Hello("a.example"))
 		if err != nil || string(got) != "this is a.example" {
 			t.Errorf("client %d got %q, error %v", i, got, err)
 			return d.err.String() + "listening, and does not serve"
 		}
 	}
 	d.signal(syscall.SIGTERM)
-	if !awaitFor(limits.Drain+2*time.Second, func() bool { return !d.running() }) {
-		t.Errorf("it does not stop: %s", d.err)
-	}
+	d.wait()
 	return ""
 }
 
-// Goal: with however few descriptors, a daemon for a single connection either exits with 1 and a line
-// that says how many it takes, or it serves the client.
+// Goal: with however few descriptors, a daemon for a single connection either exits with 1 and a
+// line that says how many it needs, or serves the client.
 func TestScarceSingle(t *testing.T) {
 	t.Parallel()
-	hosts := hostsDir(t)
-	serveHost(t, hosts, "a.example", greet)
+	hosts := hostdirtest.Dir(t)
+	hostdirtest.Serve(t, hostDir(hosts, "a.example"), hostdirtest.Greet)
 	var served [mostFiles + 1]bool
 	inParallel(mostFiles+1-leastFiles, 12, func(i int) {
 		n := leastFiles + i
 		d, client := startSingle(t, hosts, limitFiles(n))
-		client.SetDeadline(time.Now().Add(limits.Hello / 2))
-		client.Write(hello("a.example"))
+		client.Write(snitest.Hello("a.example"))
 		got, _ := io.ReadAll(client)
 		client.Close()
 		switch status, text := d.wait(), d.err.String(); {
@@ -111,17 +108,17 @@ func TestScarceSingle(t *testing.T) {
 	}
 }
 
-// Goal: a listening socket that is shut down while no descriptor is free ends the daemon, with a line
-// that says so, rather than keeping it busy.
+// Goal: a listening socket that is shut down while no descriptor is free ends the daemon, with a
+// line that says so, and does not keep it busy.
 func TestScarceShutDown(t *testing.T) {
 	t.Parallel()
 	const files = 48
-	l := listen(t, "tcp4", "127.0.0.1:0")
-	d := startOn(t, l, hostsDir(t), limitFiles(files), oneLoop)
+	l := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
+	d := startOn(t, l, hostdirtest.Dir(t), limitFiles(files), oneLoop)
 	silent := d.crowd(2*files, nil)
-	await(t, "the daemon to run out of descriptors", func() bool { return d.allFds() >= files-2 })
+	hostdirtest.Await(t, "the daemon to run out of descriptors", func() bool { return d.allFds() >= files-2 })
 	share(t, l).do(func(fd int) error { return unix.Shutdown(fd, unix.SHUT_RDWR) })
-	d.err.await(t, "was shut down by another process")
+	d.err.Await(t, "was shut down by another process")
 	for _, c := range silent {
 		c.Close()
 	}

@@ -13,6 +13,8 @@ import (
 
 	"sniproxy/cmd/internal/limits"
 	"sniproxy/hostdir"
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
 // Users that have hosts in tests of what each may have.
@@ -24,12 +26,10 @@ const (
 // give gives a tenant the entry of a host; of a symlink, the link itself.
 func (d *daemon) give(name string, uid int) {
 	d.t.Helper()
-	if err := os.Lchown(d.hostDir(name), uid, uid); err != nil {
-		d.t.Fatal(err)
-	}
+	hostdirtest.Must(d.t, os.Lchown(d.hostDir(name), uid, uid))
 }
 
-// A house is a daemon with few descriptors, and hosts of tenants, whose backends are like echo.
+// A house is a daemon with few descriptors, and hosts of tenants, whose backends are like Echo.
 type house struct {
 	*daemon
 	relays map[string]*atomic.Int64 // by host, as many as backends know of
@@ -46,7 +46,7 @@ const (
 
 func newHouse(t *testing.T, tenants map[string]int, setups ...setup) *house {
 	t.Helper()
-	needRoot(t)
+	hostdirtest.NeedRoot(t)
 	h := &house{start(t, append(setups, limitFiles(houseFiles))...), map[string]*atomic.Int64{}}
 	for name, uid := range tenants {
 		n := new(atomic.Int64)
@@ -54,7 +54,7 @@ func newHouse(t *testing.T, tenants map[string]int, setups ...setup) *house {
 		h.serve(name, func(c *net.UnixConn) {
 			n.Add(1)
 			defer n.Add(-1)
-			echo(c)
+			hostdirtest.Echo(c)
 		})
 		h.give(name, uid)
 	}
@@ -65,8 +65,7 @@ func newHouse(t *testing.T, tenants map[string]int, setups ...setup) *house {
 func (h *house) enter(name string) (*net.TCPConn, error) {
 	h.t.Helper()
 	c := h.dial()
-	c.SetDeadline(time.Now().Add(limits.Hello + 2*time.Second))
-	return c, says(append(hello(name), "ping"...))(c)
+	return c, says(append(snitest.Hello(name), "ping"...))(c)
 }
 
 // echoes reports why what was sent last does not come back.
@@ -82,9 +81,9 @@ func echoes(c *net.TCPConn) error {
 func (h *house) fill(names ...string) (clients []*net.TCPConn) {
 	h.t.Helper()
 	for i := range manyRelays {
-		clients = append(clients, h.crowd(1, append(hello(names[i%len(names)]), "ping"...))...)
+		clients = append(clients, h.crowd(1, append(snitest.Hello(names[i%len(names)]), "ping"...))...)
 	}
-	await(h.t, "the descriptors to be taken", func() bool { return h.count(names...) >= fewRelays })
+	hostdirtest.Await(h.t, "the descriptors to be taken", func() bool { return h.count(names...) >= fewRelays })
 	return clients
 }
 
@@ -96,10 +95,11 @@ func (h *house) count(names ...string) (n int64) {
 	return n
 }
 
-// Goal: a tenant whose relays take all descriptors that there are for relays keeps no client of
-// another tenant from being served, and no hello from being read. Room is made by that tenant alone, as
-// the log says, and only until both have as many. Entries of root are tenants each for itself.
+// Goal: a tenant whose relays take all descriptors for relays keeps no other tenant's client from
+// being served, and no hello from being read. That tenant alone makes room, as the log says, and
+// only until both have as many. Each entry of root is a tenant of its own.
 func TestSharesRelays(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		name   string
 		owners map[string]int
@@ -125,7 +125,7 @@ func TestSharesRelays(t *testing.T) {
 					t.Fatalf("client %d of the other tenant: %v", i, err)
 				}
 				clients = append(clients, c)
-				h.expectAlert(hello("absent.example"), 112)
+				h.expectAlert(snitest.Hello("absent.example"), 112)
 				if g, m := h.count(tt.full...), h.count("b.example"); g < m {
 					t.Fatalf("the tenant that had all relays has %d, the other %d", g, m)
 				}
@@ -137,7 +137,7 @@ func TestSharesRelays(t *testing.T) {
 				}
 			}
 			told := regexp.MustCompile(`(?m)^sniproxy: .*to make room.*` + tt.told)
-			await(t, "a line about a relay that made room", func() bool { return told.MatchString(h.err.String()) })
+			hostdirtest.Await(t, "a line about a relay that made room", func() bool { return told.MatchString(h.err.String()) })
 			for _, c := range clients {
 				c.Close()
 			}
@@ -146,25 +146,26 @@ func TestSharesRelays(t *testing.T) {
 	}
 }
 
-// Goal: a client of another tenant costs the tenant who has all relays one of them, also where closing
-// it takes a while, since the system does not refuse what backends pass.
+// Goal: a client of another tenant costs the tenant who has all relays just one of them, even where
+// closing it takes a while, since the system does not refuse the descriptors that backends pass.
 func TestSharesOneForOne(t *testing.T) {
+	t.Parallel()
 	const clients = 20
 	for name, setups := range map[string][]setup{"closed at once": nil, "closed in another thread": {deny("passrights")}} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			h := newHouse(t, map[string]int{"a.example": greedy, "b.example": modest}, setups...)
 			// One by one, until there is no room: then nobody else takes what is made.
-			ping := append(hello("a.example"), "ping"...)
+			ping := append(snitest.Hello("a.example"), "ping"...)
 			for {
 				relays := h.count("a.example")
 				c := h.crowd(1, ping)[0]
-				if !awaitFor(2*time.Second, func() bool { return h.count("a.example") > relays }) {
+				if !hostdirtest.AwaitFor(2*time.Second, func() bool { return h.count("a.example") > relays }) {
 					c.Close()
 					break
 				}
 			}
-			await(t, "the client to be told that there is no room", func() bool { return h.counters().waiting == 0 })
+			hostdirtest.Await(t, "the client to be told that there is no room", func() bool { return h.counters().waiting == 0 })
 			before := h.counters().dropped
 			for i := range clients {
 				if _, err := h.enter("b.example"); err != nil {
@@ -178,9 +179,10 @@ func TestSharesOneForOne(t *testing.T) {
 	}
 }
 
-// Goal: however many clients of the other tenant come at once, and go on coming, the two end up with
-// about as many relays, and neither has far less.
+// Goal: however many clients of the other tenant come at once, and go on coming, the two end up
+// with about as many relays each.
 func TestSharesHalf(t *testing.T) {
+	t.Parallel() // it waits for clients for whom there is no room
 	h := newHouse(t, map[string]int{"greedy.example": greedy, "modest.example": modest})
 	base := h.fds()
 	clients := h.fill("greedy.example")
@@ -189,16 +191,16 @@ func TestSharesHalf(t *testing.T) {
 		if round == 8 {
 			t.Fatalf("after %d clients of the other tenant one has %d relays, the other %d", round*10, g.Load(), m.Load())
 		}
-		some := h.crowd(10, append(hello("modest.example"), "ping"...))
+		some := h.crowd(10, append(snitest.Hello("modest.example"), "ping"...))
 		clients = append(clients, some...)
 		for _, c := range some {
 			c.SetReadDeadline(time.Now().Add(2 * time.Second))
 			echoes(c) // unless it waits
 		}
 	}
-	clients = append(clients, h.crowd(30, append(hello("modest.example"), "ping"...))...)
-	clients = append(clients, h.crowd(30, append(hello("greedy.example"), "ping"...))...)
-	h.expectAlert(hello("absent.example"), 112)
+	clients = append(clients, h.crowd(30, append(snitest.Hello("modest.example"), "ping"...))...)
+	clients = append(clients, h.crowd(30, append(snitest.Hello("greedy.example"), "ping"...))...)
+	h.expectAlert(snitest.Hello("absent.example"), 112)
 	if g, m := g.Load(), m.Load(); g < m-8 || m < g-8 {
 		t.Errorf("one tenant has %d relays, the other %d", g, m)
 	}
@@ -208,9 +210,10 @@ func TestSharesHalf(t *testing.T) {
 	h.awaitFds(base)
 }
 
-// Goal: no tenant loses a relay to a client of its own. When there is no room, the client waits as it
-// does for a backlog that is full: until there is, or until its ten seconds are over.
+// Goal: no tenant loses a relay to a client of its own. When there is no room, the client waits, as
+// for a full backlog, until there is, or until its ten seconds are over.
 func TestSharesOwn(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		name string
 		free bool // room is made
@@ -252,7 +255,7 @@ func TestSharesOwn(t *testing.T) {
 			if len(relays) < fewRelays {
 				t.Errorf("there is room for %d relays, want %d at least", len(relays), fewRelays)
 			}
-			h.expectAlert(hello("absent.example"), 112)
+			h.expectAlert(snitest.Hello("absent.example"), 112)
 			for _, c := range relays {
 				say(t, c, []byte("ping"))
 				if err := echoes(c); err != nil {
@@ -275,11 +278,11 @@ func TestSharesOwn(t *testing.T) {
 	}
 }
 
-// Goal: while a tenant's relays have all descriptors that there are for relays, and silent clients keep
-// coming who have all others, clients of another tenant that say what they want are served.
+// Goal: while a tenant's relays hold all descriptors for relays, and silent clients that keep
+// coming hold all others, clients of another tenant that say what they want are served.
 func TestSharesSilent(t *testing.T) {
 	h := newHouse(t, map[string]int{"greedy.example": greedy})
-	h.serve("modest.example", greet)
+	h.serve("modest.example", hostdirtest.Greet)
 	h.give("modest.example", modest)
 	base := h.fds()
 	clients := h.fill("greedy.example")
@@ -291,7 +294,7 @@ func TestSharesSilent(t *testing.T) {
 		var some []*net.TCPConn
 		for !over.Load() {
 			<-tick.C
-			nc, err := net.DialTimeout("tcp", h.addr, patience)
+			nc, err := net.DialTimeout("tcp", h.addr, hostdirtest.Patience)
 			if err != nil {
 				t.Error(err)
 				break
@@ -302,9 +305,9 @@ func TestSharesSilent(t *testing.T) {
 			c.Close()
 		}
 	})
-	await(t, "the descriptors to be taken", func() bool { return h.allFds() >= houseFiles-houseFiles/20 })
+	hostdirtest.Await(t, "the descriptors to be taken", func() bool { return h.allFds() >= houseFiles-houseFiles/20 })
 	for i := range 100 {
-		got, err := h.exchangeWithin(hello("modest.example"), limits.Hello)
+		got, err := h.exchangeWithin(snitest.Hello("modest.example"), limits.Hello)
 		if err != nil || string(got) != "this is modest.example" {
 			t.Errorf("client %d: got %q, error %v", i, got, err)
 			break

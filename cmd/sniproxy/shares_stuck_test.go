@@ -5,6 +5,7 @@ package main
 import (
 	"fmt"
 	"net"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"sync"
@@ -13,6 +14,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
 // stuckPerTenant limits the look-ups of a tenant that wait for a file system.
@@ -21,16 +25,16 @@ const stuckPerTenant = 16
 // slowHost makes a host that cannot be looked up without asking a file system, which answers.
 func (d *daemon) slowHost(t *testing.T, name string) {
 	t.Helper()
-	fs := mountUserFS(t, hostsDir(t), unix.S_IFDIR)
-	fs.add(rootNode, "x", unix.S_IFDIR|0o755, "")
-	fs.serve(0)
-	symlink(t, filepath.Join(fs.dir, "x"), d.hostDir(name))
-	serveSocket(t, filepath.Join(fs.dir, "x", "tls-socket"), greet)
+	fs := hostdirtest.MountUserFS(t, hostdirtest.Dir(t), unix.S_IFDIR)
+	fs.Add(hostdirtest.RootNode, "x", unix.S_IFDIR|0o755, "")
+	fs.Serve(0)
+	symlink(t, filepath.Join(fs.Dir, "x"), d.hostDir(name))
+	hostdirtest.Serve(t, filepath.Join(fs.Dir, "x"), hostdirtest.Greet)
 }
 
-// Goal: however many names there are below a wildcard, or hosts of one tenant, that lead into a file
-// system which never answers: no more look-ups wait for it than an entry, and a tenant, may have, so
-// a host that has to be looked up in the same way is served.
+// Goal: however many names below a wildcard, or hosts of one tenant, lead into a file system that
+// never answers, no more look-ups wait for it than one entry, and one tenant, may have. So a host
+// that must be looked up in the same way is served.
 func TestSharesStuck(t *testing.T) {
 	t.Parallel()
 	var all sync.WaitGroup
@@ -72,23 +76,21 @@ func TestSharesStuck(t *testing.T) {
 		}},
 	} {
 		run := func(t *testing.T) {
-			needRoot(t)
-			ownMounts(t)
+			hostdirtest.NeedRoot(t)
+			hostdirtest.OwnMounts(t)
 			d := start(t)
 			d.slowHost(t, "slow.example")
 			d.give("slow.example", modest)
-			if err := d.greeted("slow.example"); err != nil {
-				t.Fatal(err)
-			}
+			hostdirtest.Must(t, d.greeted("slow.example"))
 			base := d.fds()
-			fs := mountUserFS(t, hostsDir(t), unix.S_IFDIR)
-			stuck := d.askEach(tt.clients, tt.do(t, d, fs.dir))
+			fs := hostdirtest.MountUserFS(t, hostdirtest.Dir(t), unix.S_IFDIR)
+			stuck := d.askEach(tt.clients, tt.do(t, d, fs.Dir))
 			stop := d.steady("slow.example")
 			defer stop()
 			expectTold(t, stuck, tt.clients-tt.stuck, "alert 80")
 			expectTold(t, stuck, tt.stuck, "alert 90")
 			stop()
-			fs.abort()
+			fs.Abort()
 			d.awaitFds(base)
 		}
 		all.Go(func() { t.Run(tt.what, run) })
@@ -99,23 +101,27 @@ func TestSharesStuck(t *testing.T) {
 // than there may be threads that are stuck.
 const stuckTenants = 100
 
-// Goal: threads that got stuck although nobody could know beforehand that they would, since tenants
-// exchange their sockets for symlinks into a stuck file system at any moment, are limited as all
-// look-ups are, however many tenants do that; others are served. Where the system limits the daemon's
-// threads it does not end for want of one.
+// Goal: tenants exchange their sockets for symlinks into a stuck file system at any moment, so
+// threads get stuck that nobody expected to. They are limited as all look-ups are, however many
+// tenants do that, and others are served. Where the system limits the daemon's threads, running out
+// of them does not end it.
 func TestSharesStuckThreads(t *testing.T) {
+	t.Parallel()
+	// The limit counts the threads of a user, so nobody else may run as these, such as another run of
+	// this test.
+	uid := uint32(1<<30 + 2*os.Getpid())
 	for _, tt := range []struct {
 		name  string
-		uid   uint32 // nobody else's: the limit is of a user
-		limit int    // of threads
+		uid   uint32
+		limit int // of threads
 	}{
-		{"threads", 64998, 0},
-		{"limited threads", 64999, 30},
+		{"threads", uid, 0},
+		{"limited threads", uid + 1, 30},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			needRoot(t)
-			ownMounts(t)
+			hostdirtest.NeedRoot(t)
+			hostdirtest.OwnMounts(t)
 			setups := []setup{ordinaryUser(t), func(cmd *exec.Cmd) {
 				cmd.SysProcAttr.Credential = &syscall.Credential{Uid: tt.uid, Gid: tt.uid}
 			}}
@@ -123,16 +129,14 @@ func TestSharesStuckThreads(t *testing.T) {
 				setups = append(setups, limitThreads(tt.limit))
 			}
 			d := start(t, setups...)
-			d.serve("victim.example", greet)
-			if err := d.greeted("victim.example"); err != nil {
-				t.Fatal(err)
-			}
+			d.serve("victim.example", hostdirtest.Greet)
+			hostdirtest.Must(t, d.greeted("victim.example"))
 			base, threads := d.fds(), d.threads()
-			fs := mountUserFS(t, hostsDir(t), unix.S_IFDIR)
+			fs := hostdirtest.MountUserFS(t, hostdirtest.Dir(t), unix.S_IFDIR)
 			for i := range stuckTenants {
 				name := fmt.Sprintf("t%d.example", i)
-				serveSocket(t, d.hostPath(name, "tls-socket"), greet)
-				symlink(t, filepath.Join(fs.dir, "x"), d.hostPath(name, "other"))
+				hostdirtest.Serve(t, d.hostDir(name), hostdirtest.Greet)
+				symlink(t, filepath.Join(fs.Dir, "x"), d.hostPath(name, "other"))
 				d.give(name, 100_000+i)
 			}
 			stop := func() {}
@@ -153,9 +157,9 @@ func TestSharesStuckThreads(t *testing.T) {
 			if limit := threads + stuckInAll + 16; most > limit {
 				t.Errorf("the daemon had up to %d threads, and %d before, want at most %d", most, threads, limit)
 			}
-			fs.abort()
+			fs.Abort()
 			d.awaitFds(base)
-			await(t, "all hosts to be served", func() bool { return d.greeted("victim.example") == nil })
+			hostdirtest.Await(t, "all hosts to be served", func() bool { return d.greeted("victim.example") == nil })
 			d.signal(unix.SIGTERM)
 			d.expectExit(0)
 		})
@@ -167,7 +171,7 @@ func TestSharesStuckThreads(t *testing.T) {
 func (d *daemon) exchangeSockets(t *testing.T, name string) {
 	stop := keepSwapping(t, d.hostDir(name), "tls-socket", "other")
 	defer stop()
-	h := hello(name)
+	h := snitest.Hello(name)
 	var clients sync.WaitGroup
 	defer clients.Wait()
 	over := time.After(100 * time.Millisecond)

@@ -16,6 +16,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
 // startSingle starts a daemon with a connection on standard input. It has the only descriptors of it,
@@ -39,12 +42,12 @@ func say(t testing.TB, c net.Conn, b []byte) {
 	}
 }
 
-// Goal: a connection on standard input is served, and the daemon ends with it, with status 0. It
-// prints nothing. The hello may be there before the daemon, or come byte by byte.
+// Goal: the daemon serves a connection on standard input, prints nothing, and ends with it, with
+// status 0. The hello may be there before the daemon, or come byte by byte.
 func TestSingle(t *testing.T) {
-	hosts := hostsDir(t)
-	serveHost(t, hosts, "a.example", greet)
-	h := hello("a.example")
+	hosts := hostdirtest.Dir(t)
+	hostdirtest.Serve(t, hostDir(hosts, "a.example"), hostdirtest.Greet)
+	h := snitest.Hello("a.example")
 	for name, begin := range map[string]func(*net.TCPConn){
 		"at once":       func(c *net.TCPConn) { say(t, c, h) },
 		"byte by byte":  func(c *net.TCPConn) { sendSlowly(t, c, h) },
@@ -83,13 +86,13 @@ func sendSlowly(t testing.TB, c net.Conn, b []byte) {
 	}
 }
 
-// Goal: bulk flows both ways through a single connection, unchanged, and half of it is a
-// connection still.
+// Goal: bulk flows both ways through a single connection, unchanged, and goes on after the client
+// has ended its side.
 func TestSingleBulk(t *testing.T) {
-	hosts := hostsDir(t)
-	serveHost(t, hosts, "echo.example", echo)
+	hosts := hostdirtest.Dir(t)
+	hostdirtest.Serve(t, hostDir(hosts, "echo.example"), hostdirtest.Echo)
 	d, client := startSingle(t, hosts)
-	say(t, client, hello("echo.example"))
+	say(t, client, snitest.Hello("echo.example"))
 	ping(t, client, client)
 	want := randomBytes(20 << 20)
 	go func() {
@@ -103,26 +106,24 @@ func TestSingleBulk(t *testing.T) {
 	d.expectExit(0)
 }
 
-// Goal: the PROXY protocol header has the addresses of the connection, whatever family it is of.
+// Goal: the PROXY protocol header has the addresses of the connection, of either family.
 func TestSingleHeader(t *testing.T) {
-	hosts := hostsDir(t)
-	serveHost(t, hosts, "a.example", headerOf)
-	if err := os.WriteFile(hostPath(t, hosts, "a.example", "send-proxy-v1"), nil, 0o644); err != nil {
-		t.Fatal(err)
-	}
+	hosts := hostdirtest.Dir(t)
+	hostdirtest.Serve(t, hostDir(hosts, "a.example"), headerOf)
+	hostdirtest.Must(t, os.WriteFile(hostPath(t, hosts, "a.example", "send-proxy-v1"), nil, 0o644))
 	for _, tt := range []struct{ network, listen, family string }{
 		{"tcp4", "127.0.0.1:0", "TCP4 127.0.0.1 127.0.0.1"},
 		{"tcp6", "[::1]:0", "TCP6 ::1 ::1"},
 	} {
 		t.Run(tt.network, func(t *testing.T) {
 			if tt.network == "tcp6" {
-				needIPv6(t)
+				hostdirtest.NeedIPv6(t)
 			}
-			l := listen(t, tt.network, tt.listen)
+			l := hostdirtest.ListenTCP(t, tt.network, tt.listen)
 			client, server := connectTo(t, l)
 			d := launch(t, server, hosts)
 			server.Close()
-			say(t, client, hello("a.example"))
+			say(t, client, snitest.Hello("a.example"))
 			want := fmt.Sprintf("PROXY %s %d %d\r\n", tt.family, localAddr(client).Port(), l.Addr().(*net.TCPAddr).Port)
 			if got := readAll(t, client); got != want {
 				t.Errorf("the header is %q, want %q", got, want)
@@ -133,19 +134,19 @@ func TestSingleHeader(t *testing.T) {
 	}
 }
 
-// Goal: a client that is refused gets its alert and the end, and the daemon's status is 0. The line
-// about it is on standard error.
+// Goal: a refused client gets its alert and the end. The daemon ends with status 0, with a line on
+// standard error.
 func TestSingleRefused(t *testing.T) {
 	for name, tt := range map[string]struct {
 		hello []byte
 		want  int
 	}{
-		"unknown host": {hello("unknown.example"), 112},
+		"unknown host": {snitest.Hello("unknown.example"), 112},
 		"no TLS":       {[]byte("GET / HTTP/1.1\r\n\r\n"), 10},
 		"end":          {nil, 50},
 	} {
 		t.Run(name, func(t *testing.T) {
-			d, client := startSingle(t, hostsDir(t))
+			d, client := startSingle(t, hostdirtest.Dir(t))
 			say(t, client, tt.hello)
 			if tt.hello == nil {
 				client.CloseWrite()
@@ -166,7 +167,7 @@ func TestSingleRefused(t *testing.T) {
 // Goal: a silent client gets its alert after its ten seconds, and the daemon ends with status 0.
 func TestSingleSilent(t *testing.T) {
 	t.Parallel()
-	d, client := startSingle(t, hostsDir(t))
+	d, client := startSingle(t, hostdirtest.Dir(t))
 	if got := readAll(t, client); alert([]byte(got)) != 90 {
 		t.Errorf("got %x, want alert 90", got)
 	}
@@ -174,13 +175,13 @@ func TestSingleSilent(t *testing.T) {
 	d.expectExit(0)
 }
 
-// Goal: a client that was gone before the daemon began, with an end or with a reset, with or without
-// a hello, is no failure.
+// Goal: a client that left before the daemon began, with an end or a reset, with or without a
+// hello, is no failure.
 func TestSingleGone(t *testing.T) {
-	hosts := hostsDir(t)
-	serveHost(t, hosts, "a.example", greet)
+	hosts := hostdirtest.Dir(t)
+	hostdirtest.Serve(t, hostDir(hosts, "a.example"), hostdirtest.Greet)
 	for _, reset := range []bool{false, true} {
-		for _, said := range [][]byte{nil, hello("a.example")} {
+		for _, said := range [][]byte{nil, snitest.Hello("a.example")} {
 			t.Run(fmt.Sprintf("reset %v, %d bytes", reset, len(said)), func(t *testing.T) {
 				client, server := connect(t)
 				say(t, client, said)
@@ -189,7 +190,7 @@ func TestSingleGone(t *testing.T) {
 				}
 				client.Close()
 				if reset {
-					await(t, "the reset", func() bool {
+					hostdirtest.Await(t, "the reset", func() bool {
 						gone := false
 						sharer{t, server}.do(func(fd int) error {
 							_, err := unix.Getpeername(fd)
@@ -210,15 +211,15 @@ func TestSingleGone(t *testing.T) {
 	}
 }
 
-// Goal: with the connection on 0, 1 and 2, as inetd has it, the client gets what the backend
-// says, or its alert, and not a byte of what the daemon has to say: lines about the client, about
-// signals, and the usage.
+// Goal: with the connection on 0, 1 and 2, as inetd has it, the client gets what the backend says,
+// or its alert, and not a byte of the daemon's own lines: about the client, about signals, or the
+// usage.
 func TestSingleOnAll(t *testing.T) {
-	hosts := hostsDir(t)
-	serveHost(t, hosts, "a.example", greet)
+	hosts := hostdirtest.Dir(t)
+	hostdirtest.Serve(t, hostDir(hosts, "a.example"), hostdirtest.Greet)
 	t.Run("served", func(t *testing.T) {
 		d, client := startSingle(t, hosts, onAll)
-		say(t, client, hello("a.example"))
+		say(t, client, snitest.Hello("a.example"))
 		if got := readAll(t, client); got != "this is a.example" {
 			t.Errorf("the client got %q", got)
 		}
@@ -227,7 +228,7 @@ func TestSingleOnAll(t *testing.T) {
 	})
 	t.Run("refused", func(t *testing.T) {
 		d, client := startSingle(t, hosts, onAll)
-		say(t, client, hello("unknown.example"))
+		say(t, client, snitest.Hello("unknown.example"))
 		if got := readAll(t, client); alert([]byte(got)) != 112 {
 			t.Errorf("the client got %q", got)
 		}
@@ -235,13 +236,13 @@ func TestSingleOnAll(t *testing.T) {
 		d.expectExit(0)
 	})
 	t.Run("signals", func(t *testing.T) {
-		l := listenHost(t, hosts, "live.example")
+		l := hostdirtest.Listen(t, hostDir(hosts, "live.example"))
 		d, client := startSingle(t, hosts, onAll)
 		backend := pairSingle(t, l, client, "live.example")
 		d.signal(syscall.SIGHUP)
 		ping(t, client, backend)
 		ping(t, backend, client)
-		d.signal(syscall.SIGHUP)
+		d.signal(syscall.SIGTERM) // a second SIGHUP might come before the first is taken
 		if status := d.wait(); status != 0 {
 			t.Errorf("status %d, want 0", status)
 		}
@@ -272,33 +273,33 @@ func TestSingleOnAll(t *testing.T) {
 // pairSingle opens the connection of a single client to a backend.
 func pairSingle(t testing.TB, l *net.UnixListener, client net.Conn, name string) *net.UnixConn {
 	t.Helper()
-	say(t, client, hello(name))
-	l.SetDeadline(time.Now().Add(patience))
+	say(t, client, snitest.Hello(name))
+	l.SetDeadline(time.Now().Add(hostdirtest.Patience))
 	backend, err := l.AcceptUnix()
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { backend.Close() })
-	backend.SetDeadline(time.Now().Add(4 * patience))
-	if _, _, err := readHello(backend); err != nil {
+	backend.SetDeadline(time.Now().Add(4 * hostdirtest.Patience))
+	if _, _, err := hostdirtest.ReadHello(backend); err != nil {
 		t.Fatal(err)
 	}
 	return backend
 }
 
-// Goal: after a signal the connection goes on, also if its hello comes only then, and the daemon
-// ends with it; a second signal ends it at once.
+// Goal: after a signal the connection goes on, even if its hello comes only then, and the daemon
+// ends with it. A second signal ends it at once.
 func TestSingleStop(t *testing.T) {
-	hosts := hostsDir(t)
-	serveHost(t, hosts, "a.example", greet)
-	l := listenHost(t, hosts, "live.example")
+	hosts := hostdirtest.Dir(t)
+	hostdirtest.Serve(t, hostDir(hosts, "a.example"), hostdirtest.Greet)
+	l := hostdirtest.Listen(t, hostDir(hosts, "live.example"))
 	for _, s := range []syscall.Signal{syscall.SIGHUP, syscall.SIGTERM} {
 		told := "got " + unix.SignalName(s) + ", shutting down"
 		t.Run(unix.SignalName(s), func(t *testing.T) {
 			d, client := startSingle(t, hosts)
 			backend := pairSingle(t, l, client, "live.example")
 			d.signal(s)
-			d.out.await(t, told)
+			d.out.Await(t, told)
 			ping(t, client, backend)
 			ping(t, backend, client)
 			backend.Close()
@@ -311,12 +312,12 @@ func TestSingleStop(t *testing.T) {
 		t.Run(unix.SignalName(s)+" before the hello", func(t *testing.T) {
 			client, server := connect(t)
 			d := launch(t, server, hosts)
-			h := hello("a.example")
+			h := snitest.Hello("a.example")
 			say(t, client, h[:10])
 			awaitTaken(t, server)
 			server.Close()
 			d.signal(s)
-			d.out.await(t, told)
+			d.out.Await(t, told)
 			say(t, client, h[10:])
 			if got := readAll(t, client); got != "this is a.example" {
 				t.Errorf("the client got %q", got)
@@ -328,7 +329,7 @@ func TestSingleStop(t *testing.T) {
 			d, client := startSingle(t, hosts)
 			backend := pairSingle(t, l, client, "live.example")
 			d.signal(s)
-			d.out.await(t, told)
+			d.out.Await(t, told)
 			ping(t, client, backend)
 			d.signal(s)
 			if status := d.wait(); status != 0 {
@@ -342,7 +343,7 @@ func TestSingleStop(t *testing.T) {
 // awaitTaken waits until what has come on a connection was read.
 func awaitTaken(t testing.TB, server *os.File) {
 	t.Helper()
-	await(t, "the daemon to read what there is", func() bool {
+	hostdirtest.Await(t, "the daemon to read what there is", func() bool {
 		taken := false
 		sharer{t, server}.do(func(fd int) error {
 			_, _, err := unix.Recvfrom(fd, make([]byte, 1), unix.MSG_PEEK|unix.MSG_DONTWAIT)
@@ -356,13 +357,13 @@ func awaitTaken(t testing.TB, server *os.File) {
 // Goal: a connection that stays open is cut ten seconds after the signal, with status 0.
 func TestSingleCut(t *testing.T) {
 	t.Parallel()
-	hosts := hostsDir(t)
-	l := listenHost(t, hosts, "live.example")
+	hosts := hostdirtest.Dir(t)
+	l := hostdirtest.Listen(t, hostDir(hosts, "live.example"))
 	d, client := startSingle(t, hosts)
 	backend := pairSingle(t, l, client, "live.example")
 	begin := time.Now()
 	d.signal(syscall.SIGTERM)
-	d.out.await(t, "got SIGTERM, shutting down")
+	d.out.Await(t, "got SIGTERM, shutting down")
 	ping(t, client, backend)
 	if status := d.wait(); status != 0 {
 		t.Errorf("status %d, want 0", status)
@@ -373,12 +374,12 @@ func TestSingleCut(t *testing.T) {
 	expectComplaint(t, d, "1 connection")
 }
 
-// Goal: whoever shares the connection, such as a script that has started the daemon, may make it
-// blocking at any time: what one side has to say is not held up because the other says nothing, or
-// does not read.
+// Goal: whoever shares the connection, such as the script that started the daemon, may make it
+// blocking at any time. One side's bytes flow even if the other side says nothing, or does not
+// read.
 func TestSingleMadeBlocking(t *testing.T) {
-	hosts := hostsDir(t)
-	l := listenHost(t, hosts, "live.example")
+	hosts := hostdirtest.Dir(t)
+	l := hostdirtest.Listen(t, hostDir(hosts, "live.example"))
 	client, server := connect(t)
 	s := sharer{t, server}
 	s.block()
@@ -427,10 +428,10 @@ func TestSingleMadeBlocking(t *testing.T) {
 	d.expectExit(0)
 }
 
-// Goal: a single connection has the options that those have which the daemon accepts.
+// Goal: a single connection has the same options as connections that the daemon accepts.
 func TestSingleOptions(t *testing.T) {
-	hosts := hostsDir(t)
-	l := listenHost(t, hosts, "live.example")
+	hosts := hostdirtest.Dir(t)
+	l := hostdirtest.Listen(t, hostDir(hosts, "live.example"))
 	client, server := connect(t)
 	d := launch(t, server, hosts)
 	backend := pairSingle(t, l, client, "live.example")
@@ -450,15 +451,15 @@ func TestSingleOptions(t *testing.T) {
 	d.expectExit(0)
 }
 
-// Goal: a connection that systemd passes as the one socket is served as on standard input, which is
-// left alone.
+// Goal: a connection that systemd passes as the only socket is served as on standard input.
+// Standard input is left alone.
 func TestSinglePassed(t *testing.T) {
-	hosts := hostsDir(t)
-	serveHost(t, hosts, "a.example", greet)
+	hosts := hostdirtest.Dir(t)
+	hostdirtest.Serve(t, hostDir(hosts, "a.example"), hostdirtest.Greet)
 	client, server := connect(t)
 	d := launch(t, nil, hosts, pass(server))
 	server.Close()
-	say(t, client, hello("a.example"))
+	say(t, client, snitest.Hello("a.example"))
 	if got := readAll(t, client); got != "this is a.example" {
 		t.Errorf("the answer is %q", got)
 	}
@@ -472,8 +473,8 @@ func TestSinglePassed(t *testing.T) {
 // Goal: a daemon for one connection is small: one loop, however many processors there are, and
 // less than 6 MiB of memory.
 func TestSingleCost(t *testing.T) {
-	hosts := hostsDir(t)
-	l := listenHost(t, hosts, "live.example")
+	hosts := hostdirtest.Dir(t)
+	l := hostdirtest.Listen(t, hostDir(hosts, "live.example"))
 	binary := build(t)
 	client, server := connect(t)
 	begin := time.Now()

@@ -15,6 +15,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
 // pass hands sockets over as systemd does, on descriptors from 3 on. The variables are for the
@@ -52,7 +55,7 @@ func launchPassed(t *testing.T, ls []*net.TCPListener, hosts string, setups ...s
 	d.addr = ls[0].Addr().String()
 	for _, l := range ls {
 		if d.out != nil {
-			d.out.await(t, fmt.Sprintf("listening on %v", l.Addr()))
+			d.out.Await(t, fmt.Sprintf("listening on %v", l.Addr()))
 		}
 	}
 	for _, f := range files {
@@ -64,12 +67,12 @@ func launchPassed(t *testing.T, ls []*net.TCPListener, hosts string, setups ...s
 // listenSeveral returns three listeners, one of them on IPv6 if there is that.
 func listenSeveral(t *testing.T) []*net.TCPListener {
 	t.Helper()
-	ls := []*net.TCPListener{listen(t, "tcp4", "127.0.0.1:0"), listen(t, "tcp4", "127.0.0.1:0")}
+	ls := []*net.TCPListener{hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0"), hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")}
 	if l, err := net.Listen("tcp6", "[::1]:0"); err == nil {
 		l.Close()
-		return append(ls, listen(t, "tcp6", "[::1]:0"))
+		return append(ls, hostdirtest.ListenTCP(t, "tcp6", "[::1]:0"))
 	}
-	return append(ls, listen(t, "tcp4", "127.0.0.2:0"))
+	return append(ls, hostdirtest.ListenTCP(t, "tcp4", "127.0.0.2:0"))
 }
 
 // at returns the daemon for clients of another of its sockets.
@@ -79,17 +82,15 @@ func (d *daemon) at(l *net.TCPListener) *daemon {
 	return &other
 }
 
-// Goal: all sockets that systemd passes are served, each with a line in their order; the backend
-// is told which of them a client came to; a stop frees all ports at once, and ends with the last
-// connection.
+// Goal: the daemon serves all sockets that systemd passes, with a line for each in their order, and
+// tells the backend which of them a client came to. A stop frees all ports at once, and the daemon
+// ends with the last connection.
 func TestSockets(t *testing.T) {
 	ls := listenSeveral(t)
-	d := launchPassed(t, ls, hostsDir(t))
-	d.serve("a.example", greet)
+	d := launchPassed(t, ls, hostdirtest.Dir(t))
+	d.serve("a.example", hostdirtest.Greet)
 	d.serve("header.example", headerOf)
-	if err := os.WriteFile(d.hostPath("header.example", "send-proxy-v1"), nil, 0o644); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, os.WriteFile(d.hostPath("header.example", "send-proxy-v1"), nil, 0o644))
 	host := d.host("live.example")
 	want := ""
 	type pair struct {
@@ -107,7 +108,7 @@ func TestSockets(t *testing.T) {
 		}
 		client, backend := at.pair(host, "live.example")
 		pairs = append(pairs, pair{client, backend})
-		got, err := at.exchange(hello("header.example"))
+		got, err := at.exchange(snitest.Hello("header.example"))
 		if port := fmt.Sprintf(" %d\r\n", l.Addr().(*net.TCPAddr).Port); err != nil || !strings.HasSuffix(string(got), port) {
 			t.Errorf("the backend got the header %q, error %v, want one that ends in %q", got, err, port)
 		}
@@ -139,15 +140,15 @@ func headerOf(c *net.UnixConn) {
 	if err != nil {
 		return
 	}
-	if _, _, err := readHello(r); err == nil {
+	if _, _, err := hostdirtest.ReadHello(r); err == nil {
 		io.WriteString(c, header)
 	}
 }
 
-// Goal: with sockets that are passed, standard input is left alone, whatever it is: what was
-// there stays there, and a listening socket there is not accepted from.
+// Goal: when sockets are passed, standard input is left alone: what was there stays there, and the
+// daemon does not accept from a listening socket there.
 func TestSocketsStdin(t *testing.T) {
-	l, other := listen(t, "tcp4", "127.0.0.1:0"), listen(t, "tcp4", "127.0.0.1:0")
+	l, other := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0"), hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
 	r, _ := openPipe(t)
 	for name, stdin := range map[string]*os.File{
 		"pipe":             r,
@@ -155,10 +156,10 @@ func TestSocketsStdin(t *testing.T) {
 		"listening socket": socketFile(t, other),
 	} {
 		t.Run(name, func(t *testing.T) {
-			d := launch(t, stdin, hostsDir(t), pass(socketFile(t, l)))
+			d := launch(t, stdin, hostdirtest.Dir(t), pass(socketFile(t, l)))
 			d.addr = l.Addr().String()
-			d.serve("a.example", greet)
-			d.out.await(t, "listening on "+d.addr)
+			d.serve("a.example", hostdirtest.Greet)
+			d.out.Await(t, "listening on "+d.addr)
 			if name == "listening socket" {
 				d.at(other).mustNotAccept(other)
 			}
@@ -179,7 +180,7 @@ func (d *daemon) mustNotAccept(l *net.TCPListener) {
 	d.t.Helper()
 	for range 20 {
 		client := d.dial()
-		l.SetDeadline(time.Now().Add(patience))
+		l.SetDeadline(time.Now().Add(hostdirtest.Patience))
 		c, err := l.Accept()
 		if err != nil {
 			d.t.Fatalf("a client was taken away: %v", err)
@@ -205,8 +206,7 @@ func (d *daemon) expectDescriptor(fd int, want *os.File) {
 	}
 }
 
-// Goal: without sockets, or with variables that are for another process, standard input is
-// served as ever.
+// Goal: without sockets, or with variables for another process, standard input is served as ever.
 func TestSocketsNone(t *testing.T) {
 	for _, tt := range []struct{ pid, fds string }{
 		{"LISTEN_PID=$$", "LISTEN_FDS=0"},
@@ -217,10 +217,10 @@ func TestSocketsNone(t *testing.T) {
 		{"LISTEN_PID=1", "LISTEN_FDS=nonsense"},
 	} {
 		t.Run(tt.pid+" "+tt.fds, func(t *testing.T) {
-			other := listen(t, "tcp4", "127.0.0.1:0")
-			l := listen(t, "tcp4", "127.0.0.1:0")
-			d := startOn(t, l, hostsDir(t), passAs(tt.pid, tt.fds, socketFile(t, other)))
-			d.serve("a.example", greet)
+			other := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
+			l := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
+			d := startOn(t, l, hostdirtest.Dir(t), passAs(tt.pid, tt.fds, socketFile(t, other)))
+			d.serve("a.example", hostdirtest.Greet)
 			if err := d.greeted("a.example"); err != nil {
 				t.Error(err)
 			}
@@ -232,10 +232,10 @@ func TestSocketsNone(t *testing.T) {
 	}
 }
 
-// Goal: each socket that is passed is checked, and the one line says which descriptor is wrong, and
-// in what. So is their number.
+// Goal: the daemon checks each passed socket and their number. Its one line says which descriptor
+// is wrong, and why.
 func TestSocketsWrong(t *testing.T) {
-	good := func(t *testing.T) *os.File { return socketFile(t, listen(t, "tcp4", "127.0.0.1:0")) }
+	good := func(t *testing.T) *os.File { return socketFile(t, hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")) }
 	udp := func(t *testing.T) *os.File {
 		c, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
 		if err != nil {
@@ -244,7 +244,9 @@ func TestSocketsWrong(t *testing.T) {
 		defer c.Close()
 		return socketFile(t, c)
 	}
-	unixSocket := func(t *testing.T) *os.File { return socketFile(t, listenHost(t, hostsDir(t), "a.example")) }
+	unixSocket := func(t *testing.T) *os.File {
+		return socketFile(t, hostdirtest.Listen(t, hostDir(hostdirtest.Dir(t), "a.example")))
+	}
 	null := func(t *testing.T) *os.File { return openFile(t, os.DevNull) }
 	bound := func(t *testing.T) *os.File {
 		return socketFD(t, unix.AF_INET, unix.SOCK_STREAM, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}})
@@ -270,7 +272,7 @@ func TestSocketsWrong(t *testing.T) {
 			for _, open := range tt.sockets {
 				files = append(files, open(t))
 			}
-			launch(t, good(t), hostsDir(t), pass(files...)).expectRefusal(tt.found)
+			launch(t, good(t), hostdirtest.Dir(t), pass(files...)).expectRefusal(tt.found)
 		})
 	}
 	for fds, found := range map[string]string{
@@ -285,7 +287,7 @@ func TestSocketsWrong(t *testing.T) {
 '`: `LISTEN_FDS is "1\n"`,
 	} {
 		t.Run(fds, func(t *testing.T) {
-			d := launch(t, good(t), hostsDir(t), passAs("LISTEN_PID=$$", fds, good(t), good(t)))
+			d := launch(t, good(t), hostdirtest.Dir(t), passAs("LISTEN_PID=$$", fds, good(t), good(t)))
 			if status := d.wait(); status != 1 {
 				t.Errorf("status %d, want 1", status)
 			}
@@ -297,16 +299,16 @@ func TestSocketsWrong(t *testing.T) {
 	}
 }
 
-// Goal: if descriptors 0, 1 and 2 are among the sockets, nobody gets what is meant for the log, and
-// a stop lets go of them all.
+// Goal: if descriptors 0, 1 and 2 are among the sockets, nobody gets a line of the log, and a stop
+// lets go of them all.
 func TestSocketsOnAll(t *testing.T) {
 	ls := listenSeveral(t)
 	files := socketFiles(t, ls)
-	d := launch(t, files[0], hostsDir(t), output1(files[1]), output2(files[2]), pass(files...))
+	d := launch(t, files[0], hostdirtest.Dir(t), output1(files[1]), output2(files[2]), pass(files...))
 	for _, f := range files {
 		f.Close()
 	}
-	d.serve("a.example", greet)
+	d.serve("a.example", hostdirtest.Greet)
 	host := d.host("live.example")
 	d.addr = ls[1].Addr().String()
 	client, backend := d.pair(host, "live.example")
@@ -316,7 +318,7 @@ func TestSocketsOnAll(t *testing.T) {
 			if err := at.greeted("a.example"); err != nil {
 				t.Error(err)
 			}
-			at.expectAlert(hello("unknown.example"), 112)
+			at.expectAlert(snitest.Hello("unknown.example"), 112)
 		}
 		l.Close()
 	}
@@ -331,12 +333,12 @@ func TestSocketsOnAll(t *testing.T) {
 	d.expectExit(0)
 }
 
-// Goal: two copies with the same sockets, which somebody makes blocking all the time, serve the
-// clients of each of them under load, and each copy stops when it is told to.
+// Goal: two copies on the same sockets, which somebody makes blocking all the time, serve the
+// clients of each socket under load. Each copy stops when it is told to.
 func TestSocketsMadeBlocking(t *testing.T) {
 	ls := listenSeveral(t)
-	hosts := hostsDir(t)
-	serveHost(t, hosts, "a.example", greet)
+	hosts := hostdirtest.Dir(t)
+	hostdirtest.Serve(t, hostDir(hosts, "a.example"), hostdirtest.Greet)
 	for _, l := range ls {
 		defer share(t, l).keepBlocking()()
 	}
@@ -370,8 +372,8 @@ func TestSocketsMadeBlocking(t *testing.T) {
 // again.
 func TestSocketsOverload(t *testing.T) {
 	ls := listenSeveral(t)
-	d := launchPassed(t, ls, hostsDir(t), limitFiles(64))
-	d.serve("a.example", greet)
+	d := launchPassed(t, ls, hostdirtest.Dir(t), limitFiles(64))
+	d.serve("a.example", hostdirtest.Greet)
 	for _, l := range ls {
 		d.at(l).exhaust()
 		for _, l := range ls {
@@ -390,8 +392,8 @@ func TestSocketsOverload(t *testing.T) {
 // which, lets go of the others, and ends with status 1 after the open connections.
 func TestSocketsCannotGoOn(t *testing.T) {
 	ls := listenSeveral(t)
-	d := launchPassed(t, ls, hostsDir(t))
-	d.serve("a.example", echo)
+	d := launchPassed(t, ls, hostdirtest.Dir(t))
+	d.serve("a.example", hostdirtest.Echo)
 	c := openEcho(t, d, "a.example")
 	raw, err := ls[1].SyscallConn()
 	if err != nil {
@@ -401,7 +403,7 @@ func TestSocketsCannotGoOn(t *testing.T) {
 	if err != nil {
 		t.Skipf("this system does not shut listening sockets down: %v", err)
 	}
-	d.err.await(t, "shut down")
+	d.err.Await(t, "shut down")
 	for _, l := range ls {
 		l.Close()
 	}
@@ -416,11 +418,11 @@ func TestSocketsCannotGoOn(t *testing.T) {
 	expectComplaint(t, d, fmt.Sprintf("the listening socket %v was shut down", ls[1].Addr()))
 }
 
-// Goal: clients of one socket that come all the time do not keep those of others waiting.
+// Goal: clients of one socket that come all the time do not keep clients of the others waiting.
 func TestSocketsFair(t *testing.T) {
 	ls := listenSeveral(t)
-	d := launchPassed(t, ls, hostsDir(t), func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, "GOMAXPROCS=1") })
-	d.serve("a.example", greet)
+	d := launchPassed(t, ls, hostdirtest.Dir(t), func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, "GOMAXPROCS=1") })
+	d.serve("a.example", hostdirtest.Greet)
 	served, stop := d.load("a.example")
 	defer stop()
 	for range 10 {
@@ -440,20 +442,20 @@ func TestSocketsFair(t *testing.T) {
 // other descriptor of it.
 func connect(t testing.TB) (client *net.TCPConn, server *os.File) {
 	t.Helper()
-	l := listen(t, "tcp4", "127.0.0.1:0")
+	l := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
 	defer l.Close()
 	return connectTo(t, l)
 }
 
 func connectTo(t testing.TB, l *net.TCPListener) (client *net.TCPConn, server *os.File) {
 	t.Helper()
-	c, err := net.DialTimeout("tcp", l.Addr().String(), patience)
+	c, err := net.DialTimeout("tcp", l.Addr().String(), hostdirtest.Patience)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { c.Close() })
-	c.SetDeadline(time.Now().Add(4 * patience))
-	l.SetDeadline(time.Now().Add(patience))
+	c.SetDeadline(time.Now().Add(4 * hostdirtest.Patience))
+	l.SetDeadline(time.Now().Add(hostdirtest.Patience))
 	s, err := l.AcceptTCP()
 	if err != nil {
 		t.Fatal(err)

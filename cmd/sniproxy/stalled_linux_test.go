@@ -7,10 +7,13 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
-// Goal: what the daemon holds of an upload that is stalled, because the backend reads nothing, or has
-// stopped to, in whatever place it holds it, is at most 128 KiB for each connection.
+// Goal: when an upload is stalled, because the backend never read or has stopped reading, the
+// daemon holds at most 128 KiB for each connection, wherever it keeps them.
 func TestStalledUpload(t *testing.T) {
 	const most = 128 << 10
 	for _, tt := range []struct {
@@ -57,6 +60,14 @@ func TestStalledUpload(t *testing.T) {
 				go io.CopyN(io.Discard, backend, tt.reads)
 			}
 			awaitStill(t, &all)
+			sockets := make(map[string]procSocket) // by their clients
+			// The table changes while it is read, so one may be missing, or be there twice.
+			hostdirtest.Await(t, "the daemon's sockets", func() bool {
+				for _, s := range d.sockets(nil) {
+					sockets[s.peer] = s
+				}
+				return len(sockets) == tt.conns
+			})
 			// What was read from the clients, and not written to the backends.
 			var held int64
 			for i, client := range clients {
@@ -70,15 +81,9 @@ func TestStalledUpload(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				var of []procSocket
-				// The table changes while it is read, so one may be missing, or be there twice.
-				await(t, "the daemon's socket", func() bool {
-					of = d.sockets(client.LocalAddr())
-					return len(of) > 0
-				})
-				held += n - int64(unsent) - of[0].unread
+				held += n - int64(unsent) - sockets[procAddr(client.LocalAddr().String())].unread
 			}
-			held += int64(tt.conns*len(hello("stalled.example"))) - int64(d.counters().up)
+			held += int64(tt.conns*len(snitest.Hello("stalled.example"))) - int64(d.counters().up)
 			t.Logf("the daemon holds %d KiB for each connection", held>>10/int64(tt.conns))
 			if held > int64(tt.conns*most) {
 				t.Errorf("the daemon holds %d KiB for each of %d connections, want at most %d", held>>10/int64(tt.conns), tt.conns, most>>10)

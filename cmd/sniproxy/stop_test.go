@@ -11,13 +11,16 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
 // awaitRefused waits until nobody listens any more where the daemon did.
 func (d *daemon) awaitRefused() {
 	d.t.Helper()
-	await(d.t, "the port to be closed", func() bool {
-		c, err := net.DialTimeout("tcp", d.addr, patience)
+	hostdirtest.Await(d.t, "the port to be closed", func() bool {
+		c, err := net.DialTimeout("tcp", d.addr, hostdirtest.Patience)
 		if err == nil {
 			c.Close()
 		}
@@ -28,7 +31,7 @@ func (d *daemon) awaitRefused() {
 // awaitFree waits until the daemon's port can be bound, and returns a listener on it.
 func (d *daemon) awaitFree() (l net.Listener) {
 	d.t.Helper()
-	await(d.t, "the port to be free", func() bool {
+	hostdirtest.Await(d.t, "the port to be free", func() bool {
 		var err error
 		l, err = net.Listen("tcp", d.addr)
 		return err == nil
@@ -94,14 +97,14 @@ func TestStopLive(t *testing.T) {
 // Goal: a connection that is still sending its hello when the stop comes is served.
 func TestStopHello(t *testing.T) {
 	d := start(t)
-	d.serve("late.example", greet)
+	d.serve("late.example", hostdirtest.Greet)
 	base := d.fds()
-	h := hello("late.example")
+	h := snitest.Hello("late.example")
 	silent, slow := d.dial(), d.dial()
 	if _, err := slow.Write(h[:len(h)/2]); err != nil {
 		t.Fatal(err)
 	}
-	await(t, "the connections to be accepted", func() bool { return d.fds() >= base+2 })
+	hostdirtest.Await(t, "the connections to be accepted", func() bool { return d.fds() >= base+2 })
 	d.signal(syscall.SIGHUP)
 	d.awaitRefused()
 	for c, part := range map[*net.TCPConn][]byte{silent: h, slow: h[len(h)/2:]} {
@@ -116,9 +119,8 @@ func TestStopHello(t *testing.T) {
 	d.expectExit(0)
 }
 
-// Goal: after a stop the port can be bound at once while connections live on, also if
-// the listening socket was on all of descriptors 0, 1 and 2; a program that is started on
-// the port then has it alone.
+// Goal: after a stop the port can be bound at once while connections live on, even if the listening
+// socket was on descriptors 0, 1 and 2. A program that is started on the port then has it alone.
 func TestStopFreesPort(t *testing.T) {
 	stop := func(t *testing.T, d *daemon) {
 		l := d.host("live.example")
@@ -153,21 +155,21 @@ func TestStopFreesPort(t *testing.T) {
 // 1 and 2. It does not wait, since there is nothing to be seen.
 func startInetd(t *testing.T) *daemon {
 	t.Helper()
-	l := listen(t, "tcp4", "127.0.0.1:0")
+	l := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
 	defer l.Close()
 	f, err := l.File()
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	return startOn(t, l, hostsDir(t), output1(f), output2(f))
+	return startOn(t, l, hostdirtest.Dir(t), output1(f), output2(f))
 }
 
 // output1 and output2 put a file in the place of the daemon's standard output and error.
 func output1(f *os.File) setup { return func(cmd *exec.Cmd) { cmd.Stdout = f } }
 func output2(f *os.File) setup { return func(cmd *exec.Cmd) { cmd.Stderr = f } }
 
-// load keeps clients coming that ask for a host served by greet, until stop is called. The
+// load keeps clients coming that ask for a host served by Greet, until stop is called. The
 // test fails if one of them is not served.
 func (d *daemon) load(name string) (served *atomic.Int64, stop func()) {
 	served = new(atomic.Int64)
@@ -194,19 +196,19 @@ func (d *daemon) load(name string) (served *atomic.Int64, stop func()) {
 func awaitMore(t testing.TB, served *atomic.Int64, n int64) {
 	t.Helper()
 	goal := served.Load() + n
-	await(t, "clients to be served", func() bool { return served.Load() >= goal || t.Failed() })
+	hostdirtest.Await(t, "clients to be served", func() bool { return served.Load() >= goal || t.Failed() })
 }
 
-// Goal: a copy that is started on the same socket before the first is stopped takes over
-// without one failure among thousands of connections, several times in a row.
+// Goal: a second copy on the same socket takes over from the first without one failure among
+// thousands of connections, several times in a row.
 func TestStopReplace(t *testing.T) {
 	rounds, perRound := 6, int64(500)
 	if testing.Short() {
 		rounds, perRound = 3, 100
 	}
-	hosts := hostsDir(t)
-	serveHost(t, hosts, "a.example", greet)
-	l := listen(t, "tcp4", "127.0.0.1:0")
+	hosts := hostdirtest.Dir(t)
+	hostdirtest.Serve(t, hostDir(hosts, "a.example"), hostdirtest.Greet)
+	l := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
 	d := startOn(t, l, hosts)
 	served, stop := d.load("a.example")
 	defer stop()
@@ -220,12 +222,12 @@ func TestStopReplace(t *testing.T) {
 	awaitMore(t, served, perRound)
 }
 
-// Goal: also a restart on the same socket, the second copy started only after the first
-// has ended, loses no connection: clients wait in the backlog meanwhile.
+// Goal: a restart on the same socket, where the second copy starts only after the first has ended,
+// loses no connection: clients wait in the backlog.
 func TestStopRestart(t *testing.T) {
-	hosts := hostsDir(t)
-	serveHost(t, hosts, "a.example", greet)
-	l := listen(t, "tcp4", "127.0.0.1:0")
+	hosts := hostdirtest.Dir(t)
+	hostdirtest.Serve(t, hostDir(hosts, "a.example"), hostdirtest.Greet)
+	l := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
 	d := startOn(t, l, hosts)
 	served, stop := d.load("a.example")
 	defer stop()
@@ -238,14 +240,14 @@ func TestStopRestart(t *testing.T) {
 	awaitMore(t, served, 100)
 }
 
-// Goal: the program stops gracefully also while it has no descriptor left.
+// Goal: the program stops gracefully even while it has no descriptor left.
 func TestStopWithoutDescriptors(t *testing.T) {
 	d := start(t, limitFiles(64))
 	d.serve("hold.example", func(c *net.UnixConn) { io.Copy(io.Discard, c) })
-	clients := d.crowd(100, hello("hold.example"))
+	clients := d.crowd(100, snitest.Hello("hold.example"))
 	d.awaitFull()
 	d.signal(syscall.SIGHUP)
-	d.out.await(t, "shutting down")
+	d.out.Await(t, "shutting down")
 	for _, c := range clients {
 		c.Close()
 	}

@@ -17,6 +17,9 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
 // A bound is how many system calls of a kind a connection makes, at least and at most.
@@ -113,17 +116,17 @@ var runtimeCalls = strings.Fields(`
 	rt_sigprocmask rt_sigreturn sched_getaffinity sched_yield set_robust_list setitimer
 	sigaltstack tgkill timer_create timer_delete timer_settime`)
 
-// Goal: one short connection makes exactly the system calls of the table, in the engine that
-// was built. Who adds one, or saves one, changes the table.
+// Goal: one short connection makes exactly the system calls of the table, in the engine that was
+// built. Whoever adds or saves one changes the table.
 func TestSystemCalls(t *testing.T) {
 	const conns = 50
-	strace := need(t, "strace")
+	strace := hostdirtest.Need(t, "strace")
 	table := eventLoopCalls
 	if isPortable(t) {
 		table = goroutineCalls
 	}
 
-	l := listen(t, "tcp4", "127.0.0.1:0")
+	l := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
 	// A client is not to be accepted before its hello is there. Otherwise it sometimes
 	// would be, and the hello cost a read in vain and a wait.
 	share(t, l).do(func(fd int) error {
@@ -131,9 +134,9 @@ func TestSystemCalls(t *testing.T) {
 	})
 	log := filepath.Join(t.TempDir(), "strace")
 	// One loop: of several, a client may wake up more than one.
-	d := startOn(t, l, hostsDir(t), traced(strace, log), oneLoop)
+	d := startOn(t, l, hostdirtest.Dir(t), traced(strace, log), oneLoop)
 
-	first := append(hello("short.example"), make([]byte, 16)...)
+	first := append(snitest.Hello("short.example"), make([]byte, 16)...)
 	answer := bytes.Repeat([]byte("answer.."), 8)
 	d.serve("short.example", func(c *net.UnixConn) {
 		if _, err := io.ReadFull(c, make([]byte, len(first))); err != nil {
@@ -150,7 +153,7 @@ func TestSystemCalls(t *testing.T) {
 			if err != nil || !bytes.Equal(got, answer) {
 				t.Fatalf("got %q, error %v, want %q", got, err, answer)
 			}
-			await(t, "the daemon to have nothing to do", func() bool { return d.fds() == base && d.asleep() })
+			hostdirtest.Await(t, "the daemon to have nothing to do", func() bool { return d.fds() == base && d.asleep() })
 		}
 		return countCalls(t, log)
 	}

@@ -24,7 +24,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sniproxy/hostdir/hostdirtest"
 	"sniproxy/sni"
+	"sniproxy/sni/snitest"
 )
 
 // oneLoop leaves the daemon one processor, so there is no second loop to go on while the
@@ -76,18 +78,14 @@ func device(path string) error {
 // daemon, if it is another user, would look no further.
 func (d *daemon) put(name string, what func(dir string) error) {
 	d.t.Helper()
-	if err := what(d.hostDir(name)); err != nil {
-		d.t.Fatal(err)
-	}
+	hostdirtest.Must(d.t, what(d.hostDir(name)))
 	path := filepath.Join(d.hostDir(name), "tls-socket")
 	if st, err := os.Lstat(path); err == nil && st.Mode()&os.ModeSymlink == 0 && st.Mode().Perm() != 0 {
-		if err := os.Chmod(path, 0o777); err != nil {
-			d.t.Fatal(err)
-		}
+		hostdirtest.Must(d.t, os.Chmod(path, 0o777))
 	}
 }
 
-// headed is a backend that must get a PROXY header. Then it is like greet.
+// headed is a backend that must get a PROXY header. Then it is like Greet.
 func headed(c *net.UnixConn) {
 	r := bufio.NewReader(c)
 	header, err := r.ReadString('\n')
@@ -95,21 +93,21 @@ func headed(c *net.UnixConn) {
 		fmt.Fprintf(c, "the header is %q, error %v", header, err)
 		return
 	}
-	if name, _, err := readHello(r); err == nil {
+	if name, _, err := hostdirtest.ReadHello(r); err == nil {
 		io.WriteString(c, "this is "+name)
 	}
 }
 
-// echoed reports why a client that says hello to a host served by echo does not get back
+// echoed reports why a client that says hello to a host served by Echo does not get back
 // what it sends.
 func (d *daemon) echoed(hello, want []byte) error {
-	nc, err := net.DialTimeout("tcp", d.addr, patience)
+	nc, err := net.DialTimeout("tcp", d.addr, hostdirtest.Patience)
 	if err != nil {
 		return err
 	}
 	c := nc.(*net.TCPConn)
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(patience))
+	c.SetDeadline(time.Now().Add(hostdirtest.Patience))
 	go func() {
 		c.Write(hello)
 		c.Write(want)
@@ -122,20 +120,20 @@ func (d *daemon) echoed(hello, want []byte) error {
 	return err
 }
 
+// Goal: a tenant may put anything where its directory, its socket or its marker is expected, while
+// clients ask for all of it at once, and other backends do not accept, do not read, or never stop
+// sending. Each host's clients get what they must, other tenants' clients all their bytes, and the
+// daemon keeps nothing.
 func TestTenants(t *testing.T) {
-	// Goal: whatever a tenant puts where its directory, its socket or its marker is
-	// expected, while clients ask for all of it at once, and others are held up by backends
-	// that do not accept, do not read, or send without end: each host's clients get
-	// what they must, those of another one all their bytes, and nothing is left behind.
 	d := start(t, ordinaryUser(t), oneLoop)
 	base := d.fds()
-	d.serve("echo.example", echo)
-	d.serve("greet.example", greet)
-	random, hi := randomBytes(200_000), hello("echo.example")
+	d.serve("echo.example", hostdirtest.Echo)
+	d.serve("greet.example", hostdirtest.Greet)
+	random, hi := randomBytes(200_000), snitest.Hello("echo.example")
 
 	var asks []func() error // for one host each
 	ask := func(what, name string, ok func(got []byte) bool) {
-		h := hello(name)
+		h := snitest.Hello(name)
 		asks = append(asks, func() error {
 			got, err := d.exchange(h)
 			if err != nil || !ok(got) {
@@ -160,19 +158,17 @@ func TestTenants(t *testing.T) {
 		ask(what+" as marker", name, func(got []byte) bool { return string(got) == "this is "+name })
 	}
 	// Permissions decide whose socket it is.
-	if err := os.Symlink(filepath.Join("..", hostDir("", "greet.example"), "tls-socket"), d.hostPath("thief.example", "tls-socket")); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, os.Symlink(filepath.Join("..", hostDir("", "greet.example"), "tls-socket"), d.hostPath("thief.example", "tls-socket")))
 	ask("another tenant's socket", "thief.example", func(got []byte) bool { return string(got) == "this is thief.example" })
 
 	deaf := d.shortBacklog("deaf.example")
 	over := make(chan struct{})
 	d.serve("mute.example", func(c *net.UnixConn) { <-over })
 	d.serve("flood.example", func(c *net.UnixConn) { io.Copy(c, zeros{}) })
-	held := d.crowd(100, hello("deaf.example"))
-	held = append(held, d.crowd(10, hello("flood.example"))...)
+	held := d.crowd(100, snitest.Hello("deaf.example"))
+	held = append(held, d.crowd(10, snitest.Hello("flood.example"))...)
 	var taken atomic.Int64
-	for _, c := range d.crowd(10, hello("mute.example")) {
+	for _, c := range d.crowd(10, snitest.Hello("mute.example")) {
 		stuff(c, &taken)
 		held = append(held, c)
 	}
@@ -196,9 +192,9 @@ func TestTenants(t *testing.T) {
 	d.expectExit(0)
 }
 
+// Goal: hundreds of clients of a backend that has stopped accepting get their alert after ten
+// seconds. Until then they cost no other client its answer.
 func TestTenantDeaf(t *testing.T) {
-	// Goal: hundreds of clients of a backend that does not accept any more are told so after
-	// ten seconds. Until then they cost no other client its answer.
 	if runtime.GOOS != "linux" {
 		t.Skip("other systems do not tell a full backlog apart")
 	}
@@ -206,17 +202,17 @@ func TestTenantDeaf(t *testing.T) {
 	const clients = 400
 	d := start(t, oneLoop)
 	base := d.fds()
-	d.serve("a.example", greet)
-	fillBacklog(t, d.hostPath("deaf.example", "tls-socket"))
+	d.serve("a.example", hostdirtest.Greet)
+	hostdirtest.FillBacklog(t, d.hostDir("deaf.example"))
 	var waiting sync.WaitGroup
-	for _, c := range d.crowd(clients, hello("deaf.example")) {
+	for _, c := range d.crowd(clients, snitest.Hello("deaf.example")) {
 		waiting.Go(func() {
 			got, err := io.ReadAll(c)
 			expectRecord(t, got, err, sni.InternalError)
 			c.Close()
 		})
 	}
-	await(t, "all clients to be accepted", func() bool { return d.fds() >= base+clients })
+	hostdirtest.Await(t, "all clients to be accepted", func() bool { return d.counters().accepted == clients })
 	inParallel(200, 4, func(int) {
 		if err := d.greeted("a.example"); err != nil {
 			t.Error(err)
@@ -226,10 +222,10 @@ func TestTenantDeaf(t *testing.T) {
 	d.awaitFds(base)
 }
 
+// Goal: backends that never read from clients that never stop sending, and backends that never stop
+// sending to clients that never read, cost the daemon a bounded amount of memory and no processor
+// time. Another host is served, and the daemon keeps nothing.
 func TestTenantStuck(t *testing.T) {
-	// Goal: backends that never read while their clients send without end, and backends
-	// that send without end to clients that never read, cost the daemon a bounded amount of
-	// memory, and no processor time; another host is served, and nothing is left behind.
 	t.Parallel() // it waits for them to stand still
 	const conns = 50
 	for _, tt := range []struct {
@@ -243,13 +239,11 @@ func TestTenantStuck(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			d := start(t, oneLoop)
 			base := d.fds()
-			d.serve("echo.example", echo)
-			random, hi := randomBytes(1_000_000), hello("echo.example")
+			d.serve("echo.example", hostdirtest.Echo)
+			random, hi := randomBytes(1_000_000), snitest.Hello("echo.example")
 			l := d.host("stuck.example")
 			for range 10 {
-				if err := d.echoed(hi, random); err != nil {
-					t.Fatal(err)
-				}
+				hostdirtest.Must(t, d.echoed(hi, random))
 			}
 			memory := d.rss()
 			var ends []net.Conn
@@ -267,9 +261,7 @@ func TestTenantStuck(t *testing.T) {
 			awaitStill(t, &taken)
 			d.expectRest()
 			for range 50 {
-				if err := d.echoed(hi, random); err != nil {
-					t.Fatal(err)
-				}
+				hostdirtest.Must(t, d.echoed(hi, random))
 			}
 			d.expectGrowth(memory, conns*256<<10)
 			for _, c := range ends {
@@ -283,11 +275,11 @@ func TestTenantStuck(t *testing.T) {
 // testHalfClosed is how long a connection may be half-closed in tests without moving a byte.
 const testHalfClosed = 1500 * time.Millisecond
 
+// Goal: a connection with one direction ended is closed when the other has moved no byte for the
+// time limit, not before. The client gets a clean end if the backend has ended, otherwise a reset.
+// A connection with no direction ended lives on. All of this holds while loops hand relays over to
+// each other.
 func TestHalfClosed(t *testing.T) {
-	// Goal: a connection of which one direction has ended is ended when the other has not
-	// moved a byte for the time that it may take, not before; the client gets a clean end if
-	// the backend has ended, otherwise a reset. One of which no direction has ended lives on.
-	// All of that also while loops hand relays over to each other.
 	t.Parallel()
 	for _, share := range []string{"", "1"} {
 		t.Run("share "+share, func(t *testing.T) {
@@ -295,7 +287,7 @@ func TestHalfClosed(t *testing.T) {
 			d := start(t, func(cmd *exec.Cmd) {
 				cmd.Env = append(cmd.Env, fmt.Sprint("SNIPROXY_TEST_HALFCLOSED=", testHalfClosed), "SNIPROXY_TEST_SHARE="+share, "GOMAXPROCS=3")
 			})
-			d.serve("greet.example", greet)
+			d.serve("greet.example", hostdirtest.Greet)
 			l := d.host("half.example")
 			base := d.fds()
 			if share != "" {
@@ -307,8 +299,8 @@ func TestHalfClosed(t *testing.T) {
 			client, backend := d.pair(l, "half.example") // which live on
 			for what, watch := range halfClosers {
 				client, backend := d.pair(l, "half.example")
-				client.SetDeadline(time.Now().Add(patience))
-				backend.SetDeadline(time.Now().Add(patience))
+				client.SetDeadline(time.Now().Add(hostdirtest.Patience))
+				backend.SetDeadline(time.Now().Add(hostdirtest.Patience))
 				watches.Go(func() {
 					begin := time.Now()
 					last, err := watch(client, backend)
@@ -482,7 +474,7 @@ func notices(text string) (told []notice, leftOut int, others []string) {
 // reason, and no other is of that client.
 func (d *daemon) expectNotice(want notice) {
 	d.t.Helper()
-	d.err.await(d.t, "refused "+want.addr)
+	d.err.Await(d.t, "refused "+want.addr)
 	told, _, _ := notices(d.err.String())
 	var of []notice
 	for _, n := range told {
@@ -508,10 +500,10 @@ func (d *daemon) expectPlain() {
 	}
 }
 
+// Goal: each refused client has one line that says who it was, what it asked for, if that can be
+// said, its alert, and why. Nothing that a client sends gets into the log unless it is a canonical
+// name.
 func TestLogReasons(t *testing.T) {
-	// Goal: for each refused client there is one line that says who it was, what it asked
-	// for, if that can be said, what it was told, and why. Nothing that a client sends gets
-	// into the log unless it is a canonical name.
 	type test struct {
 		sent []byte
 		end  bool // the client's side ends
@@ -521,7 +513,7 @@ func TestLogReasons(t *testing.T) {
 	add := func(sent []byte, end bool, name, reason string, alert sni.Description) {
 		tests = append(tests, test{sent, end, notice{"", name, reason, alert}})
 	}
-	asking := func(name string) []byte { return record(22, shape{name: name}.message()...) }
+	asking := func(name string) []byte { return snitest.Named(name).Stream() }
 
 	d := start(t, ordinaryUser(t))
 	uid := os.Geteuid()
@@ -558,10 +550,10 @@ func TestLogReasons(t *testing.T) {
 		}
 		add(asking(name), false, "", a.Reason, sni.UnrecognizedName)
 	}
-	add(record(22, shape{}.client(nil)...), false, "", "no server name", sni.UnrecognizedName)
-	add(hello(""), false, "", "no server name", sni.UnrecognizedName)
+	add(snitest.ClientHello{}.Build().Stream(), false, "", "no server name", sni.UnrecognizedName)
+	add(snitest.Hello(""), false, "", "no server name", sni.UnrecognizedName)
 	add(nil, true, "", "the client ended the connection before the server name", sni.DecodeError)
-	add(hello("")[:60], true, "", "the client ended the connection before the server name", sni.DecodeError)
+	add(snitest.Hello("")[:60], true, "", "the client ended the connection before the server name", sni.DecodeError)
 	add(asking("forged")[:60], true, "", "the client ended the connection before the server name", sni.DecodeError)
 	add([]byte{22, 3, 1, 255, 255}, false, "", "record is longer", sni.RecordOverflow)
 	add([]byte("GET /forged\x1b[2J HTTP/1.1\r\n\r\n"), false, "", "first record is not a handshake", sni.UnexpectedMessage)
@@ -593,25 +585,25 @@ func TestLogReasons(t *testing.T) {
 	}
 }
 
+// Goal: a client that has not said what it wants within ten seconds, and one whose backend did not
+// accept, has one line with the right reason.
 func TestLogLate(t *testing.T) {
-	// Goal: there is one line, with the right reason, for a client that has not said
-	// what it wants within ten seconds, and for one whose backend did not accept.
 	if runtime.GOOS != "linux" {
 		t.Skip("other systems do not tell a full backlog apart")
 	}
 	t.Parallel()
 	d := start(t)
-	fillBacklog(t, d.hostPath("deaf.example", "tls-socket"))
-	nameless := shape{}.client(nil)
+	hostdirtest.FillBacklog(t, d.hostDir("deaf.example"))
+	nameless := snitest.ClientHello{}.Build().Bytes
 	var clients sync.WaitGroup
 	for _, tt := range []struct {
 		sent []byte
 		want notice
 	}{
 		{nil, notice{"", "", "no complete server name within the time limit", sni.UserCanceled}},
-		{record(22, nameless[:len(nameless)-1]...), notice{"", "", "no complete server name within the time limit", sni.UserCanceled}},
-		{hello("deaf.example")[:60], notice{"", "", "no complete server name within the time limit", sni.UserCanceled}},
-		{hello("deaf.example"), notice{"", "deaf.example", "the backlog of tls-socket is full", sni.InternalError}},
+		{snitest.Record(22, nameless[:len(nameless)-1]...), notice{"", "", "no complete server name within the time limit", sni.UserCanceled}},
+		{snitest.Hello("deaf.example")[:60], notice{"", "", "no complete server name within the time limit", sni.UserCanceled}},
+		{snitest.Hello("deaf.example"), notice{"", "deaf.example", "the backlog of tls-socket is full", sni.InternalError}},
 	} {
 		c := d.dial()
 		if _, err := c.Write(tt.sent); err != nil {
@@ -627,9 +619,9 @@ func TestLogLate(t *testing.T) {
 	clients.Wait()
 }
 
+// Goal: a client's address is in brackets if it is IPv6, and dotted if it is IPv4, even if the
+// socket is for both.
 func TestLogAddresses(t *testing.T) {
-	// Goal: the address of a client is in brackets if it is of IPv6, and dotted if it is of
-	// IPv4, also where the socket is for both.
 	for _, tt := range []struct{ network, listener, client, begin string }{
 		{"tcp4", "127.0.0.1:0", "127.0.0.1", "127.0.0.1:"},
 		{"tcp6", "[::1]:0", "::1", "[::1]:"},
@@ -638,13 +630,13 @@ func TestLogAddresses(t *testing.T) {
 	} {
 		t.Run(fmt.Sprintf("%s %s from %s", tt.network, tt.listener, tt.client), func(t *testing.T) {
 			if tt.network != "tcp4" {
-				needIPv6(t)
+				hostdirtest.NeedIPv6(t)
 			}
-			l := listen(t, tt.network, tt.listener)
-			d := startOn(t, l, hostsDir(t))
+			l := hostdirtest.ListenTCP(t, tt.network, tt.listener)
+			d := startOn(t, l, hostdirtest.Dir(t))
 			d.addr = net.JoinHostPort(tt.client, fmt.Sprint(l.Addr().(*net.TCPAddr).Port))
 			c := d.dial()
-			if _, err := c.Write(hello("absent.example")); err != nil {
+			if _, err := c.Write(snitest.Hello("absent.example")); err != nil {
 				t.Fatal(err)
 			}
 			got, err := io.ReadAll(c)
@@ -655,20 +647,18 @@ func TestLogAddresses(t *testing.T) {
 	}
 }
 
+// Goal: a client that is dropped to make room has one line.
 func TestLogDropped(t *testing.T) {
-	// Goal: there is one line for a client that was dropped to make room.
 	d := start(t, limitFiles(64), oneLoop)
-	d.serve("a.example", greet)
+	d.serve("a.example", hostdirtest.Greet)
 	first := d.dial()
 	d.crowd(30, nil)
 	for range 10 {
 		d.crowd(10, nil)
-		if err := d.greeted("a.example"); err != nil {
-			t.Fatal(err)
-		}
+		hostdirtest.Must(t, d.greeted("a.example"))
 	}
 	dropped := fmt.Sprintf("sniproxy: dropped %v to make room: ", first.LocalAddr())
-	d.err.await(t, dropped)
+	d.err.Await(t, dropped)
 	if n := strings.Count(d.err.String(), dropped); n != 1 {
 		t.Errorf("there are %d lines about a client that was dropped", n)
 	}
@@ -677,14 +667,14 @@ func TestLogDropped(t *testing.T) {
 	}
 }
 
+// Goal: the log says nothing of clients that are served, however they end, nor of those that are
+// gone before the daemon can tell them anything.
 func TestLogServed(t *testing.T) {
-	// Goal: nothing is said of clients that are served, however they end, nor of those that
-	// are gone before there is something to tell them.
 	d := start(t)
-	d.serve("greet.example", greet)
-	d.serve("echo.example", echo)
+	d.serve("greet.example", hostdirtest.Greet)
+	d.serve("echo.example", hostdirtest.Echo)
 	base := d.fds()
-	random, hi := randomBytes(500_000), hello("echo.example")
+	random, hi := randomBytes(500_000), snitest.Hello("echo.example")
 	inParallel(200, 8, func(i int) {
 		if err := d.greeted("greet.example"); err != nil {
 			t.Error(err)
@@ -714,16 +704,16 @@ func TestLogServed(t *testing.T) {
 // refuse has n clients refused, width at a time. They end with a reset, so that no port is
 // lost to TIME_WAIT.
 func (d *daemon) refuse(n, width int) {
-	h := hello("absent.example")
+	h := snitest.Hello("absent.example")
 	inParallel(n, width, func(int) {
-		nc, err := net.DialTimeout("tcp", d.addr, patience)
+		nc, err := net.DialTimeout("tcp", d.addr, hostdirtest.Patience)
 		if err != nil {
 			d.t.Error(err)
 			return
 		}
 		c := nc.(*net.TCPConn)
 		defer abort(c)
-		c.SetDeadline(time.Now().Add(patience))
+		c.SetDeadline(time.Now().Add(hostdirtest.Patience))
 		c.Write(h)
 		if got, err := io.ReadAll(c); err != nil || alert(got) != int(sni.UnrecognizedName) {
 			d.t.Errorf("got %x, error %v, want alert %d", got, err, sni.UnrecognizedName)
@@ -731,10 +721,9 @@ func (d *daemon) refuse(n, width int) {
 	})
 }
 
+// Goal: of many lines about refused clients only some are printed. A line counts the rest, even if
+// nothing more happens; then there is room again. At the stop it comes at once.
 func TestLogRation(t *testing.T) {
-	// Goal: of many lines about refused clients only some are printed, and of the others it
-	// is told how many they are, though nothing more happens; then there is room again.
-	// At the stop it is told at once.
 	t.Parallel() // it waits for the ration
 	const burst, perSecond, clients = 50, 10, 1000
 	d := start(t)
@@ -742,7 +731,7 @@ func TestLogRation(t *testing.T) {
 	d.refuse(clients, 20)
 	var told []notice
 	var leftOut int
-	await(t, "all to be told", func() bool {
+	hostdirtest.Await(t, "all to be told", func() bool {
 		told, leftOut, _ = notices(d.err.String())
 		return len(told)+leftOut >= clients
 	})
@@ -753,7 +742,7 @@ func TestLogRation(t *testing.T) {
 	<-time.After(time.Second)
 	for range perSecond / 2 {
 		c := d.dial()
-		c.Write(hello("absent.example"))
+		c.Write(snitest.Hello("absent.example"))
 		d.expectNotice(notice{c.LocalAddr().String(), "absent.example", "no directory", sni.UnrecognizedName})
 	}
 	d.refuse(clients, 20)
@@ -765,16 +754,16 @@ func TestLogRation(t *testing.T) {
 	}
 }
 
+// Goal: while most lines about refused clients are left out, the daemon's lines about itself are
+// not.
 func TestLogLifecycle(t *testing.T) {
-	// Goal: while so many clients are refused that most lines about them are left out, what
-	// the daemon says of itself is not.
 	t.Parallel() // it waits for the ration
 	d := start(t)
 	l := d.host("live.example")
 	d.pair(l, "live.example")
 	var over atomic.Bool
 	var flood sync.WaitGroup
-	h := hello("absent.example")
+	h := snitest.Hello("absent.example")
 	for range 4 {
 		flood.Go(func() {
 			for !over.Load() {
@@ -784,9 +773,9 @@ func TestLogLifecycle(t *testing.T) {
 	}
 	defer flood.Wait()
 	defer over.Store(true)
-	d.err.await(t, "left out")
+	d.err.Await(t, "left out")
 	d.signal(syscall.SIGHUP)
-	d.out.await(t, "got SIGHUP, shutting down")
+	d.out.Await(t, "got SIGHUP, shutting down")
 	d.signal(syscall.SIGHUP)
 	if status := d.wait(); status != 0 {
 		t.Errorf("exit status %d", status)
@@ -796,27 +785,27 @@ func TestLogLifecycle(t *testing.T) {
 	}
 }
 
+// Goal: while nobody reads the log, and no more lines fit into it, clients are refused and served
+// as ever. Nothing is lost when somebody reads again.
 func TestLogUnread(t *testing.T) {
-	// Goal: while nobody reads the log, and no line more fits into it, clients are refused
-	// and served as ever; nothing of what happened is lost when somebody reads again.
 	t.Parallel() // it waits for the number of lines left out
 	const clients = 1000
 	r, w := openPipe(t)
 	fill(t, w)
 	d := start(t, oneLoop, output2(w))
 	w.Close()
-	d.serve("a.example", greet)
+	d.serve("a.example", hostdirtest.Greet)
 	_, stop := d.load("a.example")
 	d.refuse(clients, 20)
 	stop()
-	var read lines
+	var read hostdirtest.Lines
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
 		io.Copy(&read, r)
 	}()
 	text := func() string { return strings.ReplaceAll(read.String(), "\x00", "") } // without what the pipe was filled with
-	await(t, "all to be told", func() bool {
+	hostdirtest.Await(t, "all to be told", func() bool {
 		told, leftOut, _ := notices(text())
 		return len(told)+leftOut >= clients
 	})

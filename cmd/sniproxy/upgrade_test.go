@@ -5,7 +5,6 @@ import (
 	"io"
 	"net"
 	"os"
-	"os/exec"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -14,6 +13,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
 // serial is how many bytes of its own a client sends behind its hello.
@@ -21,7 +23,7 @@ const serial = 8
 
 // confirm is a backend that answers with the server name and the client's own bytes.
 func confirm(c *net.UnixConn) {
-	name, rest, err := readHello(c)
+	name, rest, err := hostdirtest.ReadHello(c)
 	if err != nil {
 		return
 	}
@@ -38,7 +40,7 @@ func confirm(c *net.UnixConn) {
 func (d *daemon) confirmedLoad(names ...string) (served *atomic.Int64, stop func()) {
 	var hellos [][]byte
 	for _, name := range names {
-		hellos = append(hellos, hello(name))
+		hellos = append(hellos, snitest.Hello(name))
 	}
 	served = new(atomic.Int64)
 	var number atomic.Int64
@@ -72,7 +74,7 @@ func (d *daemon) awaitRelease(l *net.TCPListener) {
 	share(d.t, l).do(func(fd int) error { return unix.Fstat(fd, &st) })
 	socket := fmt.Sprintf("socket:[%d]", st.Ino)
 	dir := fmt.Sprintf("/proc/%d/fd/", d.cmd.Process.Pid)
-	await(d.t, "the old copy to let go of the socket", func() bool {
+	hostdirtest.Await(d.t, "the old copy to let go of the socket", func() bool {
 		entries, err := os.ReadDir(dir)
 		if err != nil {
 			d.t.Fatal(err)
@@ -84,12 +86,9 @@ func (d *daemon) awaitRelease(l *net.TCPListener) {
 	})
 }
 
-// exitQuickly keeps a daemon with the race detector from waiting for a second when it ends.
-func exitQuickly(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, "GORACE=atexit_sleep_ms=0") }
-
-// Goal: while clients come all the time, the copy on a socket is replaced ten times, and not one
-// of 20,000 connections fails or gets the answer of another. Each old copy lets go of the socket,
-// keeps the one long connection that it has, and ends when that ends.
+// Goal: while clients come all the time, the copy on a socket is replaced ten times. Not one of
+// 20,000 connections fails or gets another's answer. Each old copy lets go of the socket, keeps its
+// one long connection, and ends when that ends.
 func TestUpgrade(t *testing.T) {
 	const replacements = 10
 	clients := 20_000
@@ -97,21 +96,21 @@ func TestUpgrade(t *testing.T) {
 		clients = 2_000
 		t.Logf("scaled down to %d connections", clients)
 	}
-	hosts := hostsDir(t)
+	hosts := hostdirtest.Dir(t)
 	names := []string{"a.example", "b.example", "c.example"}
 	for _, name := range names {
-		serveHost(t, hosts, name, confirm)
+		hostdirtest.Serve(t, hostDir(hosts, name), confirm)
 	}
-	live := listenHost(t, hosts, "live.example")
-	l := listen(t, "tcp4", "127.0.0.1:0")
-	d := startOn(t, l, hosts, exitQuickly)
+	live := hostdirtest.Listen(t, hostDir(hosts, "live.example"))
+	l := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
+	d := startOn(t, l, hosts)
 	served, stop := d.confirmedLoad(names...)
 	defer stop()
 	portion := int64(clients / replacements / 2)
 	for i := range replacements {
 		// It is alone, so it has this connection.
 		client, backend := d.pair(live, "live.example")
-		next := startOn(t, l, hosts, exitQuickly)
+		next := startOn(t, l, hosts)
 		awaitMore(t, served, portion)
 		d.signal([]syscall.Signal{syscall.SIGHUP, syscall.SIGTERM}[i%2])
 		d.awaitRelease(l)
@@ -139,19 +138,19 @@ func TestUpgrade(t *testing.T) {
 	d.expectExit(0)
 }
 
-// Goal: a client that comes at the moment when the copy that would accept it is told to stop is
-// served all the same, by it or by the next, although nobody comes after it. Of all copies that
-// wait on a socket the kernel wakes up one for a client.
+// Goal: a client that comes while the copy that would accept it is told to stop is served all the
+// same, by that copy or the next, although nobody comes after it. The kernel wakes only one of the
+// copies that wait on a socket.
 func TestUpgradeLastClient(t *testing.T) {
-	hosts := hostsDir(t)
-	serveHost(t, hosts, "a.example", greet)
-	l := listen(t, "tcp4", "127.0.0.1:0")
-	d := startOn(t, l, hosts, exitQuickly)
-	h := hello("a.example")
+	hosts := hostdirtest.Dir(t)
+	hostdirtest.Serve(t, hostDir(hosts, "a.example"), hostdirtest.Greet)
+	l := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
+	d := startOn(t, l, hosts)
+	h := snitest.Hello("a.example")
 	for i := range 100 {
-		next := startOn(t, l, hosts, exitQuickly)
+		next := startOn(t, l, hosts)
 		c := d.dial()
-		c.SetDeadline(time.Now().Add(patience))
+		c.SetDeadline(time.Now().Add(hostdirtest.Patience))
 		if _, err := c.Write(h); err != nil {
 			t.Fatal(err)
 		}

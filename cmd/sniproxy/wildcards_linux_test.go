@@ -11,6 +11,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir/hostdirtest"
 )
 
 // swap exchanges what is at two paths, at once.
@@ -44,10 +46,9 @@ func keepSwapping(t *testing.T, dir, a, b string) (stop func()) {
 	}
 }
 
+// Goal: while the directory of a name, or of its wildcard, is exchanged for another under load, one
+// or the other serves each client, with the header that its marker asks for.
 func TestDirectoryExchanged(t *testing.T) {
-	// Goal: while the directory of a name, or that of its wildcard, is exchanged for another
-	// one under load, each client is served by the one or the other, with the header for which
-	// that has a marker.
 	for _, entry := range []string{"a.example", "*.example", "*"} {
 		t.Run(entry, func(t *testing.T) {
 			d := start(t)
@@ -63,11 +64,9 @@ func TestDirectoryExchanged(t *testing.T) {
 			}
 			d.serve(entry, backend("green", "\x16\x03"))
 			other := filepath.Join(d.dir, ".other")
-			if err := os.Rename(d.hostDir(entry), other); err != nil {
-				t.Fatal(err)
-			}
+			hostdirtest.Must(t, os.Rename(d.hostDir(entry), other))
 			d.serve(entry, backend("blue", "\r\n\r\n\x00\r\nQUIT\n"))
-			writeMarker(t, d.hostPath(entry, "send-proxy-v2"))
+			hostdirtest.Touch(t, d.hostPath(entry, "send-proxy-v2"))
 			counts := map[string]int{}
 			swaps := 0
 			var clients sync.WaitGroup
@@ -91,9 +90,7 @@ func TestDirectoryExchanged(t *testing.T) {
 				if counts[got]++; got != "green" && got != "blue" && counts[got] < 3 {
 					t.Errorf("an answer is %q", got)
 				}
-				if err := swap(d.hostDir(entry), other); err != nil {
-					t.Fatal(err)
-				}
+				hostdirtest.Must(t, swap(d.hostDir(entry), other))
 				swaps++
 			}
 			t.Logf("%d swaps, answers: %v", swaps, counts)
@@ -104,43 +101,35 @@ func TestDirectoryExchanged(t *testing.T) {
 	}
 }
 
+// Goal: where tenants may rename the administrator's wildcard, since the hosts directory has no
+// sticky bit, exchanging it with their own gets them no client at any moment. That holds for
+// directories and symlinks, also on a file system whose times have coarse steps.
 func TestWildcardTenantExchanges(t *testing.T) {
-	// Goal: where tenants may rename the administrator's wildcard, since the hosts directory has
-	// no sticky bit, no moment for exchanging it with one of their own gets them a client. That
-	// holds for directories and symlinks, also on a file system on which times have coarse steps.
 	if os.Geteuid() != 0 {
 		t.Skip("only root can give files away")
 	}
 	for _, kind := range []string{"directory", "symlink"} {
 		for _, fs := range []string{"", "ramfs"} {
 			t.Run(kind+" "+fs, func(t *testing.T) {
-				hosts := hostsDir(t)
+				hosts := hostdirtest.Dir(t)
 				if fs != "" {
-					ownMounts(t)
-					mountOn(t, fs, hosts, fs, 0, "")
-					if err := os.Chmod(hosts, 0o777); err != nil {
-						t.Fatal(err)
-					}
+					hostdirtest.OwnMounts(t)
+					hostdirtest.Mount(t, fs, hosts, fs, 0, "")
+					hostdirtest.Must(t, os.Chmod(hosts, 0o777))
 				}
-				d := startOn(t, listen(t, "tcp4", "127.0.0.1:0"), hosts, ordinaryUser(t))
+				d := startOn(t, hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0"), hosts, ordinaryUser(t))
 				d.serve("*", answering("everything"))
 				mine, theirs := d.hostDir("*.example"), filepath.Join(d.dir, ".theirs")
 				if kind == "directory" {
 					d.serve("*.example", answering("theirs"))
-					if err := os.Rename(mine, theirs); err != nil {
-						t.Fatal(err)
-					}
+					hostdirtest.Must(t, os.Rename(mine, theirs))
 					d.serve("*.example", answering("mine"))
 				} else {
 					d.serve("mine", answering("mine"))
 					d.serve("theirs", answering("theirs"))
-					if err := errors.Join(os.Symlink(hostDir("", "mine"), mine), os.Symlink(hostDir("", "theirs"), theirs)); err != nil {
-						t.Fatal(err)
-					}
+					hostdirtest.Must(t, errors.Join(os.Symlink(hostDir("", "mine"), mine), os.Symlink(hostDir("", "theirs"), theirs)))
 				}
-				if err := os.Lchown(theirs, lodger, lodger); err != nil {
-					t.Fatal(err)
-				}
+				hostdirtest.Must(t, os.Lchown(theirs, lodger, lodger))
 				stop := keepSwapping(t, d.dir, filepath.Base(mine), filepath.Base(theirs))
 				defer stop()
 				counts := map[string]int{}

@@ -17,7 +17,9 @@ import (
 	"testing"
 
 	"sniproxy/hostdir"
+	"sniproxy/hostdir/hostdirtest"
 	"sniproxy/sni"
+	"sniproxy/sni/snitest"
 )
 
 // answering is a backend that reads a hello, whatever is in it, and answers with a word.
@@ -31,7 +33,7 @@ func answering(word string) func(*net.UnixConn) {
 }
 
 // sayHello returns a hello with any name, also one that crypto/tls would not send.
-func sayHello(name string) []byte { return records(shape{name: name}.message(), 1<<14) }
+func sayHello(name string) []byte { return snitest.Named(name).Stream() }
 
 // expectAnswers fails the test unless clients that ask for the names get the words. The word ""
 // stands for the alert unrecognized_name.
@@ -45,10 +47,10 @@ func (d *daemon) expectAnswers(words map[string]string) {
 	}
 }
 
+// Goal: a wildcard serves names with exactly one label in the place of its asterisk and no
+// directory of their own, and * serves all others. Without * these are unknown. Changes count at
+// once.
 func TestWildcard(t *testing.T) {
-	// Goal: a wildcard serves the names with exactly one label in the place of its asterisk
-	// that have no directory of their own, and * serves all others; without * these are unknown.
-	// What is made or removed meanwhile counts at once.
 	d := start(t)
 	for _, name := range []string{"exact.example.com", "*.example.com", "*.b.example.com", "*.com", "*.c"} {
 		d.serve(name, answering(name))
@@ -88,12 +90,8 @@ func TestWildcard(t *testing.T) {
 	d.expectAnswers(words)
 
 	d.serve("com", answering("com"))
-	if err := os.RemoveAll(d.hostDir("*.example.com")); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Rename(d.hostDir("exact.example.com"), d.hostDir("a.b.example.com")); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, os.RemoveAll(d.hostDir("*.example.com")))
+	hostdirtest.Must(t, os.Rename(d.hostDir("exact.example.com"), d.hostDir("a.b.example.com")))
 	for name, word := range words {
 		if word == "*.example.com" {
 			words[name] = "*"
@@ -104,9 +102,7 @@ func TestWildcard(t *testing.T) {
 	})
 	d.expectAnswers(words)
 
-	if err := os.RemoveAll(d.hostDir("*")); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, os.RemoveAll(d.hostDir("*")))
 	for name, word := range words {
 		if word == "*" {
 			words[name] = ""
@@ -115,10 +111,10 @@ func TestWildcard(t *testing.T) {
 	d.expectAnswers(words)
 }
 
+// Goal: there is no fallback from an entry that exists but cannot serve: neither from a name's
+// directory, or anything in its place, to the wildcard, nor from a wildcard to *. The reason in the
+// log is about that entry.
 func TestWildcardDown(t *testing.T) {
-	// Goal: what is there and cannot serve has no substitute: neither the wildcard for a
-	// name that has a directory, or anything in the place of one, nor * for a wildcard. The reason
-	// in the log is that of what is there.
 	d := start(t, ordinaryUser(t))
 	d.serve("*", answering("*"))
 	d.serve("*.up.example", answering("wildcard"))
@@ -136,9 +132,7 @@ func TestWildcardDown(t *testing.T) {
 					word = "*" // what is neither a directory nor a symlink is no wildcard
 				}
 				d.expectAnswers(map[string]string{name: word, "good.up.example": "wildcard", "exact.down.example": "", "any.example": "*"})
-				if err := os.RemoveAll(d.hostDir(entry)); err != nil {
-					t.Fatal(err)
-				}
+				hostdirtest.Must(t, os.RemoveAll(d.hostDir(entry)))
 				word = "*"
 				if entry == "bad.up.example" {
 					word = "wildcard"
@@ -147,23 +141,19 @@ func TestWildcardDown(t *testing.T) {
 			}
 		})
 	}
-	if err := os.RemoveAll(d.hostDir("*")); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, os.RemoveAll(d.hostDir("*")))
 	for what, do := range bad {
 		t.Run(what+" for everything", func(t *testing.T) {
 			d.put("*", do)
 			d.expectAnswers(map[string]string{"any.example": "", "any": "", "good.up.example": "wildcard"})
-			if err := os.RemoveAll(d.hostDir("*")); err != nil {
-				t.Fatal(err)
-			}
+			hostdirtest.Must(t, os.RemoveAll(d.hostDir("*")))
 		})
 	}
 }
 
+// Goal: the line about a refused client says why the entry that exists cannot serve, whichever
+// entry that is.
 func TestWildcardDownLog(t *testing.T) {
-	// Goal: the line about a client that is refused has the reason why what is there cannot
-	// serve, whichever entry that is.
 	d := start(t, ordinaryUser(t))
 	uid := os.Geteuid()
 	if uid == 0 {
@@ -186,13 +176,13 @@ func TestWildcardDownLog(t *testing.T) {
 	}
 }
 
+// Goal: the longest names reach their wildcard if the path of its socket fits, and * in any case,
+// unless they have a directory of their own, whatever its length.
 func TestWildcardLongNames(t *testing.T) {
-	// Goal: the longest names reach their wildcard as far as the path of its socket fits, and *
-	// in any case, unless they have a directory of their own, whatever its length.
 	d := start(t)
 	d.serve("*", answering("*"))
-	elsewhere := hostsDir(t)
-	serveHost(t, elsewhere, "target", answering("wildcard"))
+	elsewhere := hostdirtest.Dir(t)
+	hostdirtest.Serve(t, hostDir(elsewhere, "target"), answering("wildcard"))
 	label := strings.Repeat("a", 63)
 	rest := strings.Repeat("."+label, 3)
 	for _, first := range []int{1, 61, 62, 63} {
@@ -211,13 +201,9 @@ func TestWildcardLongNames(t *testing.T) {
 			word = ""
 		}
 		for _, entry := range entries {
-			if err := os.Symlink(hostDir(elsewhere, "target"), d.hostDir(entry)); err != nil {
-				t.Fatal(err)
-			}
+			hostdirtest.Must(t, os.Symlink(hostDir(elsewhere, "target"), d.hostDir(entry)))
 			d.expectAnswers(map[string]string{name: word})
-			if err := os.Remove(d.hostDir(entry)); err != nil {
-				t.Fatal(err)
-			}
+			hostdirtest.Must(t, os.Remove(d.hostDir(entry)))
 		}
 	}
 }
@@ -249,10 +235,10 @@ func (d *daemon) flows(n int, names []string, answered func(name, got string)) {
 	}
 }
 
+// Goal: while the directory of a name comes and goes under load, it or the wildcard serves the
+// clients. While the wildcard comes and goes, it or * does. No client is refused, and nothing else
+// serves one.
 func TestWildcardComesAndGoes(t *testing.T) {
-	// Goal: while the directory of a name comes and goes under load, its clients are served by
-	// it or by the wildcard, and while the wildcard comes and goes, by it or by *. None is
-	// refused, and none is served by anything else.
 	for _, tt := range []struct{ entry, word, other, third string }{
 		{"a.example", "exact", "wildcard", "everything"},
 		{"*.example", "wildcard", "everything", "exact"},
@@ -297,22 +283,24 @@ func TestWildcardComesAndGoes(t *testing.T) {
 
 // namelessHellos are hellos that are complete and valid, and name no host.
 func namelessHellos() map[string][]byte {
-	other := byte(7) // a type of name that there is not
+	pad := func(n int) *snitest.Message {
+		return helloWith(func(m *snitest.Message) { m.Extension(snitest.Padding, make([]byte, n)) })
+	}
 	return map[string][]byte{
-		"of crypto/tls":          hello(""),
-		"of crypto/tls, TLS 1.2": helloConfig(&tls.Config{MaxVersion: tls.VersionTLS12}),
-		"without extensions":     record(22, shape{}.client(nil)...),
-		"with an empty list":     record(22, shape{}.client(shape{}.vector("extensions", 2, nil))...),
-		"with other extensions":  record(22, shape{}.client(shape{}.vector("extensions", 2, shape{}.extension(padding, 300)))...),
-		"with another type":      record(22, shape{kind: other, name: "a.example"}.message()...),
-		"in records of 3 bytes":  records(shape{}.client(shape{}.vector("extensions", 2, shape{}.extension(padding, 30))), 3),
-		"large":                  records(shape{}.client(shape{}.vector("extensions", 2, shape{}.extension(padding, 30_000))), 1<<14),
+		"of crypto/tls":          snitest.Hello(""),
+		"of crypto/tls, TLS 1.2": snitest.HelloConfig(&tls.Config{MaxVersion: tls.VersionTLS12}),
+		"without extensions":     snitest.ClientHello{}.Build().Stream(),
+		"with an empty list":     helloWith(func(*snitest.Message) {}).Stream(),
+		"with other extensions":  pad(300).Stream(),
+		"with another type":      otherName(func(*snitest.Message) {}).Stream(),
+		"in records of 3 bytes":  snitest.Records(pad(30).Bytes, 3),
+		"large":                  pad(30_000).Stream(),
 	}
 }
 
+// Goal: * serves clients whose complete hello has no server name, however the hello is cut, and
+// gets all bytes. Without * they are refused, with a line that says why.
 func TestNameless(t *testing.T) {
-	// Goal: clients whose complete hello has no server name are served by *, however the hello
-	// is cut, and get all bytes; without * they are refused, with a line that says why.
 	d := start(t)
 	for what, sent := range namelessHellos() {
 		got, err := d.exchange(sent)
@@ -321,7 +309,7 @@ func TestNameless(t *testing.T) {
 		}
 	}
 	c := d.dial()
-	c.Write(hello(""))
+	c.Write(snitest.Hello(""))
 	io.ReadAll(c)
 	d.expectNotice(notice{c.LocalAddr().String(), "", "no server name", sni.UnrecognizedName})
 
@@ -338,32 +326,29 @@ func TestNameless(t *testing.T) {
 	}
 }
 
+// Goal: a * that cannot serve gives clients without a name unrecognized_name, with the reason in
+// the log, as it does for those with a name.
 func TestNamelessDown(t *testing.T) {
-	// Goal: a * that cannot serve gives clients without a name the alert unrecognized_name, with
-	// the reason in the log, as it does to those with one.
 	d := start(t, ordinaryUser(t))
 	for what, do := range badHosts {
 		t.Run(what, func(t *testing.T) {
 			d.put("*", do)
-			d.expectAlert(hello(""), sni.UnrecognizedName)
-			if err := os.RemoveAll(d.hostDir("*")); err != nil {
-				t.Fatal(err)
-			}
+			d.expectAlert(snitest.Hello(""), sni.UnrecognizedName)
+			hostdirtest.Must(t, os.RemoveAll(d.hostDir("*")))
 		})
 	}
 	d.put("*", badHosts["no socket"])
 	c := d.dial()
-	c.Write(hello(""))
+	c.Write(snitest.Hello(""))
 	got, err := io.ReadAll(c)
 	expectRecord(t, got, err, sni.UnrecognizedName)
 	d.expectNotice(notice{c.LocalAddr().String(), "", "no tls-socket in the directory", sni.UnrecognizedName})
 }
 
+// Goal: nobody serves what cannot be understood, even where there is a * and a wildcard for
+// anything: a hello that is malformed, cut or not TLS, before or behind the place of the name, or a
+// name that is not canonical. The alerts are the same as without a *.
 func TestNotUnderstood(t *testing.T) {
-	// Goal: what cannot be understood is served by nobody, also where there is a * and a
-	// wildcard for anything: a hello that is malformed, cut or not TLS, at any place and behind the place
-	// of the name as well, and one with a name that is not canonical. The alerts are those that
-	// there are without a *.
 	d, without := start(t), start(t)
 	var served atomic.Int64
 	for _, name := range []string{"*", "*.example", "*.0.0.1", "*.a"} {
@@ -394,41 +379,44 @@ func TestNotUnderstood(t *testing.T) {
 	}
 
 	// Whatever length is wrong, without a name and up to a name.
-	extensions := func(s shape) []byte {
-		return s.client(s.vector("extensions", 2, s.extension(43, 2), s.extension(padding, 20)))
+	extensions := func() *snitest.Message {
+		return helloWith(func(m *snitest.Message) {
+			m.Extension(43, make([]byte, 2))
+			m.Extension(snitest.Padding, make([]byte, 20))
+		})
 	}
-	for _, length := range []string{"message", "session", "suites", "compression", "extensions", "other"} {
+	for _, length := range []string{"message", "session id", "cipher suites", "compression methods", "extensions", "extension 43", "extension 21"} {
 		for _, by := range []int{1, -1, 4, 1 << 16} {
-			message := extensions(shape{wrong: []string{length}, by: by})
 			what := fmt.Sprintf("nameless, length of %s wrong by %d", length, by)
 			// One that is too long may only wait for the rest.
-			expectRefused(what, record(22, message...), true)
+			expectRefused(what, wrong(extensions(), by, length).Stream(), true)
 		}
 	}
-	for _, length := range []string{"name", "list", "server name"} {
+	for _, length := range []string{"host name", "server name list", "server name"} {
 		for _, by := range []int{1, 1 << 16} {
-			message := shape{name: "a.example", wrong: []string{length}, by: by}.message()
-			expectRefused(fmt.Sprintf("length of %s wrong by %d", length, by), record(22, message...), true)
+			expectRefused(fmt.Sprintf("length of %s wrong by %d", length, by), wrong(snitest.Named("a.example"), by, length).Stream(), true)
 		}
 	}
 
 	// Whatever is cut off, or not there.
-	whole := hello("")
+	whole := snitest.Hello("")
 	for _, n := range []int{0, 1, 5, 6, 60, len(whole) / 2, len(whole) - 1} {
 		expectRefused(fmt.Sprintf("nameless, %d bytes of %d", n, len(whole)), whole[:n], true)
 	}
-	good := extensions(shape{})
+	good := extensions().Bytes
 	half := len(good) / 2
 	for what, sent := range map[string][]byte{
 		"plain HTTP":                []byte("GET / HTTP/1.1\r\nHost: a.example\r\n\r\n"),
 		"SSH":                       []byte("SSH-2.0-OpenSSH_9.2\r\n"),
 		"a record that is too long": {22, 3, 1, 0x48, 0},
-		"another message":           record(22, append([]byte{2}, good[1:]...)...),
-		"an alert in the middle":    slices.Concat(record(22, good[:half]...), record(21, 1, 0), record(22, good[half:]...)),
-		"an empty record":           slices.Concat(record(22, good[:half]...), record(22), record(22, good[half:]...)),
-		"the name twice": record(22, shape{}.client(shape{}.vector("extensions", 2,
-			[]byte{0, 0, 0, 0}, []byte{0, 0, 0, 0}))...),
-		"an empty server name": record(22, shape{}.client(shape{}.vector("extensions", 2, []byte{0, 0, 0, 0}))...),
+		"another message":           snitest.Record(22, append([]byte{2}, good[1:]...)...),
+		"an alert in the middle":    slices.Concat(snitest.Record(22, good[:half]...), snitest.Record(21, 1, 0), snitest.Record(22, good[half:]...)),
+		"an empty record":           slices.Concat(snitest.Record(22, good[:half]...), snitest.Record(22), snitest.Record(22, good[half:]...)),
+		"the name twice": helloWith(func(m *snitest.Message) {
+			m.Extension(0, nil)
+			m.Extension(0, nil)
+		}).Stream(),
+		"an empty server name": helloWith(func(m *snitest.Message) { m.Extension(0, nil) }).Stream(),
 	} {
 		expectRefused(what, sent, true)
 	}
@@ -440,9 +428,9 @@ func TestNotUnderstood(t *testing.T) {
 	d.expectAnswers(map[string]string{"127.0.0.1": "served", "10.20.30.40": "served", "a.example": "served"})
 }
 
+// Goal: the clients in use that name no host, since they are told not to or connect to an address,
+// reach the site in *.
 func TestNamelessClients(t *testing.T) {
-	// Goal: the clients in use that name no host, since they are told not to or since they
-	// connect to an address, reach the site in *.
 	d := start(t)
 	ca := newAuthority(t)
 	d.serveHTTPS("*", &tls.Config{Certificates: []tls.Certificate{ca.issue(t, "site.example")}})
@@ -490,9 +478,7 @@ func startOwned(t *testing.T, owner int, mode os.FileMode) *daemon {
 		t.Skip("only root can give files away")
 	}
 	d := start(t, ordinaryUser(t))
-	if err := errors.Join(os.Chown(d.dir, owner, owner), os.Chmod(d.dir, mode)); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, errors.Join(os.Chown(d.dir, owner, owner), os.Chmod(d.dir, mode)))
 	return d
 }
 
@@ -513,11 +499,10 @@ func (d *daemon) followed(owner int) bool {
 
 const notCounted = ", and the wildcard for it belongs neither to root nor to the owner of the hosts directory"
 
+// Goal: whatever the mode of the hosts directory, a wildcard, be it a directory or a symlink,
+// counts only if the owner of the hosts directory or root owns it, whoever owns what it leads to.
+// Any other is as good as absent, except that the line about a refused client mentions it.
 func TestWildcardOwners(t *testing.T) {
-	// Goal: whatever the mode of the hosts directory, a wildcard counts only if it belongs to
-	// the owner of that or to root, be it a directory or a symlink, and then whoever has what
-	// that leads to. One that does not count is as good as absent, but that the line about a
-	// client that is refused says so.
 	const ignored = "no directory" + notCounted
 	for _, hosts := range []struct {
 		owner int
@@ -533,12 +518,10 @@ func TestWildcardOwners(t *testing.T) {
 	} {
 		t.Run(fmt.Sprintf("%d %v", hosts.owner, hosts.mode), func(t *testing.T) {
 			d := startOwned(t, hosts.owner, hosts.mode)
-			elsewhere := hostsDir(t)
+			elsewhere := hostdirtest.Dir(t)
 			for name, owner := range map[string]int{"roots": 0, "tenants": lodger} {
-				serveHost(t, elsewhere, name, answering("link"))
-				if err := os.Chown(hostDir(elsewhere, name), owner, owner); err != nil {
-					t.Fatal(err)
-				}
+				hostdirtest.Serve(t, hostDir(elsewhere, name), answering("link"))
+				hostdirtest.Must(t, os.Chown(hostDir(elsewhere, name), owner, owner))
 			}
 			refused := func(name, reason string, sent []byte) {
 				t.Helper()
@@ -564,47 +547,38 @@ func TestWildcardOwners(t *testing.T) {
 					} else if err := os.Symlink(hostDir(elsewhere, target), entry); err != nil {
 						t.Fatal(err)
 					}
-					if err := os.Lchown(entry, owner, owner); err != nil {
-						t.Fatal(err)
-					}
+					hostdirtest.Must(t, os.Lchown(entry, owner, owner))
 					if counts {
 						d.expectAnswers(map[string]string{"a.example": word})
 					} else {
 						refused("a.example", ignored, sayHello("a.example"))
 					}
 					// The same as the entry for everything else.
-					if err := os.Rename(entry, d.hostDir("*")); err != nil {
-						t.Fatal(err)
-					}
+					hostdirtest.Must(t, os.Rename(entry, d.hostDir("*")))
 					if counts {
 						d.expectAnswers(map[string]string{"a.example": word, "single": word})
-						if got, err := d.exchange(hello("")); err != nil || string(got) != word {
+						if got, err := d.exchange(snitest.Hello("")); err != nil || string(got) != word {
 							t.Errorf("without a name: got %q, error %v, want %q", got, err, word)
 						}
 					} else {
 						refused("single", ignored, sayHello("single"))
-						refused("", "no server name, and the directory * belongs neither to root nor to the owner of the hosts directory", hello(""))
+						refused("", "no server name, and the directory * belongs neither to root nor to the owner of the hosts directory", snitest.Hello(""))
 					}
-					if err := os.RemoveAll(d.hostDir("*")); err != nil {
-						t.Fatal(err)
-					}
+					hostdirtest.Must(t, os.RemoveAll(d.hostDir("*")))
 				}
 			}
 		})
 	}
 }
 
+// Goal: a tenant's wildcards change nothing: names have their directories, whoever made them, and a
+// good * serves the rest, whose own failure is the one in the log. The daemon checks the owner of
+// the hosts directory for each client.
 func TestWildcardIgnored(t *testing.T) {
-	// Goal: of a tenant's wildcards nobody has any more than if they were not there: names
-	// have their directories, whoever made those, what else they would have is served by a good
-	// *, whose own failure is what is said in the log. Who has the hosts directory is asked
-	// for each client.
 	d := startOwned(t, 0, os.ModeSticky|0o777)
 	give := func(name string, owner int) {
 		t.Helper()
-		if err := os.Lchown(d.hostDir(name), owner, owner); err != nil {
-			t.Fatal(err)
-		}
+		hostdirtest.Must(t, os.Lchown(d.hostDir(name), owner, owner))
 	}
 	d.serve("a.example", answering("exact"))
 	give("a.example", lodger)
@@ -615,24 +589,18 @@ func TestWildcardIgnored(t *testing.T) {
 	d.serve("*", answering("everything"))
 	d.expectAnswers(map[string]string{"a.example": "exact", "b.example": "everything", "a.b.example": "everything"})
 
-	if err := os.Rename(d.hostPath("*", "tls-socket"), d.hostPath("*", "aside")); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, os.Rename(d.hostPath("*", "tls-socket"), d.hostPath("*", "aside")))
 	c := d.dial()
 	c.Write(sayHello("b.example"))
 	got, err := io.ReadAll(c)
 	expectRecord(t, got, err, sni.UnrecognizedName)
 	d.expectNotice(notice{c.LocalAddr().String(), "b.example", "no tls-socket in the directory", sni.UnrecognizedName})
-	if err := os.Rename(d.hostPath("*", "aside"), d.hostPath("*", "tls-socket")); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, os.Rename(d.hostPath("*", "aside"), d.hostPath("*", "tls-socket")))
 
 	// * is ignored as well, and a name without another candidate has nothing to be said of.
 	give("*", 65534)
 	d.expectAnswers(map[string]string{"a.example": "exact", "b.example": "", "single": ""})
-	if err := os.RemoveAll(d.hostDir("*")); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, os.RemoveAll(d.hostDir("*")))
 	c = d.dial()
 	c.Write(sayHello("a.b.example"))
 	got, err = io.ReadAll(c)
@@ -645,9 +613,7 @@ func TestWildcardIgnored(t *testing.T) {
 
 	// A directory cannot have two owners, but it can change hands.
 	for _, owner := range []int{lodger, 0, lodger} {
-		if err := os.Chown(d.dir, owner, owner); err != nil {
-			t.Fatal(err)
-		}
+		hostdirtest.Must(t, os.Chown(d.dir, owner, owner))
 		word := "tenant's"
 		if owner == 0 {
 			word = ""
@@ -656,11 +622,11 @@ func TestWildcardIgnored(t *testing.T) {
 	}
 }
 
+// Goal: where the kernel protects symlinks (fs.protected_symlinks), it follows one in a sticky
+// hosts directory that all may write to only for the link's owner, or if the directory's owner owns
+// it. So it follows root's only if root owns the directory. Elsewhere it follows all. The engine
+// for Linux reads the symlink of a wildcard itself, so there it does not matter.
 func TestWildcardProtectedSymlinks(t *testing.T) {
-	// Goal: where the kernel protects symlinks (fs.protected_symlinks), one in a hosts directory
-	// that is sticky and that all may write to is followed for its owner and for that of the
-	// directory alone, so that of root only if root has the directory; elsewhere all are. The
-	// engine for Linux reads the symlink of a wildcard itself, so there it does not matter.
 	b, err := os.ReadFile("/proc/sys/fs/protected_symlinks")
 	if err != nil || strings.TrimSpace(string(b)) == "0" {
 		t.Skip("fs.protected_symlinks is not set")
@@ -679,15 +645,11 @@ func TestWildcardProtectedSymlinks(t *testing.T) {
 	} {
 		t.Run(fmt.Sprintf("link of %d in %v of %d", tt.link, tt.mode, tt.owner), func(t *testing.T) {
 			d := startOwned(t, tt.owner, tt.mode)
-			elsewhere := hostsDir(t)
-			serveHost(t, elsewhere, "target", answering("served"))
+			elsewhere := hostdirtest.Dir(t)
+			hostdirtest.Serve(t, hostDir(elsewhere, "target"), answering("served"))
 			for _, entry := range []string{"a.example", "*"} {
-				if err := os.Symlink(hostDir(elsewhere, "target"), d.hostDir(entry)); err != nil {
-					t.Fatal(err)
-				}
-				if err := os.Lchown(d.hostDir(entry), tt.link, tt.link); err != nil {
-					t.Fatal(err)
-				}
+				hostdirtest.Must(t, os.Symlink(hostDir(elsewhere, "target"), d.hostDir(entry)))
+				hostdirtest.Must(t, os.Lchown(d.hostDir(entry), tt.link, tt.link))
 				c := d.dial()
 				c.Write(sayHello("a.example"))
 				got, err := io.ReadAll(c)
@@ -697,23 +659,19 @@ func TestWildcardProtectedSymlinks(t *testing.T) {
 				} else if err != nil || string(got) != "served" {
 					t.Errorf("%s: got %q, error %v", entry, got, err)
 				}
-				if err := os.Remove(d.hostDir(entry)); err != nil {
-					t.Fatal(err)
-				}
+				hostdirtest.Must(t, os.Remove(d.hostDir(entry)))
 			}
 		})
 	}
 }
 
+// Goal: a link from one name to another makes neither a wildcard: symlinks stand for what they lead
+// to, under the name of the entry.
 func TestWildcardSymlinks(t *testing.T) {
-	// Goal: a link from one name to another makes a wildcard of neither: symlinks are what they
-	// lead to, and the name is that of the entry.
 	d := start(t)
 	d.serve("one.example", answering("one"))
 	for link, target := range map[string]string{"*.one.example": "one.example", "www.two.example": "*.one.example"} {
-		if err := os.Symlink(hostDir("", target), d.hostDir(link)); err != nil {
-			t.Fatal(err)
-		}
+		hostdirtest.Must(t, os.Symlink(hostDir("", target), d.hostDir(link)))
 	}
 	d.expectAnswers(map[string]string{
 		"one.example": "one", "www.one.example": "one", "www.two.example": "one",

@@ -15,6 +15,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"sniproxy/hostdir/hostdirtest"
 )
 
 // With this in its environment, the test binary is the quick start.
@@ -31,18 +33,6 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// requireProgram skips the test where a program is missing, or fails it where all must be there.
-func requireProgram(t *testing.T, name string) {
-	t.Helper()
-	if _, err := exec.LookPath(name); err == nil {
-		return
-	}
-	if os.Getenv("SNIPROXY_TEST_REQUIRE") != "" {
-		t.Fatalf("%s is not installed, and SNIPROXY_TEST_REQUIRE is set", name)
-	}
-	t.Skipf("%s is not installed", name)
-}
-
 // A quickstart is a run of the quick start.
 type quickstart struct {
 	*exec.Cmd
@@ -54,7 +44,7 @@ type quickstart struct {
 // start runs the quick start, or a command that does.
 func start(t *testing.T, cmd *exec.Cmd) *quickstart {
 	t.Helper()
-	requireProgram(t, "go")
+	hostdirtest.Need(t, "go")
 	r, w, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
@@ -64,9 +54,7 @@ func start(t *testing.T, cmd *exec.Cmd) *quickstart {
 	q := &quickstart{Cmd: cmd, tempDir: t.TempDir(), lines: bufio.NewScanner(r)}
 	q.Env = append(cmd.Environ(), "TMPDIR="+q.tempDir)
 	q.Stdout, q.Stderr = w, w
-	if err := q.Start(); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, q.Start())
 	t.Cleanup(func() {
 		q.Process.Kill()
 		q.Wait()
@@ -81,8 +69,7 @@ func start(t *testing.T, cmd *exec.Cmd) *quickstart {
 // program returns the command that runs the quick start itself.
 func program(args ...string) *exec.Cmd {
 	cmd := exec.Command(os.Args[0], args...)
-	// The race detector would let each run sleep for a second at its end.
-	cmd.Env = append(os.Environ(), runMain+"=1", "GORACE=atexit_sleep_ms=0")
+	cmd.Env = hostdirtest.Environ(runMain + "=1")
 	return cmd
 }
 
@@ -106,9 +93,7 @@ func (q *quickstart) readAll(t *testing.T) {
 	for q.lines.Scan() {
 		q.output.WriteString(q.lines.Text() + "\n")
 	}
-	if err := q.lines.Err(); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, q.lines.Err())
 }
 
 // wait waits for the end, and checks the exit status and that nothing stays behind.
@@ -130,7 +115,8 @@ func (q *quickstart) wait(t *testing.T, status int) {
 
 const listening = `^sniproxy \(process (\d+)\): listening on (127\.0\.0\.1:\d+)$`
 
-// Goal: the command that the README begins with works, shows that both sites answer, and leaves with exit status 0.
+// Goal: the command at the beginning of the README works, shows that both sites answer, and exits
+// with status 0.
 func TestCheck(t *testing.T) {
 	cmd := exec.Command("go", "run", "./examples/quickstart", "-check")
 	cmd.Dir = filepath.Join("..", "..")
@@ -165,8 +151,8 @@ func TestPortTaken(t *testing.T) {
 	q.wait(t, 0)
 }
 
-// Goal: the curl lines that it prints work as they stand; a signal stops it and the daemon gracefully, nothing that it
-// made stays behind, and the port is free again.
+// Goal: the curl lines that it prints work as they stand. A signal stops it and the daemon
+// gracefully, nothing that it made stays behind, and the port is free again.
 func TestSignal(t *testing.T) {
 	for _, signal := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP} {
 		t.Run(signal.String(), func(t *testing.T) {
@@ -174,7 +160,7 @@ func TestSignal(t *testing.T) {
 			addr := q.readUntil(t, listening)[1]
 			for _, page := range []string{"this is one.example, ", "this is two.example, and you are 127.0.0.1:"} {
 				line := q.readUntil(t, `^ +(curl .*)$`)[0]
-				requireProgram(t, "curl")
+				hostdirtest.Need(t, "curl")
 				out, err := exec.Command("sh", "-c", line+" -sS --noproxy '*'").CombinedOutput()
 				if err != nil || !strings.HasPrefix(string(out), page) {
 					t.Errorf("%s: %v, output %q; want %q", line, err, out, page)
@@ -186,9 +172,7 @@ func TestSignal(t *testing.T) {
 			}
 			q.readUntil(t, "^Ctrl-C stops")
 
-			if err := q.Process.Signal(signal); err != nil {
-				t.Fatal(err)
-			}
+			hostdirtest.Must(t, q.Process.Signal(signal))
 			q.readUntil(t, `^sniproxy \(process \d+\): got SIGHUP, shutting down$`)
 			q.wait(t, 0)
 			l, err := net.Listen("tcp", addr)
@@ -205,9 +189,7 @@ func TestDaemonDies(t *testing.T) {
 	q := start(t, program())
 	pid := atoi(t, q.readUntil(t, listening)[0])
 	q.readUntil(t, "^Ctrl-C stops")
-	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, syscall.Kill(pid, syscall.SIGKILL))
 	q.readUntil(t, "^quickstart: sniproxy has ended: signal: killed$")
 	q.wait(t, 1)
 }
@@ -225,9 +207,7 @@ func TestKilled(t *testing.T) {
 		}
 	})
 	q.readUntil(t, "^Ctrl-C stops")
-	if err := q.Process.Kill(); err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.Must(t, q.Process.Kill())
 	q.readAll(t) // the daemon holds the stream, too
 }
 
@@ -239,8 +219,8 @@ func atoi(t *testing.T, s string) int {
 	return n
 }
 
-// Goal: the client's address is what the PROXY line says, and what follows the line is read unchanged; without a valid
-// line of at most 107 bytes, nothing is read.
+// Goal: the client's address is the one in the PROXY line, and what follows the line is read
+// unchanged. Without a valid line of at most 107 bytes, nothing is read.
 func TestProxyLine(t *testing.T) {
 	for _, c := range []struct{ sent, client string }{
 		{"PROXY TCP4 192.0.2.1 192.0.2.2 1234 443\r\n", "192.0.2.1:1234"},

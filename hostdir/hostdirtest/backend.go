@@ -29,18 +29,18 @@ func Bind(t testing.TB, dir string, kind int) (fd int) {
 
 func bind(t testing.TB, dir string, kind int) (fd int) {
 	t.Helper()
-	must(t, os.MkdirAll(dir, 0o755))
+	Must(t, os.MkdirAll(dir, 0o755))
 	fd, err := unix.Socket(unix.AF_UNIX, kind, 0)
-	must(t, err)
+	Must(t, err)
 	unix.CloseOnExec(fd)
 	path := filepath.Join(dir, "tls-socket")
 	if err = unix.Bind(fd, &unix.SockaddrUnix{Name: path}); err == unix.EINVAL { // it is too long
 		short := filepath.Join(Dir(t), "s")
-		must(t, unix.Bind(fd, &unix.SockaddrUnix{Name: short}))
+		Must(t, unix.Bind(fd, &unix.SockaddrUnix{Name: short}))
 		err = os.Rename(short, path)
 	}
-	must(t, err)
-	must(t, os.Chmod(path, 0o777))
+	Must(t, err)
+	Must(t, os.Chmod(path, 0o777))
 	return fd
 }
 
@@ -50,9 +50,9 @@ func Listen(t testing.TB, dir string) *net.UnixListener {
 	fd := bind(t, dir, unix.SOCK_STREAM)
 	f := os.NewFile(uintptr(fd), "tls-socket")
 	defer f.Close()
-	must(t, unix.Listen(fd, 128))
+	Must(t, unix.Listen(fd, unix.SOMAXCONN))
 	l, err := net.FileListener(f)
-	must(t, err)
+	Must(t, err)
 	t.Cleanup(func() { l.Close() })
 	u := l.(*net.UnixListener)
 	u.SetUnlinkOnClose(true)
@@ -63,6 +63,7 @@ func Listen(t testing.TB, dir string) *net.UnixListener {
 func Serve(t testing.TB, dir string, handle func(*net.UnixConn)) {
 	t.Helper()
 	l := Listen(t, dir)
+	l.SetUnlinkOnClose(false) // by then its file system may not answer
 	go func() {
 		var conns sync.WaitGroup
 		for {
@@ -83,21 +84,21 @@ func Serve(t testing.TB, dir string, handle func(*net.UnixConn)) {
 func Abandon(t testing.TB, dir string) {
 	t.Helper()
 	fd := bind(t, dir, unix.SOCK_STREAM)
-	must(t, unix.Listen(fd, 1))
-	must(t, unix.Close(fd))
+	Must(t, unix.Listen(fd, 1))
+	Must(t, unix.Close(fd))
 }
 
 // FillBacklog makes a socket that listens and whose backlog is full. Only Linux reports that to
 // clients.
 func FillBacklog(t testing.TB, dir string) {
 	t.Helper()
-	must(t, unix.Listen(Bind(t, dir, unix.SOCK_STREAM), 0))
+	Must(t, unix.Listen(Bind(t, dir, unix.SOCK_STREAM), 0))
 	for {
 		fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM, 0)
-		must(t, err)
+		Must(t, err)
 		t.Cleanup(func() { unix.Close(fd) })
 		unix.CloseOnExec(fd)
-		must(t, unix.SetNonblock(fd, true))
+		Must(t, unix.SetNonblock(fd, true))
 		switch err := unix.Connect(fd, &unix.SockaddrUnix{Name: filepath.Join(dir, "tls-socket")}); err {
 		case nil:
 		case unix.EAGAIN:
@@ -112,7 +113,7 @@ func FillBacklog(t testing.TB, dir string) {
 func Touch(t testing.TB, paths ...string) {
 	t.Helper()
 	for _, path := range paths {
-		must(t, os.WriteFile(path, nil, 0o644))
+		Must(t, os.WriteFile(path, nil, 0o644))
 	}
 }
 

@@ -115,9 +115,9 @@ func (fs *UserFS) Serve(validity time.Duration) {
 				case fs.holding.Load()&(1<<r.Opcode) != 0:
 					fs.Held <- r
 				case fs.Delay > 0 && r.Opcode == opLookup && (r.Node != RootNode || fs.find(r.Node, r.name()) == 0):
-					time.AfterFunc(fs.Delay, func() { fs.answer(r) })
+					time.AfterFunc(fs.Delay, func() { fs.Answer(r) })
 				default:
-					fs.answer(r)
+					fs.Answer(r)
 				}
 			}
 		}
@@ -256,8 +256,8 @@ func (r *Request) String() string {
 	return fmt.Sprintf("operation %d on node %d", r.Opcode, r.Node)
 }
 
-// answer answers a request.
-func (fs *UserFS) answer(r *Request) {
+// Answer answers a request, such as one that was held.
+func (fs *UserFS) Answer(r *Request) {
 	entry := func(n uint64) any {
 		return &entryAnswer{Node: n, EntryValid: fs.validity, AttrValid: fs.validity, attr: fs.attr(n)}
 	}

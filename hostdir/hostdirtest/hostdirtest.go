@@ -48,11 +48,11 @@ func Missing(t testing.TB, name string) {
 	t.Skipf("%s is not installed", name)
 }
 
-// NeedRoot skips the test where files cannot be given away.
+// NeedRoot skips the test for users other than root, who cannot give files away, for example.
 func NeedRoot(t testing.TB) {
 	t.Helper()
 	if os.Geteuid() != 0 {
-		t.Skip("only root can give files away")
+		t.Skip("needs root")
 	}
 }
 
@@ -71,7 +71,7 @@ func NeedIPv6(t testing.TB) {
 func Dir(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "sni")
-	must(t, err)
+	Must(t, err)
 	t.Cleanup(func() {
 		// An ordinary user can remove nothing from a directory that is closed to all.
 		filepath.WalkDir(dir, func(path string, e os.DirEntry, _ error) error {
@@ -82,7 +82,7 @@ func Dir(t testing.TB) string {
 		})
 		os.RemoveAll(dir)
 	})
-	must(t, os.Chmod(dir, 0o755))
+	Must(t, os.Chmod(dir, 0o755))
 	return dir
 }
 
@@ -109,7 +109,7 @@ func Program(t testing.TB, dir, name string, tags ...string) string {
 func Command(t testing.TB, setting string, args ...string) *exec.Cmd {
 	t.Helper()
 	self, err := os.Executable()
-	must(t, err)
+	Must(t, err)
 	cmd := exec.Command(self, args...)
 	cmd.Env = Environ(setting)
 	return cmd
@@ -204,12 +204,13 @@ func ListenTCP(t testing.TB, network, addr string) *net.TCPListener {
 	var lc net.ListenConfig
 	lc.SetMultipathTCP(false)
 	l, err := lc.Listen(context.Background(), network, addr)
-	must(t, err)
+	Must(t, err)
 	t.Cleanup(func() { l.Close() })
 	return l.(*net.TCPListener)
 }
 
-func must(t testing.TB, err error) {
+// Must ends the test with an error.
+func Must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
