@@ -15,6 +15,7 @@ import (
 	"sniproxy/cmd/internal/limits"
 	"sniproxy/hostdir/hostdirtest"
 	"sniproxy/sni"
+	"sniproxy/sni/snitest"
 )
 
 // bindDatagram makes the tls-socket of a host a datagram socket, in place of what there is.
@@ -27,7 +28,7 @@ func (d *daemon) bindDatagram(name string) *net.UnixConn {
 // receive takes a connection that was handed over, and the bytes that came with it.
 func receive(t testing.TB, l *net.UnixConn) (c *net.TCPConn, first []byte) {
 	t.Helper()
-	l.SetReadDeadline(time.Now().Add(patience))
+	l.SetReadDeadline(time.Now().Add(hostdirtest.Patience))
 	c, first, err := hostdirtest.Receive(l)
 	if err != nil {
 		t.Fatal(err)
@@ -44,7 +45,7 @@ func (d *daemon) serveHanded(name string, handle func(c *net.TCPConn, first []by
 
 // greetHanded answers like greet.
 func greetHanded(c *net.TCPConn, first []byte) {
-	name, _, err := readHello(bytes.NewReader(first))
+	name, _, err := hostdirtest.ReadHello(bytes.NewReader(first))
 	if err != nil {
 		fmt.Fprintf(c, "error: %v", err)
 		return
@@ -65,12 +66,12 @@ func TestHanded(t *testing.T) {
 				d := start(t)
 				l := d.bindDatagram("a.example")
 				if marker != "" {
-					writeMarker(t, d.hostPath("a.example", marker))
+					hostdirtest.Touch(t, d.hostPath("a.example", marker))
 				}
 				base := d.fds()
 				for range 3 {
 					client := d.dial()
-					h := hello("A.example")
+					h := snitest.Hello("A.example")
 					say(client, h)
 					c, first := receive(t, l)
 					begin := max(0, bytes.Index(first, h[:5]))
@@ -96,9 +97,9 @@ func TestHanded(t *testing.T) {
 						t.Errorf("the client got %q, error %v, want the end", got, err)
 					}
 				}
-				await(t, "the socket that sends to be closed", func() bool { return d.fds() == base })
+				hostdirtest.Await(t, "the socket that sends to be closed", func() bool { return d.fds() == base })
 				d.signal(unix.SIGUSR1)
-				d.err.await(t, "handed 3")
+				d.err.Await(t, "handed 3")
 			})
 		}
 	}
@@ -125,12 +126,12 @@ func expectPlain(t *testing.T, c *net.TCPConn) {
 func TestHandedFull(t *testing.T) {
 	t.Parallel()
 	d := start(t)
-	d.serve("other.example", greet)
+	d.serve("other.example", hostdirtest.Greet)
 	l := d.bindDatagram("deaf.example")
 	const clients = 600 // more than a tenant may have under way
-	h := hello("deaf.example")
+	h := snitest.Hello("deaf.example")
 	waiting := d.crowd(clients, h)
-	await(t, "clients to wait", func() bool { return d.counters().waiting > 0 })
+	hostdirtest.Await(t, "clients to wait", func() bool { return d.counters().waiting > 0 })
 	for range 20 {
 		if err := d.greeted("other.example"); err != nil {
 			t.Error(err)
@@ -139,7 +140,7 @@ func TestHandedFull(t *testing.T) {
 	handed := make(chan int, 1)
 	go func() {
 		n := 0
-		for l.SetReadDeadline(time.Now().Add(patience)); n < clients; n++ {
+		for l.SetReadDeadline(time.Now().Add(hostdirtest.Patience)); n < clients; n++ {
 			c, first, err := hostdirtest.Receive(l)
 			if err != nil {
 				t.Errorf("after %d connections: %v", n, err)
@@ -167,11 +168,11 @@ func TestHandedAlerts(t *testing.T) {
 	l := d.bindDatagram("gone.example")
 	d.expectHanded(l, "gone.example")
 	l.Close()
-	d.expectAlert(hello("gone.example"), sni.UnrecognizedName)
+	d.expectAlert(snitest.Hello("gone.example"), sni.UnrecognizedName)
 	if d.uid() != 0 {
 		d.bindDatagram("forbidden.example")
 		os.Chmod(d.hostPath("forbidden.example", "tls-socket"), 0o000)
-		d.expectAlert(hello("forbidden.example"), sni.UnrecognizedName)
+		d.expectAlert(snitest.Hello("forbidden.example"), sni.UnrecognizedName)
 	}
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_SEQPACKET, 0)
 	if err != nil {
@@ -184,10 +185,10 @@ func TestHandedAlerts(t *testing.T) {
 	}
 	unix.Listen(fd, 10)
 	os.Chmod(path, 0o777)
-	d.expectAlert(hello("packets.example"), sni.UnrecognizedName)
+	d.expectAlert(snitest.Hello("packets.example"), sni.UnrecognizedName)
 	full := d.bindDatagram("full.example")
 	begin := time.Now()
-	crowd := d.crowd(300, hello("full.example"))
+	crowd := d.crowd(300, snitest.Hello("full.example"))
 	last := crowd[len(crowd)-1]
 	if got, err := io.ReadAll(last); err != nil || alert(got) != int(sni.InternalError) {
 		t.Errorf("behind a full queue a client got %x, error %v", got, err)
@@ -204,7 +205,7 @@ func (d *daemon) uid() int { return os.Geteuid() }
 func (d *daemon) expectHanded(l *net.UnixConn, name string) {
 	d.t.Helper()
 	client := d.dial()
-	client.Write(hello(name))
+	client.Write(snitest.Hello(name))
 	c, _ := receive(d.t, l)
 	ping(d.t, client, c)
 	client.Close()

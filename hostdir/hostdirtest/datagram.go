@@ -16,7 +16,9 @@ func ListenDatagram(t testing.TB, dir string) *net.UnixConn {
 	f := os.NewFile(uintptr(bind(t, dir, unix.SOCK_DGRAM)), "tls-socket")
 	defer f.Close()
 	c, err := net.FilePacketConn(f)
-	must(t, err)
+	if err != nil {
+		t.Fatal(err)
+	}
 	t.Cleanup(func() { c.Close() })
 	return c.(*net.UnixConn)
 }
