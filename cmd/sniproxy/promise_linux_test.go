@@ -133,7 +133,7 @@ func TestPromiseLogAllStuck(t *testing.T) {
 			d.signal(syscall.SIGTERM)
 			if signals == 2 {
 				d.out.Await(t, "shutting down")
-				d.signal(syscall.SIGTERM)
+				d.cmd.Process.Signal(syscall.SIGTERM) // it may have ended by now
 			}
 			if status := d.wait(); status != 0 {
 				t.Errorf("exit status %d", status)
