@@ -231,3 +231,145 @@ func TestHandedSwitched(t *testing.T) {
 		stream.Close()
 	}
 }
+
+// Goal: connections that were handed over cost the daemon nothing, also if their hellos came in
+// several segments, and go on when it is killed.
+func TestHandedAlone(t *testing.T) {
+	const conns = 64
+	d := start(t, oneLoop)
+	l := d.bindDatagram("a.example")
+	pairs := make([][2]net.Conn, conns)
+	for i := range pairs {
+		client := d.dial()
+		h := snitest.Hello("a.example")
+		client.Write(h[:20])
+		hostdirtest.Await(t, "the daemon to have read a part", func() bool { return d.counters().waiting == 1 })
+		client.Write(h[20:])
+		c, first := receive(t, l)
+		if rest := make([]byte, len(h)-len(first)); len(rest) > 0 {
+			io.ReadFull(c, rest)
+		}
+		pairs[i] = [2]net.Conn{client, c}
+	}
+	hostdirtest.Await(t, "the daemon to fall asleep", func() bool { return d.counters().descriptors < conns && d.asleep() })
+	used := d.cpu()
+	for range 50 {
+		for _, p := range pairs {
+			ping(t, p[0], p[1])
+			ping(t, p[1], p[0])
+		}
+	}
+	// The clock of processor time ticks each hundredth of a second; the daemon's runtime may take one.
+	if used = d.cpu() - used; used > 20*time.Millisecond {
+		t.Errorf("the daemon took %v of processor time for connections that it has handed over", used)
+	}
+	d.cmd.Process.Kill()
+	<-d.exited
+	for _, p := range pairs {
+		ping(t, p[0], p[1])
+	}
+}
+
+// Goal: thousands of connections are handed over, and nothing stays behind.
+func TestHandedMany(t *testing.T) {
+	n := 20_000
+	if testing.Short() {
+		n = 2000
+	}
+	d := start(t)
+	d.serveHanded("a.example", greetHanded)
+	base := d.allFds()
+	inParallel(n, 8, func(int) {
+		if err := d.greeted("a.example"); err != nil {
+			t.Error(err)
+		}
+	})
+	hostdirtest.Await(t, "all descriptors to be closed", func() bool { return d.allFds() <= base+4 })
+	if c := d.counters(); c.handed != n || c.open != 0 || c.up < 16*n {
+		t.Errorf("the counters are %+v after %d", c, n)
+	}
+}
+
+// Goal: a single connection on standard input is handed over, and the daemon ends with status 0.
+func TestHandedSingle(t *testing.T) {
+	hosts := hostdirtest.Dir(t)
+	hostdirtest.ServeDatagram(t, hostDir(hosts, "a.example"), greetHanded)
+	d, client := startSingle(t, hosts)
+	client.Write(snitest.Hello("a.example"))
+	if got, err := io.ReadAll(client); err != nil || string(got) != "this is a.example" {
+		t.Errorf("got %q, error %v", got, err)
+	}
+	if status := d.wait(); status != 0 {
+		t.Errorf("exit status %d: %s", status, d.err)
+	}
+}
+
+// Goal: the stop neither waits for connections that were handed over nor ends them; clients that wait
+// for a place in a queue are still handed over.
+func TestHandedStop(t *testing.T) {
+	d := start(t)
+	l := d.bindDatagram("a.example")
+	client := d.dial()
+	client.Write(snitest.Hello("a.example"))
+	c, _ := receive(t, l)
+	waiting := d.crowd(40, snitest.Hello("a.example"))
+	hostdirtest.Await(t, "clients to wait", func() bool { return d.counters().waiting > 0 })
+	d.signal(unix.SIGTERM)
+	d.out.Await(t, "shutting down")
+	for range waiting {
+		c, first := receive(t, l)
+		greetHanded(c, first)
+		c.Close()
+	}
+	for _, w := range waiting {
+		if got, err := io.ReadAll(w); err != nil || string(got) != "this is a.example" {
+			t.Errorf("a client that waited got %q, error %v", got, err)
+		}
+	}
+	d.expectExit(0)
+	ping(t, client, c)
+	ping(t, c, client)
+}
+
+// Goal: a client that is gone when there is a place for it is not handed over, and neither is one that
+// was refused.
+func TestHandedGone(t *testing.T) {
+	d := start(t, oneLoop)
+	l := d.bindDatagram("a.example")
+	h := snitest.Hello("a.example")
+	queued := 0
+	for d.counters().waiting == 0 { // until the queue is full
+		d.crowd(1, h)
+		queued++
+		hostdirtest.AwaitFor(100*time.Millisecond, func() bool { return d.counters().handed == queued })
+	}
+	queued--
+	gone := d.crowd(5, h)
+	hostdirtest.Await(t, "clients to wait", func() bool { return d.counters().waiting == 6 })
+	for _, c := range gone {
+		c.SetLinger(0)
+		c.Close()
+	}
+	for range queued + 1 {
+		receive(t, l)
+	}
+	hostdirtest.Await(t, "nobody to wait", func() bool { return d.counters().waiting == 0 })
+	if c := d.counters(); c.handed != queued+1 {
+		t.Errorf("%d were handed over, want %d", c.handed, queued+1)
+	}
+}
+
+// Goal: a connection that is handed over is logged at that moment, if it is to be.
+func TestHandedLogged(t *testing.T) {
+	d := start(t)
+	l := d.bindDatagram("a.example")
+	hostdirtest.Touch(t, d.hostPath("a.example", "log-connections"))
+	client := d.dial()
+	h := snitest.Hello("a.example")
+	client.Write(h)
+	receive(t, l)
+	line := d.err.Await(t, "served "+client.LocalAddr().String()+" for a.example: ")
+	if !strings.Contains(line, fmt.Sprintf("bytes up %d, bytes down 0, ", len(h))) || !strings.HasSuffix(line, " s, handed over") {
+		t.Errorf("the line is %q", line)
+	}
+}
