@@ -425,7 +425,7 @@ func (c *conn) handOver(key shares.Key, b hostdir.Backend, name, hello []byte) {
 	if errno != 0 {
 		setNonblock(s.fd)
 		if err := hostdir.SendError(errno); err == hostdir.BacklogFull {
-			c.redialLater(key, err, name, hello)
+			c.redialLater(key, err, name, hello, limits.RedialHandOver)
 		} else {
 			c.refuse(name, err)
 		}

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"sync/atomic"
 
+	"sniproxy/cmd/internal/limits"
 	"sniproxy/cmd/internal/report"
 	"sniproxy/cmd/internal/shares"
 	"sniproxy/hostdir"
@@ -87,7 +88,7 @@ func (c *conn) dial(name, hello []byte) {
 		c.refuse(name, report.ErrClogged)
 		return
 	case err == hostdir.NoRoom, !t.HasDatagram(entry.Name) && !s.Room.ForRelay(l, t, false):
-		c.redialLater(t.Key(), hostdir.NoRoom, name, hello)
+		c.redialLater(t.Key(), hostdir.NoRoom, name, hello, limits.Redial)
 		return
 	case err == hostdir.MayWait, !l.mayConnect(t, entry):
 		c.lookUp(t, entry.Name, name, hello)
@@ -288,7 +289,7 @@ func (c *conn) dialled(key shares.Key, name, hello []byte, b hostdir.Backend, er
 	case err == nil:
 		c.begin(b, name, hello)
 	case err == hostdir.NoRoom, err == hostdir.BacklogFull, err == hostdir.Exchanged:
-		c.redialLater(key, err, name, hello)
+		c.redialLater(key, err, name, hello, limits.Redial)
 	default:
 		c.refuse(name, err)
 	}

@@ -3,24 +3,29 @@
 package epoll
 
 import (
+	"time"
+
 	"sniproxy/cmd/internal/limits"
 	"sniproxy/cmd/internal/shares"
 )
 
-// Redials are the clients that wait for room, in lines: one for each entry whose backend's backlog
-// is full or whose directory is being exchanged, and one for each tenant that gets no descriptor.
-// (An entry of the administrator's is a tenant by itself, so for it these two are one.) Every
-// limits.Redial the first client of each line tries again, and then the next while that helps.
+// Redials are the clients that wait for room, in lines: one for each entry whose backend's backlog is
+// full or whose directory is being exchanged, and one for each tenant that gets no descriptor. (An
+// entry of the administrator's is a tenant by itself, so for it these two are one.) After a pause
+// the first client of a line tries again, and then the next while that helps.
 type redials struct {
 	lines []*line
 	of    map[shares.Key]*line
 	next  int   // the line to go on with
-	due   int64 // when to try again, 0 if nobody waits
+	due   int64 // when the first of them is due, 0 if nobody waits
 }
 
 type line struct {
 	key     shares.Key
 	clients []*pending // some of them may have left
+	due     int64
+	pause   time.Duration // grows from least to limits.Redial while trying does not help
+	least   time.Duration
 }
 
 // first returns the first client in a line, nil if there is none.
@@ -35,14 +40,14 @@ func (q *line) first() *pending {
 	return nil
 }
 
-// redialLater has c try again later, since err is in the way now.
-func (c *conn) redialLater(key shares.Key, err error, name, hello []byte) {
+// redialLater has c try again later, since err is in the way now. The pause is that of a new line.
+func (c *conn) redialLater(key shares.Key, err error, name, hello []byte, pause time.Duration) {
 	p := c.wait(redialing, name, hello)
 	p.err = err
 	w := &c.loop.redials
 	q := w.of[key]
 	if q == nil {
-		q = &line{key: key}
+		q = &line{key: key, due: limits.Now() + int64(pause), pause: pause, least: pause}
 		if w.of == nil {
 			w.of = map[shares.Key]*line{}
 		}
@@ -53,14 +58,14 @@ func (c *conn) redialLater(key shares.Key, err error, name, hello []byte) {
 		p.line = q
 		q.clients = append(q.clients, p)
 	}
-	if w.due == 0 {
-		w.due = limits.Now() + int64(limits.Redial)
+	if w.due == 0 || q.due < w.due {
+		w.due = q.due
 	}
 }
 
 // redial lets those who wait try again: some now, and the others when everything else had its turn.
 func (l *loop) redial() {
-	w := &l.redials
+	w, now := &l.redials, limits.Now()
 	for n := 0; w.next < len(w.lines); n++ {
 		q := w.lines[w.next]
 		p := q.first()
@@ -68,19 +73,28 @@ func (l *loop) redial() {
 		case p == nil:
 			w.remove(w.next)
 			continue
+		case q.due > now:
+			w.next++
+			continue
 		case n >= redialMost:
-			w.due = limits.Now()
+			w.due = now
 			return
 		case p.conn.phase == redialing: // otherwise another thread tries, and found goes on
 			p.conn.dial(p.name, p.hello)
 		}
-		if q.first() == p {
-			w.next++
+		if q.first() != p {
+			q.pause = q.least
+			continue
 		}
+		q.pause = min(2*q.pause, limits.Redial)
+		q.due = now + int64(q.pause)
+		w.next++
 	}
 	w.next, w.due = 0, 0
-	if len(w.lines) > 0 {
-		w.due = limits.Now() + int64(limits.Redial)
+	for _, q := range w.lines {
+		if w.due == 0 || q.due < w.due {
+			w.due = q.due
+		}
 	}
 }
 

@@ -34,6 +34,10 @@ const (
 	// A datagram is charged with at least so many bytes.
 	datagramCharge = 768
 
+	// senderTries is how often a sender is tried to be locked: another loop has it for some
+	// microseconds, unless it hangs.
+	senderTries = 1000
+
 	// senderIdle is how long a sender keeps its socket without use.
 	senderIdle = time.Second
 )
@@ -50,8 +54,10 @@ func underWayMost() (sender, others int) {
 // [hostdir.NoRoom].
 func (s *Shares) Sender(t *Tenant) (fd int, err error) {
 	w := &t.sender
-	if !w.mu.TryLock() {
-		return -1, hostdir.BacklogFull
+	for n := 0; !w.mu.TryLock(); n++ {
+		if n == senderTries {
+			return -1, hostdir.BacklogFull
+		}
 	}
 	w.used = limits.Now()
 	if fd := w.fd.Load(); fd != 0 {
