@@ -102,7 +102,7 @@ func TestRedialDies(t *testing.T) {
 	}
 	t.Parallel()
 	const most = 100 // tries between two waits of a loop
-	clients := 500 // more take strace longer than they wait
+	clients := 500   // more take strace longer than they wait
 	if denied("unshare") {
 		clients = 100 // each tries on a thread of its own at first, which takes strace long
 	}
