@@ -162,7 +162,8 @@ func (ch *chaos) makeHosts() {
 	ch.elsewhere = hostdirtest.Dir(ch.t)
 	ch.serve(ch.elsewhere, "green", "switched.example", false)
 	ch.serve(ch.elsewhere, "blue", "switched.example", true)
-	ch.actors = append(ch.actors, ch.die)
+	ch.serveHanded("handed.example")
+	ch.actors = append(ch.actors, ch.die, ch.hand)
 	hostdirtest.Serve(ch.t, hostDir(dir, "rude.example"), func(c *net.UnixConn) { c.Read(make([]byte, rand.IntN(400))) })
 }
 
@@ -179,6 +180,54 @@ func (ch *chaos) backend(entry string, marker bool) func(*net.UnixConn) {
 		ch.backends.Add(1)
 		defer ch.backends.Add(-1)
 		ch.answer(c, entry, marker)
+	}
+}
+
+// serveHanded makes a host whose connections are handed over.
+func (ch *chaos) serveHanded(name string) { ch.daemons[0].serveHanded(name, greetHanded) }
+
+// hand has clients ask for a host whose connections are handed over, and who must reach it, and for
+// another one whose backend takes few of them, and dies with the others.
+func (ch *chaos) hand() (stop func()) {
+	d := ch.daemons[0]
+	over := make(chan struct{})
+	var hosts sync.WaitGroup
+	hosts.Go(func() {
+		for {
+			if err := d.greeted("handed.example"); err != nil {
+				ch.t.Errorf("a client that is to be handed over: %v", err)
+			}
+			select {
+			case <-over:
+				return
+			default:
+			}
+		}
+	})
+	hosts.Go(func() {
+		for {
+			l := d.bindDatagram("lazy.example")
+			crowd := d.crowd(rand.IntN(20), snitest.Hello("lazy.example"))
+			for range rand.IntN(5) {
+				l.SetReadDeadline(time.Now().Add(rand.N(20 * time.Millisecond)))
+				if c, _, err := hostdirtest.Receive(l); err == nil {
+					c.Close()
+				}
+			}
+			l.Close()
+			for _, c := range crowd {
+				c.Close()
+			}
+			select {
+			case <-over:
+				return
+			default:
+			}
+		}
+	})
+	return func() {
+		close(over)
+		hosts.Wait()
 	}
 }
 
