@@ -35,6 +35,10 @@ const (
 	// redialMost is how many clients that wait try again before others have their turn.
 	redialMost = 32
 
+	// redialSpacing is the time from one try to the next, for all entries of a user together, so that
+	// who has thousands of entries cannot have a loop do nothing else.
+	redialSpacing = 250 * time.Microsecond
+
 	// A loop measures how busy it is every measurePeriod, and looks at the clock for that every
 	// measureRounds rounds. One that works for more than busyMost of the
 	// time has the next one accept connections too, until it works for less than busyLeast.

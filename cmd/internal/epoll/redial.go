@@ -16,6 +16,7 @@ import (
 type redials struct {
 	lines []*line
 	of    map[shares.Key]*line
+	users map[uint32]int // how many of the lines are a user's
 	next  int   // the line to go on with
 	due   int64 // when the first of them is due, 0 if nobody waits
 }
@@ -49,9 +50,10 @@ func (c *conn) redialLater(key shares.Key, err error, name, hello []byte, pause 
 	if q == nil {
 		q = &line{key: key, due: limits.Now() + int64(pause), pause: pause, least: pause}
 		if w.of == nil {
-			w.of = map[shares.Key]*line{}
+			w.of, w.users = map[shares.Key]*line{}, map[uint32]int{}
 		}
 		w.of[key] = q
+		w.users[key.User()]++
 		w.lines = append(w.lines, q)
 	}
 	if p.line != q {
@@ -87,7 +89,7 @@ func (l *loop) redial() {
 			continue
 		}
 		q.pause = min(2*q.pause, limits.Redial)
-		q.due = now + int64(q.pause)
+		q.due = now + int64(max(q.pause, w.share(q)))
 		w.next++
 	}
 	w.next, w.due = 0, 0
@@ -98,9 +100,23 @@ func (l *loop) redial() {
 	}
 }
 
+// share returns the pause that leaves a user with many lines no more tries than redialSpacing allows.
+// The administrator's entries are tenants by themselves.
+func (w *redials) share(q *line) time.Duration {
+	user := q.key.User()
+	if user == 0 {
+		return 0
+	}
+	return time.Duration(w.users[user]) * redialSpacing
+}
+
 // remove removes a line that nobody waits in. The last one takes its place.
 func (w *redials) remove(i int) {
-	delete(w.of, w.lines[i].key)
+	key := w.lines[i].key
+	delete(w.of, key)
+	if w.users[key.User()]--; w.users[key.User()] == 0 {
+		delete(w.users, key.User())
+	}
 	last := len(w.lines) - 1
 	w.lines[i], w.lines[last] = w.lines[last], nil
 	w.lines = w.lines[:last]

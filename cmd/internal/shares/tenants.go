@@ -59,6 +59,9 @@ type Key struct {
 // Key returns the key of the tenant.
 func (t *Tenant) Key() Key { return Key{t.uid, t.entry} }
 
+// User returns the owner of the entries, 0 where each entry is a tenant by itself.
+func (k Key) User() uint32 { return k.uid }
+
 // EntryKey returns the key of an entry of his.
 func (t *Tenant) EntryKey(entry []byte) Key { return Key{t.uid, string(entry)} }
 
