@@ -17,8 +17,8 @@ type redials struct {
 	lines []*line
 	of    map[shares.Key]*line
 	users map[uint32]int // how many of the lines are a user's
-	next  int   // the line to go on with
-	due   int64 // when the first of them is due, 0 if nobody waits
+	next  int            // the line to go on with
+	due   int64          // when the first of them is due, 0 if nobody waits
 }
 
 type line struct {
