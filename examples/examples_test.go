@@ -80,12 +80,18 @@ func program(t *testing.T, name string) string {
 	t.Helper()
 	path, err := exec.LookPath(name)
 	if err != nil {
-		if os.Getenv("SNIPROXY_TEST_REQUIRE") != "" {
-			t.Fatalf("%s is not installed, and SNIPROXY_TEST_REQUIRE is set", name)
-		}
-		t.Skipf("%s is not installed", name)
+		missing(t, name)
 	}
 	return path
+}
+
+// missing ends the test because something is not installed.
+func missing(t *testing.T, name string) {
+	t.Helper()
+	if os.Getenv("SNIPROXY_TEST_REQUIRE") != "" {
+		t.Fatalf("%s is not installed, and SNIPROXY_TEST_REQUIRE is set", name)
+	}
+	t.Skipf("%s is not installed", name)
 }
 
 func needRoot(t *testing.T) {
