@@ -124,7 +124,7 @@ func (s *backendSite) mark(name string) {
 	hostdirtest.Touch(s.t, filepath.Join(s.dir, name))
 }
 
-// run starts a backend, and waits until every user may connect to its socket.
+// run starts a backend, and waits until every user may connect to its socket, of either kind.
 func (s *backendSite) run(cmd *exec.Cmd) {
 	s.t.Helper()
 	start(s.t, cmd)
@@ -134,12 +134,13 @@ func (s *backendSite) run(cmd *exec.Cmd) {
 		if err != nil || info.Mode().Perm()&0o222 != 0o222 {
 			return false
 		}
-		c, err := net.Dial("unix", socket)
-		if err != nil {
-			return false
+		for _, network := range []string{"unix", "unixgram"} {
+			if c, err := net.Dial(network, socket); err == nil {
+				c.Close()
+				return true
+			}
 		}
-		c.Close()
-		return true
+		return false
 	})
 }
 

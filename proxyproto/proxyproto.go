@@ -1,4 +1,5 @@
-// Package proxyproto writes headers of the PROXY protocol, which tell a backend who the client is.
+// Package proxyproto writes and reads headers of the PROXY protocol, which tell a backend who the
+// client is.
 //
 // The specification is https://www.haproxy.org/download/3.0/doc/proxy-protocol.txt.
 package proxyproto

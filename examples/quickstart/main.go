@@ -193,7 +193,7 @@ func show(ctx context.Context, proxy *daemon, hosts string, sites []*site, check
 	if err != nil {
 		return err
 	}
-	fmt.Print("\nTwo sites share one port. To see them:\n\n")
+	fmt.Print("\nTwo sites share one port. The first is handed its connections, the second is told who the\nclient is by a PROXY line. To see them:\n\n")
 	for _, s := range sites {
 		fmt.Printf("  curl --cacert %s --resolve %s:%s:127.0.0.1 https://%[2]s:%[3]s/\n", s.ca, s.name, port)
 	}

@@ -126,8 +126,8 @@ func TestCheck(t *testing.T) {
 (go: downloading .*
 )*(port \d+ is taken, trying the next
 )*sniproxy \(process \d+\): listening on 127\.0\.0\.1:\d+
-checked https://one\.example: this is one\.example, which is not told who you are: it has no send-proxy-v1
-checked https://two\.example: this is two\.example, and you are 127\.0\.0\.1:\d+
+checked https://one\.example: this is one\.example, which was handed your connection: you are 127\.0\.0\.1:\d+
+checked https://two\.example: this is two\.example, which got a PROXY line from sniproxy: you are 127\.0\.0\.1:\d+
 sniproxy \(process \d+\): got SIGHUP, shutting down
 $`)
 	if !want.MatchString(q.output.String()) {
@@ -158,7 +158,7 @@ func TestSignal(t *testing.T) {
 		t.Run(signal.String(), func(t *testing.T) {
 			q := start(t, program())
 			addr := q.readUntil(t, listening)[1]
-			for _, page := range []string{"this is one.example, ", "this is two.example, and you are 127.0.0.1:"} {
+			for _, page := range []string{"this is one.example, which was handed", "this is two.example, which got"} {
 				line := q.readUntil(t, `^ +(curl .*)$`)[0]
 				hostdirtest.Need(t, "curl")
 				out, err := exec.Command("sh", "-c", line+" -sS --noproxy '*'").CombinedOutput()

@@ -21,6 +21,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"sniproxy/hostdir/backend"
 )
 
 // checkTimeout bounds the check of a site, and headerTimeout the wait for a PROXY line.
@@ -33,7 +35,7 @@ const (
 type site struct {
 	name    string
 	ca      string // the file that its certificate is written to
-	proxyV1 bool   // whether it wants the PROXY line
+	proxyV1 bool   // it wants the PROXY line; otherwise it is handed its connections
 
 	certificate *x509.Certificate
 	server      http.Server
@@ -72,12 +74,15 @@ func (s *site) start() error {
 			return err
 		}
 	}
-	listener, err := net.Listen("unix", filepath.Join(s.name, "tls-socket"))
+	var listener net.Listener
+	if s.proxyV1 {
+		listener, err = net.Listen("unix", filepath.Join(s.name, "tls-socket"))
+		listener = proxyListener{listener}
+	} else {
+		listener, err = backend.Listen(s.name)
+	}
 	if err != nil {
 		return err
-	}
-	if s.proxyV1 {
-		listener = proxyListener{listener}
 	}
 	s.server.Handler = s
 	s.server.TLSConfig = &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}}
@@ -86,11 +91,11 @@ func (s *site) start() error {
 }
 
 func (s *site) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	how := "was handed your connection"
 	if s.proxyV1 {
-		fmt.Fprintf(w, "this is %s, and you are %s\n", s.name, r.RemoteAddr)
-	} else {
-		fmt.Fprintf(w, "this is %s, which is not told who you are: it has no send-proxy-v1\n", s.name)
+		how = "got a PROXY line from sniproxy"
 	}
+	fmt.Fprintf(w, "this is %s, which %s: you are %s\n", s.name, how, r.RemoteAddr)
 }
 
 // check fetches the page through the proxy at addr. Only the site's own certificate will do, and the client address on
@@ -129,7 +134,7 @@ func (s *site) check(ctx context.Context, addr string) (page string, err error) 
 	if !strings.HasPrefix(page, "this is "+s.name+",") {
 		return "", fmt.Errorf("not the page of this site: %q", page)
 	}
-	if s.proxyV1 && !strings.HasSuffix(page, " "+local.String()+"\n") {
+	if !strings.HasSuffix(page, " "+local.String()+"\n") {
 		return "", fmt.Errorf("the client address is %v, not that of the page: %q", local, page)
 	}
 	return page, nil

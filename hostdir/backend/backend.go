@@ -1,0 +1,268 @@
+// Package backend is the other end of sniproxy: a listener for a program that serves a host and is
+// handed the connections of its clients.
+//
+// If the tls-socket in a host's directory is a datagram socket, sniproxy hands over the client's
+// connection itself as soon as it has read the name, and is out of the way from then on. Such a
+// connection costs the proxy nothing, goes on when the proxy ends, and has the client's address.
+// A program becomes such a backend by its listener:
+//
+//	l, err := backend.Listen("/srv/sniproxy/one.example") // the host's directory
+//	if err != nil {
+//		log.Fatal(err)
+//	}
+//	log.Fatal(http.ServeTLS(l, handler, "cert.pem", "key.pem"))
+//
+// The connections are TCP connections whose first bytes, the beginning of a ClientHello, the proxy
+// has read already. [Conn] gives them back.
+//
+// # Addresses
+//
+// RemoteAddr is the client's address as the connection itself knows it, without a marker such as
+// send-proxy-v1. If the proxy is behind a load balancer that sends PROXY protocol headers, make a
+// marker: the package reads the header, of either version, and RemoteAddr is what it says.
+// LocalAddr is always that of the connection.
+//
+// # Permissions
+//
+// The socket has mode 0666, so let the directory keep everybody but the proxy out (mode 0710, and
+// the proxy's group). Whoever can write to the socket is trusted to say who clients are.
+//
+// # What is ignored
+//
+// A message that does not come with exactly one descriptor, or with one that is not a connected TCP
+// socket, is closed and ignored. It never makes [Listener.Accept] fail.
+//
+// # Limits
+//
+// A connection waits in the socket's queue until Accept is called. The system limits the queue (on
+// Linux net.unix.max_dgram_qlen, 10 unless somebody has raised it), and while it is full the proxy
+// tries again for ten seconds. So call Accept in a loop that does nothing slow. A process without
+// free descriptors takes nothing from the queue.
+//
+// The path of a Unix socket is limited to about a hundred bytes. On Linux Listen gets around that
+// with /proc or, where there is none, with a working directory of a thread's own; elsewhere with a
+// symlink in the directory for temporary files.
+package backend
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// socketName is the name of the socket in a host's directory.
+	socketName = "tls-socket"
+
+	// pauseMost is the longest pause after a failure that time may cure, such as no free descriptor.
+	pauseMost = 100 * time.Millisecond
+
+	// handOnMost is how long Close waits for room in the queue of the backend that has taken over.
+	handOnMost = time.Second
+)
+
+// A Listener takes the connections that are handed to a backend. It is a [net.Listener].
+type Listener struct {
+	dir  *directory
+	addr *net.UnixAddr
+	own  inode // of the socket's file
+	file *os.File
+	raw  syscall.RawConn // of file
+
+	closing   chan struct{} // closed by Close
+	closeOnce sync.Once
+
+	mu       sync.Mutex
+	receiver receiver // guarded by mu
+}
+
+// Listen makes the socket in the directory of a host. The host is served by this process from then
+// on: a backend that served it before gets no more connections, and a socket that a crash has left
+// is replaced. There is no moment without a socket in between.
+func Listen(dir string) (*Listener, error) {
+	path := filepath.Join(dir, socketName)
+	addr := &net.UnixAddr{Name: path, Net: "unixgram"}
+	fail := func(err error) (*Listener, error) {
+		return nil, &net.OpError{Op: "listen", Net: addr.Net, Addr: addr, Err: err}
+	}
+	d, err := openDirectory(dir)
+	if err != nil {
+		return fail(err)
+	}
+	fd, err := newSocket()
+	if err != nil {
+		d.close()
+		return fail(err)
+	}
+	file := os.NewFile(uintptr(fd), path)
+	raw, err := file.SyscallConn()
+	if err == nil {
+		// This fails if the runtime could not put the socket on its poller.
+		err = file.SetDeadline(time.Time{})
+	}
+	var own inode
+	if err == nil {
+		own, err = d.install(fd)
+	}
+	if err != nil {
+		file.Close()
+		d.close()
+		return fail(err)
+	}
+	return &Listener{
+		dir: d, addr: addr, own: own, file: file, raw: raw,
+		closing: make(chan struct{}),
+	}, nil
+}
+
+// Addr returns the path of the socket, as a [*net.UnixAddr].
+func (l *Listener) Addr() net.Addr { return l.addr }
+
+// Accept waits for a connection and returns it, a [*Conn]. It fails only once the listener is
+// closed, with an error that is [net.ErrClosed].
+func (l *Listener) Accept() (net.Conn, error) {
+	var pause time.Duration
+	for {
+		m, err := l.receive()
+		if err != nil {
+			if !l.wait(&pause) {
+				return nil, l.closed("accept")
+			}
+			continue
+		}
+		pause = 0
+		if c := l.admit(m); c != nil {
+			return c, nil
+		}
+	}
+}
+
+// receive waits for a message. An error may be gone the next time, unless the listener is closed.
+func (l *Listener) receive() (m message, err error) {
+	failed := l.raw.Read(func(fd uintptr) bool {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if l.isClosed() {
+			err = net.ErrClosed // what is left is for Close
+			return true
+		}
+		m, err = l.receiver.receive(int(fd))
+		return err != unix.EAGAIN
+	})
+	return m, errors.Join(failed, err)
+}
+
+func (l *Listener) isClosed() bool {
+	select {
+	case <-l.closing:
+		return true
+	default:
+		return false
+	}
+}
+
+// closed is the error of what is called after Close.
+func (l *Listener) closed(op string) error {
+	return &net.OpError{Op: op, Net: l.addr.Net, Addr: l.addr, Err: net.ErrClosed}
+}
+
+// wait pauses, longer each time, and reports whether the listener is still open.
+func (l *Listener) wait(pause *time.Duration) bool {
+	*pause = min(max(2*time.Millisecond, 2**pause), pauseMost)
+	timer := time.NewTimer(*pause)
+	defer timer.Stop()
+	select {
+	case <-l.closing:
+		return false
+	case <-timer.C:
+		return true
+	}
+}
+
+// admit makes a connection of a message. It returns nil if it cannot.
+func (l *Listener) admit(m message) *Conn {
+	if !m.good() {
+		ignored.close(m.fds)
+		return nil
+	}
+	f := os.NewFile(uintptr(m.fds[0]), "")
+	defer f.Close()
+	var pause time.Duration
+	for {
+		c, err := newConn(f, m.data)
+		if err == nil || !passes(err) || !l.wait(&pause) {
+			return c
+		}
+	}
+}
+
+// passes reports whether an error is about something that a system may have again later.
+func passes(err error) bool {
+	for _, errno := range []error{unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM} {
+		if errors.Is(err, errno) {
+			return true
+		}
+	}
+	return false
+}
+
+// Close removes the socket, unless another backend has replaced it, and ends Accept. Connections
+// that wait to be accepted go to the backend that has replaced this one; if there is none, they are
+// closed. Connections that were accepted go on.
+func (l *Listener) Close() error {
+	err := l.closed("close")
+	l.closeOnce.Do(func() { err = l.close() })
+	return err
+}
+
+func (l *Listener) close() error {
+	l.mu.Lock()
+	close(l.closing)
+	l.mu.Unlock()
+	// The socket must be open until its file is gone: no other file can have the inode until then.
+	replaced, err := l.dir.remove(l.own)
+	if replaced {
+		l.raw.Control(func(fd uintptr) { l.handOn(int(fd)) })
+	}
+	l.file.Close()
+	l.dir.close()
+	if err != nil {
+		return &net.OpError{Op: "close", Net: l.addr.Net, Addr: l.addr, Err: err}
+	}
+	return nil
+}
+
+// handOn sends the messages that are left to the socket that is in the directory now, which is where
+// the proxy would send them.
+func (l *Listener) handOn(fd int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	late := time.Now().Add(handOnMost)
+	for {
+		m, err := l.receiver.receive(fd)
+		if err != nil {
+			return
+		}
+		for m.good() {
+			err := l.dir.reach(socketName, func(path string) error {
+				return unix.Sendmsg(fd, m.data, unix.UnixRights(m.fds[0]), &unix.SockaddrUnix{Name: path}, 0)
+			})
+			if err != unix.EAGAIN && err != unix.ENOBUFS || time.Now().After(late) {
+				break
+			}
+			time.Sleep(time.Millisecond)
+		}
+		ignored.close(m.fds)
+	}
+}
+
+// temporaryName returns a name for what is to become the socket, and for what was it.
+func temporaryName() string { return fmt.Sprintf(".%s-%08x", socketName, rand.Uint32()) }

@@ -1,0 +1,124 @@
+package backend_test
+
+import (
+	"errors"
+	"net"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"sniproxy/hostdir/backend"
+	"sniproxy/hostdir/hostdirtest"
+)
+
+// Goal: descriptors that are sent in bad faith and whose closing hangs stop no connection, however
+// many they are, and take a bounded number of threads.
+func TestIgnoredHangs(t *testing.T) {
+	hostdirtest.NeedRoot(t)
+	const sent = 300
+	hostdirtest.OwnMounts(t)
+	mount := hostdirtest.Dir(t)
+	fs := hostdirtest.MountUserFS(t, mount, unix.S_IFDIR)
+	fs.Add(hostdirtest.RootNode, "file", unix.S_IFREG|0o666, "")
+	fs.Serve(0)
+	file, err := unix.Open(filepath.Join(mount, "file"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	must(t, err)
+
+	dir := hostDir(t)
+	l := listen(t, dir)
+	s := newSender(t, dir)
+	fs.Hold()
+	for i := range sent {
+		must(t, s.send([]byte("hello"), file))
+		if i%10 > 0 { // or the queue is full
+			continue
+		}
+		client := handOver(t, dir, "hello")
+		if c := accept(t, l); c.RemoteAddr().String() != client.LocalAddr().String() {
+			t.Errorf("accepted %v, want %v", c.RemoteAddr(), client.LocalAddr())
+		}
+	}
+	left, running := backend.Ignored()
+	t.Logf("%d threads are closing, %d descriptors are left to close", running, left)
+	if running != 64 || left+running < sent-10 {
+		t.Errorf("%d threads are closing and %d descriptors left, want 64 and the rest of %d", running, left, sent)
+	}
+	fs.Abort()
+	unix.Close(file)
+	hostdirtest.Await(t, "the rest to be closed", func() bool {
+		left, running := backend.Ignored()
+		return left == 0 && running == 0
+	})
+}
+
+// Goal: a process without descriptors takes no connection from the queue, and loses none.
+func TestNoDescriptors(t *testing.T) {
+	dir := hostDir(t)
+	l := listen(t, dir)
+	s := newSender(t, dir)
+	var clients []*net.TCPConn
+	var fds []int
+	for range 5 {
+		client, fd := pair(t)
+		clients, fds = append(clients, client), append(fds, fd)
+	}
+
+	var limit unix.Rlimit
+	must(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
+	low := limit
+	low.Cur = 256
+	must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &low))
+	defer unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)
+	var held []int
+	release := func(n int) {
+		for range min(n, len(held)) {
+			unix.Close(held[len(held)-1])
+			held = held[:len(held)-1]
+		}
+	}
+	defer func() { release(len(held)) }()
+	for {
+		fd, err := unix.FcntlInt(uintptr(s.fd), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			break
+		}
+		held = append(held, fd)
+	}
+
+	accepted := make(chan net.Conn, len(fds))
+	go func() {
+		for range fds {
+			c, err := l.Accept()
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			accepted <- c
+		}
+	}()
+	for i, fd := range fds {
+		must(t, s.send([]byte("hello"), fd))
+		must(t, unix.Dup3(s.fd, fd, unix.O_CLOEXEC)) // closes it, and frees none
+		clients[i].SetReadDeadline(time.Now().Add(100 * time.Millisecond))
+		if n, err := clients[i].Read(make([]byte, 1)); n != 0 || !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatalf("client %d: read %d bytes, error %v; want a connection that waits", i, n, err)
+		}
+	}
+	if len(accepted) > 0 {
+		t.Error("a connection was accepted without a descriptor")
+	}
+	for i := range clients { // each takes one, and one more for a moment
+		release(2)
+		c := <-accepted
+		if c.RemoteAddr().String() != clients[i].LocalAddr().String() {
+			t.Errorf("accepted %v, want %v", c.RemoteAddr(), clients[i].LocalAddr())
+		}
+		defer c.Close()
+	}
+	for _, fd := range fds {
+		unix.Close(fd)
+	}
+}
