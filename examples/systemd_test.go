@@ -1,9 +1,7 @@
 package examples_test
 
 import (
-	"errors"
 	"io"
-	"io/fs"
 	"net"
 	"os"
 	"os/exec"
@@ -36,14 +34,6 @@ func TestSystemd(t *testing.T) {
 		return
 	}
 	t.Parallel()
-	script, err := filepath.Abs("../../shared/systemd-run.sh")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := os.Stat(script); errors.Is(err, fs.ErrNotExist) {
-		t.Skipf("%s is not installed", script)
-	}
-	hostdirtest.NeedRoot(t)
 	units, err := filepath.Abs("systemd")
 	if err != nil {
 		t.Fatal(err)
@@ -51,25 +41,7 @@ func TestSystemd(t *testing.T) {
 	dropIn := func(file string) string {
 		return filepath.Join(units, "several", file) + ":" + severalDir + file + ":644"
 	}
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	const installed = "/usr/bin/sniproxy-examples"
-	cmd := exec.Command(script, "-t", "120", "-f", daemon(t)+":"+binary, "-f", self+":"+installed,
-		"-f", dropIn("socket.conf"), "-f", dropIn("service.conf"), units,
-		"--", installed, "-test.v", "-test.run=^TestSystemd$")
-	cmd.Dir = "/"
-	cmd.Env = append(os.Environ(), inside+"=1")
-	out, err := cmd.CombinedOutput()
-	t.Logf("%s", out)
-	var exit *exec.ExitError
-	if errors.As(err, &exit) && exit.ExitCode() == 125 && os.Getenv("SNIPROXY_TEST_REQUIRE") == "" {
-		t.Skip("systemd cannot be started here")
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.InSystemd(t, "..", inside+"=1", "-f", daemon(t)+":"+binary, "-f", dropIn("socket.conf"), "-f", dropIn("service.conf"), units)
 }
 
 const (

@@ -89,7 +89,7 @@ func expectShortened(t *testing.T, stdout string, hosts int, ten string) {
 	// Look-ups that are made at the same time do not know of each other.
 	if long < ownerShort || long >= ownerShort+atOnce || long+short < ownerNone || long+short >= ownerNone+atOnce ||
 		strings.Count(stdout, ", as many others have kept this waiting\n") != short+rest {
-		t.Errorf("of %d hosts %d are waited for ten seconds, %d for one", hosts, long, short)
+		t.Errorf("of %d hosts %d are waited for ten seconds, %d for one:\n%s", hosts, long, short, stdout)
 	}
 }
 
@@ -125,7 +125,8 @@ func TestManyFull(t *testing.T) {
 		}
 		stdout = stdout[:i]
 	}
-	expectShortened(t, stdout, many, "has accepted nobody for ten seconds")
+	// What takes a second more than that, on a machine with much else to do, is taken for stuck.
+	expectShortened(t, stdout, many, "(has accepted nobody for ten seconds|does not answer)")
 }
 
 // lastEntry is the name of an entry that sorts behind all others.

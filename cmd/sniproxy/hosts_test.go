@@ -144,12 +144,14 @@ func ordinaryUser(t *testing.T) setup {
 	if err != nil {
 		t.Fatal(err)
 	}
-	binary, err := os.ReadFile(self)
-	if err != nil {
-		t.Fatal(err)
-	}
 	path := filepath.Join(hostdirtest.Dir(t), "sniproxy")
-	hostdirtest.Must(t, os.WriteFile(path, binary, 0o755))
+	// A link, or a copy by another process: what this one has written cannot be executed while a
+	// child that it starts elsewhere just now has the file open for writing, too.
+	if os.Link(self, path) != nil {
+		if out, err := exec.Command("cp", self, path).CombinedOutput(); err != nil {
+			t.Fatalf("cp: %v: %s", err, out)
+		}
+	}
 	return func(cmd *exec.Cmd) {
 		cmd.Path = path
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}

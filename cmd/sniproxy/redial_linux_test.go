@@ -44,7 +44,7 @@ func TestRedialNames(t *testing.T) {
 	const clients = 200
 	strace := hostdirtest.Need(t, "strace")
 	log := filepath.Join(t.TempDir(), "strace")
-	d := start(t, traced(strace, log, "-e", "trace=connect"), oneLoop)
+	d := start(t, traced(strace, log, "--seccomp-bpf", "-e", "trace=connect"), oneLoop)
 	l, filling := d.deafHost("*.deaf.example")
 	base := d.fds()
 	told := d.askEach(clients, func(i int) string { return fmt.Sprintf("n%d.deaf.example", i) })
@@ -108,7 +108,7 @@ func TestRedialDies(t *testing.T) {
 	}
 	strace := hostdirtest.Need(t, "strace")
 	log := filepath.Join(t.TempDir(), "strace")
-	d := start(t, traced(strace, log, "-e", "trace=connect,epoll_pwait"), oneLoop)
+	d := start(t, traced(strace, log, "--seccomp-bpf", "-e", "trace=connect,epoll_pwait"), oneLoop)
 	l, _ := d.deafHost("deaf.example")
 	base := d.fds()
 	h := snitest.Hello("deaf.example")

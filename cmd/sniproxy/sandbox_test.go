@@ -207,41 +207,14 @@ func TestSandboxSystemd(t *testing.T) {
 		return
 	}
 	t.Parallel() // as above
-	script, err := filepath.Abs("../../../shared/systemd-run.sh")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := os.Stat(script); errors.Is(err, os.ErrNotExist) {
-		t.Skipf("%s is not installed", script)
-	}
-	if os.Geteuid() != 0 {
-		t.Skip("a systemd of its own needs root")
-	}
 	program, _ := serviceRoot(t)
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
 	units, err := filepath.Abs(filepath.Dir(exampleService))
 	if err != nil {
 		t.Fatal(err)
 	}
 	dropIn := filepath.Join(t.TempDir(), "sniproxy.service.d")
 	hostdirtest.Must(t, errors.Join(os.Mkdir(dropIn, 0o755), os.WriteFile(filepath.Join(dropIn, "sandbox.conf"), []byte(sandboxDropIn), 0o644)))
-	const installed = "/usr/bin/sniproxy-test"
-	cmd := exec.Command(script, "-t", "120", "-f", program+":/usr/bin/sniproxy", "-f", self+":"+installed, units, dropIn,
-		"--", installed, "-test.v", "-test.run=^TestSandboxSystemd$")
-	cmd.Dir = "/"
-	cmd.Env = append(os.Environ(), insideSystemd+"=1")
-	out, err := cmd.CombinedOutput()
-	t.Logf("%s", out)
-	var exit *exec.ExitError
-	if errors.As(err, &exit) && exit.ExitCode() == 125 && os.Getenv("SNIPROXY_TEST_REQUIRE") == "" {
-		t.Skip("systemd cannot be started here")
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	hostdirtest.InSystemd(t, "../..", insideSystemd+"=1", "-f", program+":/usr/bin/sniproxy", units, dropIn)
 }
 
 func testSandboxInside(t *testing.T) {

@@ -66,6 +66,33 @@ func NeedIPv6(t testing.TB) {
 	l.Close()
 }
 
+// InSystemd runs the test again beside a systemd of its own, with a setting, NAME=VALUE, in its
+// environment. The script systemd-run.sh, which is no part of this project, starts that systemd with
+// the units and files in args. Where the script is not beside the project, whose root this is,
+// InSystemd skips the test.
+func InSystemd(t testing.TB, root, setting string, args ...string) {
+	t.Helper()
+	script, err := filepath.Abs(filepath.Join(root, "../shared/systemd-run.sh"))
+	Must(t, err)
+	if _, err := os.Stat(script); err != nil {
+		t.Skipf("%s is not installed", script)
+	}
+	NeedRoot(t)
+	self, err := os.Executable()
+	Must(t, err)
+	const installed = "/usr/bin/sniproxy-test"
+	args = append([]string{"-t", "120", "-f", self + ":" + installed}, args...)
+	cmd := exec.Command(script, append(args, "--", installed, "-test.v", "-test.run=^"+t.Name()+"$")...)
+	cmd.Dir = "/"
+	cmd.Env = append(os.Environ(), setting)
+	out, err := cmd.CombinedOutput()
+	t.Logf("%s", out)
+	if cmd.ProcessState.ExitCode() == 125 && os.Getenv("SNIPROXY_TEST_REQUIRE") == "" {
+		t.Skip("systemd cannot be started here")
+	}
+	Must(t, err)
+}
+
 // Dir returns a new directory, such as a hosts directory. Unlike those of t.TempDir it has a short
 // path, since the path of a socket is limited, and any user may enter it.
 func Dir(t testing.TB) string {
