@@ -8,7 +8,8 @@
 //
 // and run the server as alice. Node.js does not read PROXY headers, so make no marker send-proxy-v1
 // or send-proxy-v2. If the application must know its clients' addresses, put nginx, HAProxy or Caddy
-// between the two, as in the other files of this directory.
+// between the two, as in the other files of this directory. Node.js cannot be handed its connections
+// as in handed/server.py, since it has no datagram Unix sockets.
 
 'use strict';
 const fs = require('node:fs');

@@ -246,19 +246,32 @@ func (l *Listener) handOn(fd int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	late := time.Now().Add(handOnMost)
+	// again pauses after what may succeed the next time.
+	again := func(err error) bool {
+		if err != unix.EAGAIN && !passes(err) || time.Now().After(late) {
+			return false
+		}
+		time.Sleep(time.Millisecond)
+		return true
+	}
 	for {
 		m, err := l.receiver.receive(fd)
+		if err == unix.EAGAIN {
+			return // that was the last
+		}
 		if err != nil {
+			if again(err) {
+				continue
+			}
 			return
 		}
 		for m.good() {
 			err := l.dir.reach(socketName, func(path string) error {
 				return unix.Sendmsg(fd, m.data, unix.UnixRights(m.fds[0]), &unix.SockaddrUnix{Name: path}, 0)
 			})
-			if err != unix.EAGAIN && err != unix.ENOBUFS || time.Now().After(late) {
+			if !again(err) {
 				break
 			}
-			time.Sleep(time.Millisecond)
 		}
 		ignored.close(m.fds)
 	}

@@ -198,6 +198,99 @@ func TestIgnored(t *testing.T) {
 	}
 }
 
+// Goal: no error of recvmsg(2) ends Accept.
+func TestErrorsOfRecvmsg(t *testing.T) {
+	dir := hostDir(t)
+	l := listen(t, dir)
+	client := handOver(t, dir, "hello")
+	failures := []error{unix.EINTR, unix.ENOBUFS, unix.ENOMEM, unix.ECONNRESET, unix.EMFILE, unix.ENFILE, unix.EIO}
+	backend.Recvmsg(t, func(fd int, data, control []byte, flags int) (int, int, int, unix.Sockaddr, error) {
+		if len(failures) > 0 {
+			err := failures[0]
+			failures = failures[1:]
+			return -1, 0, 0, nil, err
+		}
+		return unix.Recvmsg(fd, data, control, flags)
+	})
+	if c := accept(t, l); c.RemoteAddr().String() != client.LocalAddr().String() || len(failures) > 0 {
+		t.Errorf("accepted %v, want %v; %d errors are left", c.RemoteAddr(), client.LocalAddr(), len(failures))
+	}
+}
+
+// Goal: a descriptor that a security module forbids to receive is ignored.
+func TestForbidden(t *testing.T) {
+	dir := hostDir(t)
+	l := listen(t, dir)
+	backend.Recvmsg(t, func(fd int, data, control []byte, flags int) (int, int, int, unix.Sockaddr, error) {
+		n, controls, received, from, err := unix.Recvmsg(fd, data, control, flags)
+		if err == nil && string(data[:n]) == "forbidden" {
+			messages, err := unix.ParseSocketControlMessage(control[:controls])
+			must(t, err)
+			fds, err := unix.ParseUnixRights(&messages[0])
+			must(t, err)
+			unix.Close(fds[0])
+			controls, received = 0, received|unix.MSG_CTRUNC
+		}
+		return n, controls, received, from, err
+	})
+	handOver(t, dir, "forbidden")
+	client := handOver(t, dir, "hello")
+	if c := accept(t, l); c.RemoteAddr().String() != client.LocalAddr().String() {
+		t.Errorf("accepted %v, want %v", c.RemoteAddr(), client.LocalAddr())
+	}
+}
+
+// Goal: the programs that a backend starts inherit nothing.
+func TestCloseOnExec(t *testing.T) {
+	open := func() map[int]bool { // and whether others inherit them
+		m := make(map[int]bool)
+		for fd := range 4096 {
+			if flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err == nil {
+				m[fd] = flags&unix.FD_CLOEXEC == 0
+			}
+		}
+		return m
+	}
+	before := open()
+	dir := hostDir(t)
+	l := listen(t, dir)
+	handOver(t, dir, "hello")
+	accept(t, l)
+	for fd, inherited := range open() {
+		if _, old := before[fd]; inherited && !old {
+			t.Errorf("descriptor %d is inherited", fd)
+		}
+	}
+}
+
+// Goal: a connection of Multipath TCP, or one that began with an attempt at it, is a connection.
+func TestMultipath(t *testing.T) {
+	dir := hostDir(t)
+	l := listen(t, dir)
+	var lc net.ListenConfig
+	lc.SetMultipathTCP(true)
+	tcp, err := lc.Listen(t.Context(), "tcp", "127.0.0.1:0")
+	must(t, err)
+	defer tcp.Close()
+	for _, both := range []bool{true, false} {
+		var d net.Dialer
+		d.SetMultipathTCP(both)
+		client, err := d.Dial("tcp", tcp.Addr().String())
+		must(t, err)
+		defer client.Close()
+		server, err := tcp.Accept()
+		must(t, err)
+		send(t, dir, "hello", dup(t, server.(*net.TCPConn)))
+		server.Close()
+		c := accept(t, l)
+		if c.RemoteAddr().String() != client.LocalAddr().String() {
+			t.Errorf("accepted %v, want %v", c.RemoteAddr(), client.LocalAddr())
+		}
+		multipath, err := c.MultipathTCP()
+		t.Logf("Multipath TCP is in use: %v, %v", multipath, err)
+	}
+}
+
 // descriptors returns how many descriptors are open.
 func descriptors(t testing.TB) int {
 	t.Helper()
@@ -617,4 +710,58 @@ func TestHandOn(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Goal: a queue that is full, or a process without descriptors, delays connections that are handed on.
+func TestHandOnLater(t *testing.T) {
+	dir := hostDir(t)
+	first := listen(t, dir)
+	want := make(map[string]bool)
+	hand := func() error {
+		client, fd := pair(t)
+		defer unix.Close(fd)
+		err := newSender(t, dir).try([]byte("hello"), fd)
+		if err == nil {
+			want[client.LocalAddr().String()] = true
+		}
+		return err
+	}
+	for range 3 {
+		must(t, hand())
+	}
+	second := listen(t, dir)
+	for {
+		if err := hand(); err == unix.EAGAIN {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+	}
+	var calls atomic.Int64
+	full := make(chan struct{})
+	backend.Recvmsg(t, func(fd int, data, control []byte, flags int) (int, int, int, unix.Sockaddr, error) {
+		switch calls.Add(1) {
+		case 1:
+			return -1, 0, 0, nil, unix.ENOBUFS
+		case 2:
+			close(full) // there is no room for the message that comes now
+		}
+		return unix.Recvmsg(fd, data, control, flags)
+	})
+	var closed sync.WaitGroup
+	closed.Go(func() {
+		if err := first.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	select {
+	case <-full:
+	case <-time.After(hostdirtest.Patience):
+		t.Fatal("nothing is handed on")
+	}
+	for len(want) > 0 {
+		c := accept(t, second)
+		delete(want, c.RemoteAddr().String())
+	}
+	closed.Wait()
 }

@@ -12,7 +12,8 @@ import (
 )
 
 // A Conn is a client's TCP connection. It has all the methods of [net.TCPConn], and reading begins
-// with the bytes that the proxy has read already.
+// with the bytes that the proxy has read already. Like every connection of package net it has
+// TCP_NODELAY and keepalive set.
 //
 // Until those are read, [Conn.File] fails, and so does the Read method of what [Conn.SyscallConn]
 // returns: they would miss them.

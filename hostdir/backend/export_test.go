@@ -1,6 +1,10 @@
 package backend
 
-import "testing"
+import (
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
 
 // DataMost is the most bytes that a message may have.
 const DataMost = dataMost
@@ -29,4 +33,10 @@ func Ignored() (left, running int) {
 	ignored.mu.Lock()
 	defer ignored.mu.Unlock()
 	return len(ignored.fds), ignored.running
+}
+
+// Recvmsg has f called in place of recvmsg(2).
+func Recvmsg(t *testing.T, f func(fd int, data, control []byte, flags int) (n, controls, receivedFlags int, from unix.Sockaddr, err error)) {
+	t.Cleanup(func() { recvmsg = unix.Recvmsg })
+	recvmsg = f
 }

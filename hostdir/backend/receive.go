@@ -82,9 +82,12 @@ func (r *receiver) receive(s int) (message, error) {
 	return message{cut: true}, discard(s, message{})
 }
 
+// recvmsg is for tests.
+var recvmsg = unix.Recvmsg
+
 // read reads a message.
 func (r *receiver) read(s int) (m message, err error) {
-	n, controls, flags, _, err := unix.Recvmsg(s, r.data, r.control, receiveFlags)
+	n, controls, flags, _, err := recvmsg(s, r.data, r.control, receiveFlags)
 	if err != nil {
 		return m, err
 	}
