@@ -232,44 +232,6 @@ func TestHandedSwitched(t *testing.T) {
 	}
 }
 
-// Goal: connections that were handed over cost the daemon nothing, also if their hellos came in
-// several segments, and go on when it is killed.
-func TestHandedAlone(t *testing.T) {
-	const conns = 64
-	d := start(t, oneLoop)
-	l := d.bindDatagram("a.example")
-	pairs := make([][2]net.Conn, conns)
-	for i := range pairs {
-		client := d.dial()
-		h := snitest.Hello("a.example")
-		client.Write(h[:20])
-		hostdirtest.Await(t, "the daemon to have read a part", func() bool { return d.counters().waiting == 1 })
-		client.Write(h[20:])
-		c, first := receive(t, l)
-		if rest := make([]byte, len(h)-len(first)); len(rest) > 0 {
-			io.ReadFull(c, rest)
-		}
-		pairs[i] = [2]net.Conn{client, c}
-	}
-	hostdirtest.Await(t, "the daemon to fall asleep", func() bool { return d.counters().descriptors < conns && d.asleep() })
-	used := d.cpu()
-	for range 50 {
-		for _, p := range pairs {
-			ping(t, p[0], p[1])
-			ping(t, p[1], p[0])
-		}
-	}
-	// The clock of processor time ticks each hundredth of a second; the daemon's runtime may take one.
-	if used = d.cpu() - used; used > 20*time.Millisecond {
-		t.Errorf("the daemon took %v of processor time for connections that it has handed over", used)
-	}
-	d.cmd.Process.Kill()
-	<-d.exited
-	for _, p := range pairs {
-		ping(t, p[0], p[1])
-	}
-}
-
 // Goal: thousands of connections are handed over, and nothing stays behind.
 func TestHandedMany(t *testing.T) {
 	n := 20_000
