@@ -718,6 +718,8 @@ func (v *conversation) unserved(c *chaosReport) string {
 	case c.early, v.fate == careless:
 	case v.fate == maybe && (got == int(sni.InternalError) || got == int(sni.UserCanceled)):
 	case v.poor && (c.got == 0 || got == int(sni.InternalError)):
+	case got == int(sni.UserCanceled) && v.took >= limits.Hello:
+		// It had no processor for so long that its hello was late.
 	case want < 0 && c.sent >= len(v.begin) && (v.fate == relayed || v.fate == relayedOrRefused):
 		return "the client was not served"
 	case want >= 0 && c.got == 0 && isReset(c.recvErr) && (v.took >= limits.Linger || c.sent > limits.LingerSize):

@@ -116,23 +116,25 @@ func TestRedialDies(t *testing.T) {
 	for range clients {
 		waiting = append(waiting, d.crowd(1, h)...)
 	}
-	hostdirtest.Await(t, "all clients to be accepted", func() bool { return d.fds() >= base+clients })
+	hostdirtest.Await(t, "all clients to be accepted", func() bool { return d.counters().accepted == clients })
 	// What strace has written until now are the first tries of clients that were accepted.
 	before, err := os.Stat(log)
 	if err != nil {
 		t.Fatal(err)
 	}
 	l.Close()
-	others := make(map[int]int)
+	alerts := make(map[int]int)
 	for _, c := range waiting {
 		got, err := io.ReadAll(c)
 		c.Close()
-		if a := alert(got); a != 112 || err != nil {
-			others[a]++
+		if err != nil {
+			t.Error(err)
 		}
+		alerts[alert(got)]++
 	}
-	if len(others) > 0 {
-		t.Errorf("not all clients got alert 112, but of others so many: %v", others)
+	// On a slow machine the ten seconds of the first may be over before the last have come.
+	if n := alerts[112]; n == 0 || n+alerts[80] != clients {
+		t.Errorf("%d clients got these alerts: %v, want 112, or 80 before the backend died", clients, alerts)
 	}
 	d.awaitFds(base)
 	// Where unshare(2) is denied it is not the loop that tries.
