@@ -39,8 +39,14 @@ var badHosts = map[string]func(dir string) error{
 	"directory as socket":       inDir(func(path string) error { return os.Mkdir(path, 0o777) }),
 	"symlink to directory":      inDir(func(path string) error { return os.Symlink(".", path) }),
 	"socket that does not hear": inDir(func(path string) error { return bindUnix(path, unix.SOCK_STREAM) }),
-	"datagram socket":           inDir(func(path string) error { return bindUnix(path, unix.SOCK_DGRAM) }),
 	"seqpacket socket":          inDir(func(path string) error { return bindUnix(path, unix.SOCK_SEQPACKET) }),
+	"abandoned datagram socket": inDir(func(path string) error {
+		l, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+		if err != nil {
+			return err
+		}
+		return l.Close()
+	}),
 	"abandoned socket": inDir(func(path string) error {
 		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
 		if err != nil {

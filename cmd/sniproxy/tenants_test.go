@@ -532,8 +532,8 @@ func TestLogReasons(t *testing.T) {
 		{"silent.example", badHosts["socket that does not hear"], "nobody listens on tls-socket"},
 		{"closed.example", tricks["directory without permission"], fmt.Sprintf("permission denied for uid %d", uid)},
 		{"locked.example", tricks["socket without permission"], fmt.Sprintf("permission denied for uid %d", uid)},
-		{"fifo.example", badHosts["FIFO as socket"], "tls-socket is not a stream socket"},
-		{"datagram.example", badHosts["datagram socket"], "tls-socket is not a stream socket"},
+		{"fifo.example", badHosts["FIFO as socket"], "tls-socket is neither a stream nor a datagram socket"},
+		{"packets.example", badHosts["seqpacket socket"], "tls-socket is neither a stream nor a datagram socket"},
 	} {
 		d.put(host.name, host.what)
 		add(asking(strings.ToUpper(host.name)), false, host.name, host.reason, sni.UnrecognizedName)
