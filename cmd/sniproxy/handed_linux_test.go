@@ -4,10 +4,14 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni"
 	"sniproxy/sni/snitest"
 )
 
@@ -94,5 +98,52 @@ func TestHandedAlone(t *testing.T) {
 	<-d.exited
 	for _, p := range pairs {
 		ping(t, p[0], p[1])
+	}
+}
+
+// Goal: a tenant who remembers the daemon to hand over, and then has stream sockets, takes no room that
+// is kept for clients who wait; and idle senders make room before anybody is dropped.
+func TestHandedRoom(t *testing.T) {
+	hostdirtest.NeedRoot(t)
+	const hosts = 60
+	d := start(t, limitFiles(100), oneLoop)
+	names := make([]string, hosts)
+	for i := range names {
+		names[i] = fmt.Sprintf("h%d.example", i)
+		l := d.bindDatagram(names[i])
+		d.give(names[i], greedy)
+		d.expectHanded(l, names[i])
+		l.Close()
+	}
+	for _, name := range names {
+		os.Remove(d.hostPath(name, "tls-socket"))
+		d.serve(name, hostdirtest.Echo)
+	}
+	for _, name := range names {
+		d.crowd(1, snitest.Hello(name))
+	}
+	hostdirtest.Await(t, "clients to wait for room", func() bool { c := d.counters(); return c.open-c.waiting > 20 && c.waiting > 0 })
+	if c := d.counters(); c.open-c.waiting > 36 {
+		t.Errorf("%d relays with 100 descriptors: they have taken what is kept for clients who wait", c.open-c.waiting)
+	}
+}
+
+// Goal: a look-up that hangs after its thread has handed connections over ends no more than itself.
+func TestHandedThenStuck(t *testing.T) {
+	hostdirtest.OwnMounts(t)
+	hosts := hostdirtest.Dir(t)
+	fs := hostdirtest.MountUserFS(t, hosts, unix.S_IFDIR)
+	elsewhere := hostdirtest.Dir(t)
+	hostdirtest.ServeDatagram(t, hostDir(elsewhere, "a"), greetHanded)
+	fs.Add(hostdirtest.RootNode, hostdirtest.Entry("a.example"), unix.S_IFLNK|0o777, hostDir(elsewhere, "a"))
+	fs.Delay = 200 * time.Millisecond
+	fs.Serve(0)
+	l := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
+	d := startOn(t, l, hosts, oneLoop)
+	for range 5 {
+		if err := d.greeted("a.example"); err != nil {
+			t.Error(err)
+		}
+		d.expectAlert(snitest.Hello("absent.example"), sni.UnrecognizedName)
 	}
 }

@@ -129,10 +129,11 @@ var runtimeCalls = strings.Fields(`
 //	fcntl         makes the client's socket blocking again
 //	setsockopt    and takes the time limit away that it has from the listener
 //	sendmsg       hands it over
+//	getsockopt    closing it does not wait: the backend has not set SO_LINGER
 //	close
 //
-// Now and then the sender is looked at, and closed if it has nothing to do: an ioctl and a close, and
-// then another socket and setsockopt.
+// Now and then a timer has the sender looked at, and closed if it has nothing to do: a write and a
+// read of Go's poller, an ioctl and a close, and then another socket and setsockopt.
 var handedCalls = map[string]bound{
 	"accept4":     {min: 1, max: 1},
 	"close":       {min: 1, max: 1, opened: 1, left: 10},
@@ -140,14 +141,16 @@ var handedCalls = map[string]bound{
 	"epoll_pwait": {min: 1, max: 4},
 	"fchdir":      {opened: 2, left: 1},
 	"fcntl":       {min: 2, max: 2},
+	"getsockopt":  {min: 1, max: 1},
 	"ioctl":       {left: 10},
 	"openat2":     {min: 1, max: 1, opened: 1},
-	"read":        {min: 1, max: 1},
+	"read":        {min: 1, max: 1, left: 10},
 	"readlinkat":  {opened: 3},
 	"sendmsg":     {min: 1, max: 1},
 	"setsockopt":  {min: 1, max: 1, left: 10},
 	"socket":      {left: 10},
 	"statx":       {min: 1, max: 1},
+	"write":       {left: 10},
 }
 
 // Goal: one short connection makes exactly the system calls of the table, in the engine that was

@@ -128,7 +128,9 @@ func (c *conn) enter(p phase) {
 		if was == lingering {
 			c.leaveQueue()
 		}
-		closeFd(c.sockets[client].fd)
+		if fd := c.sockets[client].fd; fd != 0 {
+			closeFd(fd)
+		}
 		c.closeBackend()
 		c.belongTo(nil)
 		l.open.Add(-1)
@@ -165,6 +167,9 @@ func (l *loop) accept(from *inherit.Listener) bool {
 			break // that descriptor was kept for nobody yet; the next wait says again that there is a client
 		}
 		// accept(2) says so before it checks whether a client is waiting.
+		if l.engine.shares.Room.CloseIdle() {
+			break // those were kept for nobody
+		}
 		if !from.StillListens() {
 			l.giveUp(from)
 		} else if from.Pending() && !l.dropOldest(nil, 0) {
@@ -414,7 +419,8 @@ func (c *conn) handOver(key shares.Key, b hostdir.Backend, name, hello []byte) {
 		l.poller.remove(s.fd)
 		s.registered = 0
 	}
-	if s.fd == l.shared {
+	shared := s.fd == l.shared
+	if shared {
 		l.shared = 0
 		setPlain(s.fd, unix.SO_RCVTIMEO, unix.SO_SNDTIMEO)
 	} else {
@@ -424,6 +430,10 @@ func (c *conn) handOver(key shares.Key, b hostdir.Backend, name, hello []byte) {
 	l.engine.shares.Sent(c.tenant, b.FD, errno == 0)
 	if errno != 0 {
 		setNonblock(s.fd)
+		if shared {
+			l.shared = s.fd
+			inherit.BoundWaits(int(s.fd))
+		}
 		if err := hostdir.SendError(errno); err == hostdir.BacklogFull {
 			c.redialLater(key, err, name, hello, limits.RedialHandOver)
 		} else {
@@ -435,6 +445,12 @@ func (c *conn) handOver(key shares.Key, b hostdir.Backend, name, hello []byte) {
 	l.counters.Handed.Add(1)
 	l.counters.Bytes[client].Add(sent)
 	access.Print(report.Traffic{report.Up: sent}, time.Duration(limits.Now()-c.accepted), report.HandedOver)
+	// The socket is the backend's as well by now. If he lets it linger and has closed it already, this
+	// close is the last one, and waits.
+	if lingers(s.fd) {
+		c.tenant.CloseAway(l.engine.shares.Threads, int(s.fd))
+		s.fd = 0
+	}
 	c.close()
 }
 

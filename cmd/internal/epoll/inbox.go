@@ -60,6 +60,13 @@ func (l *loop) emptyInbox() {
 func (l *loop) closeIfEmpty() bool {
 	l.inbox.mu.Lock()
 	defer l.inbox.mu.Unlock()
-	l.inbox.closed = l.open.Load() == 0
-	return l.inbox.closed
+	b := &l.inbox
+	b.closed = l.open.Load() == 0
+	if b.closed {
+		for _, k := range append(l.lookups, b.lookups...) {
+			k.discard()
+		}
+		l.lookups, b.lookups = nil, nil
+	}
+	return b.closed
 }

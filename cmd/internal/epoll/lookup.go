@@ -67,7 +67,7 @@ func (c *conn) dial(name, hello []byte) {
 	l := c.loop
 	r, s := l.runner.Load(), l.engine.shares
 	r.name = append(r.name[:0], name...)
-	r.conn, r.hello, r.tenant = c, hello, nil
+	r.conn, r.hello, r.tenant, r.sender = c, hello, nil, -1
 
 	var t *shares.Tenant
 	entry, err := l.find(r)
@@ -97,6 +97,13 @@ func (c *conn) dial(name, hello []byte) {
 
 	r.entry, r.tenant = entry.Name, t
 	b, err := l.connect(r)
+	if err == hostdir.Stream { // it is one now, which takes room
+		if !s.Room.ForRelay(l, t, false) {
+			c.redialLater(t.Key(), hostdir.NoRoom, name, hello, limits.Redial)
+			return
+		}
+		b, err = l.connect(r)
+	}
 	for err == hostdir.NoRoom && s.Room.ForRelay(l, t, true) {
 		b, err = l.connect(r)
 	}
@@ -118,8 +125,9 @@ func (l *loop) find(r *runner) (hostdir.Entry, error) {
 	return entry, err
 }
 
-// connect connects to the backend of the entry that was found: what is a datagram socket with the
-// sender of the tenant, which is locked then.
+// connect connects to the backend of the entry that was found: to a datagram socket with the sender of
+// the tenant, which is locked then. The error is [hostdir.Stream] if it was a datagram socket the last
+// time, and is none now.
 func (l *loop) connect(r *runner) (b hostdir.Backend, err error) {
 	s, t := l.engine.shares, r.tenant
 	was := t.HasDatagram(r.entry)
@@ -136,14 +144,15 @@ func (l *loop) connect(r *runner) (b hostdir.Backend, err error) {
 	if err != nil {
 		s.Sent(t, sender, false)
 	}
-	if is := err == nil; is != was && (is || err == hostdir.Stream) {
-		t.SetDatagram(r.entry, is)
-	}
-	if err == hostdir.Stream {
-		if was {
-			return l.connectWith(r, -1)
+	switch {
+	case err == nil && !was:
+		t.SetDatagram(r.entry, true)
+	case err == hostdir.Stream && was:
+		t.SetDatagram(r.entry, false)
+	case err == hostdir.Stream: // it was exchanged just now, or is neither
+		if b, err = l.connectWith(r, -1); err == hostdir.Datagram {
+			err = hostdir.NotStreamSocket()
 		}
-		err = hostdir.NotStreamSocket()
 	}
 	return b, err
 }
@@ -160,6 +169,7 @@ func (l *loop) connectWith(r *runner, sender int) (b hostdir.Backend, err error)
 	if !r.lookups.CompareAndSwap(this, this+1) {
 		r.finish(hostdir.Entry{}, b, err)
 	}
+	r.sender = -1
 	return b, err
 }
 
@@ -181,7 +191,7 @@ func (r *runner) finish(entry hostdir.Entry, b hostdir.Backend, err error) {
 	case r.tenant == nil && err == hostdir.MayWait:
 		k.reach(r.dialer)
 	case err == hostdir.Datagram:
-		k.backend, k.err = s.ConnectOnce(r.dialer, r.tenant)
+		k.backend, k.err = s.Connect(r.dialer, r.tenant)
 	default: // it has connected, or failed
 		k.backend, k.err = b, err
 		if err != nil && r.sender >= 0 {
@@ -265,13 +275,22 @@ func (l *loop) found(k *lookup) {
 		k.discard()
 		return
 	}
-	p := c.pending
+	p, s := c.pending, l.engine.shares
 	p.lookup = nil
 	if k.tenant != nil {
 		c.belongTo(k.tenant)
 	}
+	t, entry := k.task.Tenant, []byte(k.task.Entry)
+	if was := t.HasDatagram(entry); k.err == nil && was != k.backend.Datagram {
+		t.SetDatagram(entry, !was)
+		// A relay takes room, which nobody has made if none was expected.
+		if was && !s.Room.ForRelay(roomFor{l, c}, c.tenant, false) {
+			c.tenant.CloseAway(s.Threads, k.backend.FD)
+			k.err = hostdir.NoRoom
+		}
+	}
 	q := p.line
-	c.dialled(k.task.Tenant.EntryKey([]byte(k.task.Entry)), p.name, p.hello, k.backend, k.err)
+	c.dialled(t.EntryKey(entry), p.name, p.hello, k.backend, k.err)
 	// It may have made room for the next one in its line.
 	if q == nil {
 		return
@@ -288,6 +307,10 @@ func (c *conn) dialled(key shares.Key, name, hello []byte, b hostdir.Backend, er
 		c.handOver(key, b, name, hello)
 	case err == nil:
 		c.begin(b, name, hello)
+	case err == hostdir.Stream, err == hostdir.Datagram:
+		c.redialLater(key, hostdir.Exchanged, name, hello, limits.Redial)
+	case err == hostdir.BacklogFull && c.tenant.HasDatagrams():
+		c.redialLater(key, err, name, hello, limits.RedialHandOver)
 	case err == hostdir.NoRoom, err == hostdir.BacklogFull, err == hostdir.Exchanged:
 		c.redialLater(key, err, name, hello, limits.Redial)
 	default:

@@ -68,7 +68,7 @@ func (c *conn) redialLater(key shares.Key, err error, name, hello []byte, pause 
 // redial lets those who wait try again: some now, and the others when everything else had its turn.
 func (l *loop) redial() {
 	w, now := &l.redials, limits.Now()
-	for n := 0; w.next < len(w.lines); n++ {
+	for n := 0; w.next < len(w.lines); {
 		q := w.lines[w.next]
 		p := q.first()
 		switch {
@@ -84,6 +84,7 @@ func (l *loop) redial() {
 		case p.conn.phase == redialing: // otherwise another thread tries, and found goes on
 			p.conn.dial(p.name, p.hello)
 		}
+		n++
 		if q.first() != p {
 			q.pause = q.least
 			continue

@@ -13,6 +13,15 @@ import (
 // DropOldest is for [shares.Room.ForRelay], which makes room for the connection of the runner.
 func (l *loop) DropOldest(age time.Duration) bool { return l.dropOldest(l.runner.Load().conn, age) }
 
+// A roomFor makes room for another connection than that of the runner.
+type roomFor struct {
+	*loop
+	c *conn
+}
+
+// DropOldest is like that of the loop.
+func (r roomFor) DropOldest(age time.Duration) bool { return r.dropOldest(r.c, age) }
+
 // dropOldest drops a client that lingers, or else the one, other than except, that has waited
 // longest for its relay, if it has waited longer than age. It reports whether there was one.
 func (l *loop) dropOldest(except *conn, age time.Duration) bool {

@@ -87,6 +87,14 @@ func setPlain(fd int32, limits ...uintptr) {
 	}
 }
 
+// lingers tells whether closing a socket may wait (SO_LINGER).
+func lingers(fd int32) bool {
+	var l unix.Linger
+	size := uint32(unsafe.Sizeof(l))
+	_, _, errno := syscall.RawSyscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, unix.SO_LINGER, uintptr(unsafe.Pointer(&l)), uintptr(unsafe.Pointer(&size)), 0)
+	return errno != 0 || l.Onoff != 0
+}
+
 // sendBuffer returns how much a Unix socket takes that its peer does not read.
 func sendBuffer() (int32, error) {
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)

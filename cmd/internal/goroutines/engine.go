@@ -149,7 +149,7 @@ func (e *Engine) accept(l *inherit.Listener, f *os.File) {
 		}
 		if full {
 			runtime.Gosched() // those accepted last have not looked for their hello yet
-			if e.dropOldest(nil, 0) {
+			if e.shares.Room.CloseIdle() || e.dropOldest(nil, 0) {
 				continue
 			}
 		}
@@ -347,6 +347,11 @@ func (c *conn) tryDial(ctx context.Context, name, hello []byte) (b hostdir.Backe
 		}
 		if is := b.Datagram; err == nil && is != was {
 			t.SetDatagram(entry.Name, is)
+			// A relay takes room, which nobody has made if none was expected.
+			if was && !c.engine.shares.Room.ForRelay(c, t, false) {
+				t.CloseAway(c.engine.shares.Threads, b.FD)
+				break
+			}
 		}
 		if err == nil && b.Datagram {
 			err = c.handOver(b, name, hello)
@@ -374,10 +379,23 @@ func (c *conn) handOver(b hostdir.Backend, name, hello []byte) error {
 			return
 		}
 		access := e.logAll.AccessLine(limits.Now(), fd, name, b.Log)
+		first := append(header, hello...)
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		if c.queued == nil { // it was dropped to make room
+			return
+		}
 		socket.SetPlain(fd)
-		if sent, err = socket.HandOver(b.FD, append(header, hello...), fd); !sent {
+		if sent, err = socket.HandOver(b.FD, first, fd); !sent {
 			unix.SetNonblock(fd, true)
 			return
+		}
+		e.leave(c)
+		// The socket is the backend's as well by now. If he lets it linger, the last close waits.
+		if socket.Lingers(fd) {
+			if own, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3); err == nil {
+				c.tenant.CloseAway(e.shares.Threads, own)
+			}
 		}
 		e.counters.Handed.Add(1)
 		e.counters.Bytes[report.Up].Add(int64(len(hello)))

@@ -165,9 +165,9 @@ func coverStandard(fd int) error {
 	return nil
 }
 
-// boundWaits is for a connection that others share, such as a wrapper of the program or systemd,
+// BoundWaits is for a connection that others share, such as a wrapper of the program or systemd,
 // and may make blocking: reads and writes then end with EAGAIN after this time.
-func boundWaits(fd int) error {
+func BoundWaits(fd int) error {
 	for _, name := range []int{unix.SO_RCVTIMEO, unix.SO_SNDTIMEO} {
 		if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, name, &unix.Timeval{Usec: 10_000}); err != nil {
 			return err

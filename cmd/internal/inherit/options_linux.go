@@ -31,7 +31,7 @@ func setClientOptions(fd int) error {
 	if err := setListenerOptions(fd); err != nil {
 		return err
 	}
-	return boundWaits(fd)
+	return BoundWaits(fd)
 }
 
 func dup2(from, to int) error { return unix.Dup3(from, to, 0) }

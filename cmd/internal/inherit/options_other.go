@@ -10,7 +10,7 @@ func setListenerOptions(int) error { return nil }
 // setClientOptions sets the options of a connection that was inherited.
 func setClientOptions(fd int) error {
 	SetAccepted(fd)
-	boundWaits(fd)
+	BoundWaits(fd)
 	return nil
 }
 

@@ -69,7 +69,7 @@ func (r *Room) fits() bool {
 // slowly must not cost him more.
 func (r *Room) ForRelay(by RoomMaker, needy *Tenant, short bool) bool {
 	for reset := false; short || !r.fits(); short = false {
-		if r.closeIdle() {
+		if r.CloseIdle() {
 			continue
 		}
 		tooMany := r.conns.NotRelays() > r.reserve(r.limit.Load())
@@ -85,9 +85,9 @@ func (r *Room) ForRelay(by RoomMaker, needy *Tenant, short bool) bool {
 	return true
 }
 
-// closeIdle closes idle sockets of senders, at most once in limits.Redial: while descriptors are short
+// CloseIdle closes idle sockets of senders, at most once in limits.Redial: while descriptors are short
 // it is called for each client. It reports whether there were any.
-func (r *Room) closeIdle() bool {
+func (r *Room) CloseIdle() bool {
 	before, now := r.senders.Load(), limits.Now()
 	if last := r.given.Load(); before == 0 || now-last < int64(limits.Redial) || !r.given.CompareAndSwap(last, now) {
 		return false

@@ -28,15 +28,16 @@ type sender struct {
 	// Threads that may wait connect sockets of their own, which are used once.
 	onceMu sync.Mutex
 	once   []int // whose datagram may be under way
+	taken  int   // these, and those that have sent nothing yet
 }
 
 const (
 	// A datagram is charged with at least so many bytes.
 	datagramCharge = 768
 
-	// senderTries is how often a sender is tried to be locked: another loop has it for some
+	// senderWait is for how long to try to lock a sender: another loop has it for some
 	// microseconds, unless it hangs.
-	senderTries = 1000
+	senderWait = 50 * time.Microsecond
 
 	// senderIdle is how long a sender keeps its socket without use.
 	senderIdle = time.Second
@@ -54,9 +55,11 @@ func underWayMost() (sender, others int) {
 // [hostdir.NoRoom].
 func (s *Shares) Sender(t *Tenant) (fd int, err error) {
 	w := &t.sender
-	for n := 0; !w.mu.TryLock(); n++ {
-		if n == senderTries {
-			return -1, hostdir.BacklogFull
+	if !w.mu.TryLock() {
+		for late := limits.Now() + int64(senderWait); !w.mu.TryLock(); {
+			if limits.Now() > late {
+				return -1, hostdir.BacklogFull
+			}
 		}
 	}
 	w.used = limits.Now()
@@ -89,25 +92,34 @@ func (s *Shares) ConnectOnce(d *hostdir.Dialer, t *Tenant) (hostdir.Backend, err
 	w.onceMu.Lock()
 	s.closeReceived(w)
 	_, most := underWayMost()
-	full := len(w.once) >= most
+	full := w.taken >= most
+	if !full {
+		w.taken++
+	}
 	w.onceMu.Unlock()
 	if full {
 		return none, hostdir.BacklogFull
 	}
+	s.Room.senders.Add(1)
 	fd, err := hostdir.NewDatagram()
 	if err != nil {
+		s.giveBack(w)
 		return none, hostdir.NoRoom
 	}
-	s.Room.senders.Add(1)
 	b, err := d.ConnectDatagram(fd, true)
 	if err != nil {
 		unix.Close(fd)
-		s.Room.senders.Add(-1)
-	}
-	if err == hostdir.Stream {
-		err = hostdir.NotStreamSocket()
+		s.giveBack(w)
 	}
 	return b, err
+}
+
+// giveBack undoes what ConnectOnce has taken.
+func (s *Shares) giveBack(w *sender) {
+	w.onceMu.Lock()
+	w.taken--
+	w.onceMu.Unlock()
+	s.Room.senders.Add(-1)
 }
 
 // Sent gives back a socket of [Shares.Sender] or [Shares.ConnectOnce], with which a datagram was sent
@@ -124,7 +136,7 @@ func (s *Shares) Sent(t *Tenant, fd int, sent bool) {
 		s.sweepLater()
 	default:
 		unix.Close(fd)
-		s.Room.senders.Add(-1)
+		s.giveBack(w)
 	}
 }
 
@@ -136,6 +148,7 @@ func (s *Shares) closeReceived(w *sender) {
 			return false
 		}
 		unix.Close(fd)
+		w.taken--
 		s.Room.senders.Add(-1)
 		return true
 	})
@@ -177,7 +190,7 @@ func (s *Shares) sweep(idle time.Duration) {
 func (w *sender) inUse() bool {
 	w.onceMu.Lock()
 	defer w.onceMu.Unlock()
-	return w.fd.Load() != 0 || len(w.once) > 0
+	return w.fd.Load() != 0 || w.taken > 0
 }
 
 // Datagrams are the entries of a tenant that had a datagram socket the last time. Nobody tries a
@@ -190,6 +203,9 @@ type datagrams struct {
 
 // datagramsMost is how many entries of a tenant are remembered at most.
 const datagramsMost = 4096
+
+// HasDatagrams tells whether any of his entries had a datagram socket the last time.
+func (t *Tenant) HasDatagrams() bool { return t.datagrams.some.Load() }
 
 // HasDatagram tells whether the tls-socket of an entry was a datagram socket the last time.
 func (t *Tenant) HasDatagram(entry []byte) bool {

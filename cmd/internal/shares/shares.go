@@ -46,8 +46,15 @@ func (s *Shares) Reach(d *hostdir.Dialer, name []byte) (b hostdir.Backend, t *Te
 // whatever there is to wait for. If the backend is a datagram socket, see [Shares.ConnectOnce].
 func (s *Shares) Connect(d *hostdir.Dialer, t *Tenant) (hostdir.Backend, error) {
 	b, err := d.Connect(true)
-	if err == hostdir.Datagram {
-		return s.ConnectOnce(d, t)
+	if err != hostdir.Datagram {
+		return b, err
+	}
+	if b, err = s.ConnectOnce(d, t); err != hostdir.Stream {
+		return b, err
+	}
+	// It was exchanged just now, or is neither.
+	if b, err = d.Connect(true); err == hostdir.Datagram {
+		err = hostdir.NotStreamSocket()
 	}
 	return b, err
 }

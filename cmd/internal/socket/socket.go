@@ -84,6 +84,12 @@ func HandOver(to int, b []byte, client int) (sent bool, err error) {
 	}
 }
 
+// Lingers tells whether closing a socket may wait (SO_LINGER).
+func Lingers(fd int) bool {
+	l, err := unix.GetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER)
+	return err != nil || l.Onoff != 0
+}
+
 // SetPlain makes a client's socket what accept(2) would have returned: blocking, without the time
 // limits that it has from the listening socket.
 func SetPlain(client int) {
