@@ -115,8 +115,12 @@ func TestScarceShutDown(t *testing.T) {
 	const files = 48
 	l := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
 	d := startOn(t, l, hostdirtest.Dir(t), limitFiles(files), oneLoop)
+	least := files - 2
+	if isPortable(t) {
+		least = files - 6 // it leaves some to look-ups
+	}
 	silent := d.crowd(2*files, nil)
-	hostdirtest.Await(t, "the daemon to run out of descriptors", func() bool { return d.allFds() >= files-2 })
+	hostdirtest.Await(t, "the daemon to run out of descriptors", func() bool { return d.allFds() >= least })
 	share(t, l).do(func(fd int) error { return unix.Shutdown(fd, unix.SHUT_RDWR) })
 	d.err.Await(t, "was shut down by another process")
 	for _, c := range silent {
