@@ -12,7 +12,7 @@ import (
 type inbox struct {
 	mu      sync.Mutex
 	closed  bool      // the loop has ended
-	relays  []*conn   // that another loop has handed over
+	relays  []*conn   // that another loop has moved here
 	lookups []*lookup // that have ended
 	loss    loss
 }
@@ -56,17 +56,21 @@ func (l *loop) emptyInbox() {
 	}
 }
 
-// closeIfEmpty reports whether the last connection has ended. Then the loop gets nothing any more.
+// closeIfEmpty reports whether the last connection has ended. Then the loop gets nothing any more,
+// and nobody waits for the look-ups that it has.
 func (l *loop) closeIfEmpty() bool {
-	l.inbox.mu.Lock()
-	defer l.inbox.mu.Unlock()
 	b := &l.inbox
+	b.mu.Lock()
 	b.closed = l.open.Load() == 0
-	if b.closed {
-		for _, k := range append(l.lookups, b.lookups...) {
+	closed, lookups := b.closed, b.lookups
+	if closed {
+		b.lookups = nil
+	}
+	b.mu.Unlock() // before others are locked: those who give hold them
+	if closed {
+		for _, k := range lookups {
 			k.discard()
 		}
-		l.lookups, b.lookups = nil, nil
 	}
-	return b.closed
+	return closed
 }

@@ -125,9 +125,9 @@ func (l *loop) find(r *runner) (hostdir.Entry, error) {
 	return entry, err
 }
 
-// connect connects to the backend of the entry that was found: to a datagram socket with the sender of
-// the tenant, which is locked then. The error is [hostdir.Stream] if it was a datagram socket the last
-// time, and is none now.
+// connect connects to the backend of the entry that was found: to a datagram socket with the sender
+// of the tenant, which is locked then. The error is [hostdir.Stream] if it was a datagram socket
+// the last time, and is none now.
 func (l *loop) connect(r *runner) (b hostdir.Backend, err error) {
 	s, t := l.engine.shares, r.tenant
 	was := t.HasDatagram(r.entry)
@@ -184,22 +184,19 @@ func (l *loop) beginLookup(r *runner) uint64 {
 func (r *runner) finish(entry hostdir.Entry, b hostdir.Backend, err error) {
 	k := <-r.left
 	s := k.loop.engine.shares
+	if r.sender >= 0 && err != nil {
+		s.Sent(r.tenant, r.sender, false)
+	}
 	switch {
 	case r.tenant == nil && err == nil: // it has found the entry
 		k.tenant = s.Tenants.Of(entry)
 		k.backend, k.err = s.Connect(r.dialer, k.tenant)
-	case r.tenant == nil && err == hostdir.MayWait:
+	case err == hostdir.MayWait:
 		k.reach(r.dialer)
 	case err == hostdir.Datagram:
 		k.backend, k.err = s.Connect(r.dialer, r.tenant)
 	default: // it has connected, or failed
 		k.backend, k.err = b, err
-		if err != nil && r.sender >= 0 {
-			s.Sent(r.tenant, r.sender, false)
-		}
-		if err == hostdir.Stream {
-			k.err = hostdir.Exchanged
-		}
 	}
 	s.Threads.ComeBack(&k.task)
 	k.deliver()
