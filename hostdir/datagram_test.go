@@ -10,8 +10,8 @@ import (
 	"sniproxy/hostdir"
 )
 
-// Goal: a datagram socket is told apart from a stream socket, both ways, and is connected with a socket
-// of the caller's, again and again; a seqpacket socket is neither. No descriptor is lost.
+// Goal: a datagram socket is told apart from a stream socket, both ways, and is connected with a
+// socket of the caller's, again and again; a seqpacket socket is neither. No descriptor is lost.
 func TestDatagram(t *testing.T) {
 	for _, w := range ways(t) {
 		t.Run(w.name, func(t *testing.T) {

@@ -101,8 +101,8 @@ func (d *Dialer) try(wildcard, wait bool) error {
 // [Exchanged]. After [NoRoom] it may be called again. The error is [Again] or an [*Error].
 func (d *Dialer) Connect(wait bool) (Backend, error) { return d.connect(-1, wait) }
 
-// ConnectDatagram is like Connect, for a tls-socket that is a datagram socket, and connects a socket of
-// the caller's, which stays his: see [NewDatagram]. It need not be new.
+// ConnectDatagram is like Connect, for a tls-socket that is a datagram socket, and connects a
+// socket of the caller's, which stays his: see [NewDatagram]. It need not be new.
 func (d *Dialer) ConnectDatagram(fd int, wait bool) (Backend, error) { return d.connect(fd, wait) }
 
 // connect connects a datagram socket, or a new stream socket if there is none.

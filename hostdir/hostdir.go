@@ -259,8 +259,9 @@ func connectError(dir string, err error) error {
 // NotStreamSocket is the error when tls-socket is neither a stream nor a datagram socket.
 func NotStreamSocket() error { return &Error{Problem: NotStream, Errno: unix.EPROTOTYPE} }
 
-// SendError translates the error of sending a datagram with a socket that [Dialer.ConnectDatagram] has
-// connected. It is [BacklogFull] if the queue is full, or if too many descriptors are under way.
+// SendError translates the error of sending a datagram with a socket that [Dialer.ConnectDatagram]
+// has connected. It is [BacklogFull] if the queue is full, or if too many descriptors are under
+// way.
 func SendError(err unix.Errno) error {
 	switch err {
 	case unix.EAGAIN, unix.ENOBUFS, unix.ETOOMANYREFS:

@@ -200,7 +200,8 @@ func (h *Hosts) socket(deaf bool) (fd int, err error) {
 	return int(s), nil
 }
 
-// NewDatagram returns a datagram socket for [Dialer.ConnectDatagram], non-blocking and close-on-exec.
+// NewDatagram returns a datagram socket for [Dialer.ConnectDatagram], non-blocking and
+// close-on-exec.
 func NewDatagram() (int, error) {
 	return unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 }

@@ -39,7 +39,8 @@ func (h *Hosts) lstat(entry []byte, _ bool) (status, error) {
 // started in between that could inherit the descriptor.
 func (h *Hosts) socket(bool) (int, error) { return newSocket(unix.SOCK_STREAM) }
 
-// NewDatagram returns a datagram socket for [Dialer.ConnectDatagram], non-blocking and close-on-exec.
+// NewDatagram returns a datagram socket for [Dialer.ConnectDatagram], non-blocking and
+// close-on-exec.
 func NewDatagram() (int, error) { return newSocket(unix.SOCK_DGRAM) }
 
 func newSocket(kind int) (int, error) {

@@ -46,7 +46,7 @@ func TestChaos(t *testing.T) {
 	for _, prepare := range chaosActors {
 		prepare(ch)
 	}
-	// Where there are loops, those of one daemon hand relays over all the time.
+	// Where there are loops, those of one daemon move relays all the time.
 	d := start(t, func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, "SNIPROXY_TEST_SHARE=1") })
 	l := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
 	poor := startOn(t, l, d.dir, limitFiles(48))
@@ -162,7 +162,7 @@ func (ch *chaos) makeHosts() {
 	ch.elsewhere = hostdirtest.Dir(ch.t)
 	ch.serve(ch.elsewhere, "green", "switched.example", false)
 	ch.serve(ch.elsewhere, "blue", "switched.example", true)
-	ch.serveHanded("handed.example")
+	ch.daemons[0].serveHanded("handed.example", greetHanded)
 	ch.actors = append(ch.actors, ch.die, ch.hand)
 	hostdirtest.Serve(ch.t, hostDir(dir, "rude.example"), func(c *net.UnixConn) { c.Read(make([]byte, rand.IntN(400))) })
 }
@@ -182,9 +182,6 @@ func (ch *chaos) backend(entry string, marker bool) func(*net.UnixConn) {
 		ch.answer(c, entry, marker)
 	}
 }
-
-// serveHanded makes a host whose connections are handed over.
-func (ch *chaos) serveHanded(name string) { ch.daemons[0].serveHanded(name, greetHanded) }
 
 // hand has clients ask for a host whose connections are handed over, and who must reach it, and for
 // another one whose backend takes few of them, and dies with the others.

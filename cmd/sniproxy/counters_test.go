@@ -595,7 +595,7 @@ func (d *daemon) catches(s syscall.Signal) bool {
 	return false
 }
 
-// Goal: relays that loops hand over to each other all the time are counted once, at any moment, and
+// Goal: relays that loops move to each other all the time are counted once, at any moment, and
 // so is each of their bytes.
 func TestCountersShared(t *testing.T) {
 	const relays, rounds = 30, 200

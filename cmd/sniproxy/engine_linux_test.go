@@ -19,10 +19,10 @@ import (
 	"sniproxy/sni/snitest"
 )
 
-// With this variable a daemon's loops hand relays over although they are not busy.
+// With this variable a daemon's loops move relays although they are not busy.
 func init() {
 	if os.Getenv(impersonate) != "" && os.Getenv("SNIPROXY_TEST_SHARE") != "" {
-		epoll.HandOverFrom = 0
+		epoll.MoveFrom = 0
 	}
 }
 

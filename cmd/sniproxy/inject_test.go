@@ -36,7 +36,7 @@ type injection struct {
 	harmful  string // errors that may end a connection, with an alert or a reset
 	ending   string // errors that may end it as if all was said
 
-	share    bool // two loops, which hand relays over all the time
+	share    bool // two loops, which move relays all the time
 	loopOnly bool // not to fail in other threads than the loop's
 }
 

@@ -277,7 +277,7 @@ const testHalfClosed = 1500 * time.Millisecond
 
 // Goal: a connection with one direction ended is closed when the other has moved no byte for the
 // time limit, not before. The client gets a clean end if the backend has ended, otherwise a reset.
-// A connection with no direction ended lives on. All of this holds while loops hand relays over to
+// A connection with no direction ended lives on. All of this holds while loops move relays to
 // each other.
 func TestHalfClosed(t *testing.T) {
 	t.Parallel()

@@ -128,8 +128,11 @@ func (c *conn) enter(p phase) {
 		if was == lingering {
 			c.leaveQueue()
 		}
-		if fd := c.sockets[client].fd; fd != 0 {
+		if fd := c.sockets[client].fd; fd != 0 { // otherwise another thread closes it
 			closeFd(fd)
+			if fd == l.shared {
+				l.shared = 0
+			}
 		}
 		c.closeBackend()
 		c.belongTo(nil)
@@ -396,8 +399,8 @@ func (c *conn) begin(b hostdir.Backend, name, hello []byte) {
 	}
 }
 
-// handOver hands the connection itself over to the backend, with a header, if asked for, and all bytes
-// read so far. Then it is no business of the program any more.
+// handOver hands the connection itself over to the backend, with a header, if asked for, and all
+// bytes read so far. Then it is no business of the program any more.
 func (c *conn) handOver(key shares.Key, b hostdir.Backend, name, hello []byte) {
 	l, s := c.loop, &c.sockets[client]
 	var header []byte
@@ -422,19 +425,19 @@ func (c *conn) handOver(key shares.Key, b hostdir.Backend, name, hello []byte) {
 	shared := s.fd == l.shared
 	if shared {
 		l.shared = 0
-		setPlain(s.fd, unix.SO_RCVTIMEO, unix.SO_SNDTIMEO)
+		socket.SetPlain(int(s.fd))
 	} else {
-		setPlain(s.fd, unix.SO_RCVTIMEO)
+		setPlain(s.fd)
 	}
-	errno := handOver(int32(b.FD), first, s.fd, l.rights)
-	l.engine.shares.Sent(c.tenant, b.FD, errno == 0)
-	if errno != 0 {
+	handed, err := socket.HandOver(b.FD, first, int(s.fd))
+	l.engine.shares.Sent(c.tenant, b.FD, handed)
+	if !handed {
 		setNonblock(s.fd)
 		if shared {
 			l.shared = s.fd
 			inherit.BoundWaits(int(s.fd))
 		}
-		if err := hostdir.SendError(errno); err == hostdir.BacklogFull {
+		if err == hostdir.BacklogFull {
 			c.redialLater(key, err, name, hello, limits.RedialHandOver)
 		} else {
 			c.refuse(name, err)
@@ -445,9 +448,9 @@ func (c *conn) handOver(key shares.Key, b hostdir.Backend, name, hello []byte) {
 	l.counters.Handed.Add(1)
 	l.counters.Bytes[client].Add(sent)
 	access.Print(report.Traffic{report.Up: sent}, time.Duration(limits.Now()-c.accepted), report.HandedOver)
-	// The socket is the backend's as well by now. If he lets it linger and has closed it already, this
-	// close is the last one, and waits.
-	if lingers(s.fd) {
+	// By now the socket is the backend's as well. If that lets it linger and has closed it already,
+	// this close is the last one, and waits.
+	if socket.Lingers(int(s.fd)) {
 		c.tenant.CloseAway(l.engine.shares.Threads, int(s.fd))
 		s.fd = 0
 	}

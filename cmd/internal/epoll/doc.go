@@ -10,7 +10,7 @@
 //	relay.go     bytes both ways
 //
 // Beside these, each alone: poller.go waits, table.go has the connections by number, inbox.go has
-// what others give a loop, load.go measures how busy it is and handover.go gives work to the next
+// what others give a loop, load.go measures how busy it is and move.go gives work to the next
 // loop. watch.go frees a loop from a look-up that hangs, redial.go has those who wait for room, and
 // room.go ends connections to make room. limits.go says how much of everything, syscall.go has the
 // raw calls. README.md has what this costs, and what it survives.

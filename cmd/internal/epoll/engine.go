@@ -20,7 +20,7 @@ import (
 // in one loop, and no lock is taken for it.
 //
 // Only the first loop always accepts. A busy loop invites the next; a second idle loop would cost a
-// sixth more CPU in wake-ups. A busy loop also hands long-lived relays over to the next.
+// sixth more CPU in wake-ups. A busy loop also moves long-lived relays to the next.
 type Engine struct {
 	hosts     *hostdir.Hosts
 	listeners []*inherit.Listener

@@ -35,20 +35,20 @@ const (
 	// redialMost is how many clients that wait try again before others have their turn.
 	redialMost = 32
 
-	// redialSpacing is the time from one try to the next, for all entries of a user together, so that
-	// who has thousands of entries cannot have a loop do nothing else.
+	// redialSpacing is the time from one try to the next, for all entries of a user together. So
+	// thousands of entries cannot take all of a loop's time.
 	redialSpacing = 250 * time.Microsecond
 
 	// A loop measures how busy it is every measurePeriod, and looks at the clock for that every
-	// measureRounds rounds. One that works for more than busyMost of the
-	// time has the next one accept connections too, until it works for less than busyLeast.
+	// measureRounds rounds. One that works for more than busyMost of the time has the next one
+	// accept connections too, until it works for less than busyLeast.
 	measurePeriod = 10 * time.Millisecond
 	measureRounds = 32
 	busyMost      = 0.8
 	busyLeast     = 0.4
 
-	// handedMost is how many relays a loop hands over at once.
-	handedMost = 64
+	// movedMost is how many relays a loop moves to the next one at once.
+	movedMost = 64
 
 	// briefWait is for how many milliseconds a loop waits for events before it tells the scheduler.
 	briefWait = 10
@@ -73,5 +73,5 @@ const (
 	loopDescriptors = 5
 )
 
-// HandOverFrom is how busy a loop is that hands relays over. Tests lower it.
-var HandOverFrom = 0.5
+// MoveFrom is how busy a loop is that moves relays to the next one. Tests lower it.
+var MoveFrom = 0.5

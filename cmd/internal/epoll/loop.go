@@ -72,7 +72,6 @@ type loop struct {
 	pipe     pipe
 	noRights bool   // the system refuses descriptors that backends pass (SCM_RIGHTS)
 	control  []byte // for these descriptors otherwise
-	rights   []byte // for the descriptor that is handed over
 
 	parser sni.Parser
 	// What was read is dealt with before anything else is, so one buffer serves all. In front of it
@@ -91,7 +90,7 @@ func newLoop(e *Engine) (*loop, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &loop{engine: e, poller: p, noRights: e.hosts.RefusesDescriptors(), rights: newRights()}
+	l := &loop{engine: e, poller: p, noRights: e.hosts.RefusesDescriptors()}
 	if l.pipe, err = newPipe(); err != nil {
 		return nil, err
 	}

@@ -10,7 +10,7 @@ import (
 )
 
 // shareWork finds out now and then how busy the loop is. A busy loop has the next one, in a ring,
-// accept connections too, and hands relays over to it.
+// accept connections too, and moves relays there.
 func (l *loop) shareWork() {
 	if l.rounds%measureRounds != 0 || l.next == l {
 		return
@@ -24,8 +24,8 @@ func (l *loop) shareWork() {
 	} else if busy < busyLeast {
 		l.invite(false)
 	}
-	if busy > HandOverFrom {
-		l.handOver()
+	if busy > MoveFrom {
+		l.moveRelays()
 	}
 }
 
@@ -36,21 +36,21 @@ func (l *loop) invite(yes bool) {
 	}
 }
 
-// handOver hands relays over to the next loop, if that has fewer connections. It takes only those
-// that were there at the last two samples: short connections stay where they are. Call it between
-// two batches of events: one that is left for a relay would be lost.
-func (l *loop) handOver() {
-	most := min(int(l.open.Load()-l.next.open.Load())/2, handedMost)
+// moveRelays moves relays to the next loop, if that has fewer connections. It takes only those that
+// were there at the last two samples: short connections stay where they are. Call it between two
+// batches of events: one that is left for a relay would be lost.
+func (l *loop) moveRelays() {
+	most := min(int(l.open.Load()-l.next.open.Load())/2, movedMost)
 	for i := 0; i < len(l.conns.all) && most > 0; i++ {
 		if c := l.conns.all[i]; c.phase == relaying && l.load.samples-c.sample > 1 {
-			l.hand(c)
+			l.move(c)
 			most--
 		}
 	}
 }
 
-// hand hands c over to the next loop, or leaves it where it is if that has ended.
-func (l *loop) hand(c *conn) {
+// move moves c to the next loop, or leaves it where it is if that has ended.
+func (l *loop) move(c *conn) {
 	for i := range c.sockets {
 		if errno := l.poller.remove(c.sockets[i].fd); errno != 0 {
 			c.printAccess(report.CutForMemory)

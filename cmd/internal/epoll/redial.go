@@ -9,10 +9,10 @@ import (
 	"sniproxy/cmd/internal/shares"
 )
 
-// Redials are the clients that wait for room, in lines: one for each entry whose backend's backlog is
-// full or whose directory is being exchanged, and one for each tenant that gets no descriptor. (An
-// entry of the administrator's is a tenant by itself, so for it these two are one.) After a pause
-// the first client of a line tries again, and then the next while that helps.
+// Redials are the clients that wait for room, in lines: one for each entry whose backend's backlog
+// is full or whose directory is being exchanged, and one for each tenant that gets no descriptor.
+// (An entry of the administrator's is a tenant by itself, so for it these two are one.) After a
+// pause the first client of a line tries again, and then the next while that helps.
 type redials struct {
 	lines []*line
 	of    map[shares.Key]*line
@@ -101,8 +101,8 @@ func (l *loop) redial() {
 	}
 }
 
-// share returns the pause that leaves a user with many lines no more tries than redialSpacing allows.
-// The administrator's entries are tenants by themselves.
+// share returns the pause that leaves a user with many lines no more tries than redialSpacing
+// allows. The administrator's entries are tenants by themselves.
 func (w *redials) share(q *line) time.Duration {
 	user := q.key.User()
 	if user == 0 {

@@ -59,40 +59,12 @@ func receive(fd int32, b, control []byte) (n int, passed []int, errno unix.Errno
 	}
 }
 
-// handOver sends b, and with it a descriptor. Rights is made by newRights.
-func handOver(to int32, b []byte, fd int32, rights []byte) unix.Errno {
-	*(*int32)(unsafe.Pointer(&rights[unix.CmsgLen(0)])) = fd
-	iov := unix.Iovec{Base: unsafe.SliceData(b)}
-	iov.SetLen(len(b))
-	msg := unix.Msghdr{Iov: &iov, Iovlen: 1, Control: unsafe.SliceData(rights)}
-	msg.SetControllen(len(rights))
-	for {
-		_, _, errno := syscall.RawSyscall(unix.SYS_SENDMSG, uintptr(to), uintptr(unsafe.Pointer(&msg)), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
-		if errno != unix.EINTR {
-			return errno
-		}
-	}
-}
-
-// newRights returns a control message for one descriptor.
-func newRights() []byte { return unix.UnixRights(0) }
-
-// setPlain makes a client's socket what accept(2) would have returned: blocking, without the time
-// limits that it has from the listening socket.
-func setPlain(fd int32, limits ...uintptr) {
+// setPlain is like [socket.SetPlain], for a socket that was accepted here: it has no time limit for
+// what is sent.
+func setPlain(fd int32) {
 	syscall.RawSyscall(unix.SYS_FCNTL, uintptr(fd), unix.F_SETFL, unix.O_RDWR)
 	var never unix.Timeval
-	for _, name := range limits {
-		syscall.RawSyscall6(unix.SYS_SETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, name, uintptr(unsafe.Pointer(&never)), unsafe.Sizeof(never), 0)
-	}
-}
-
-// lingers tells whether closing a socket may wait (SO_LINGER).
-func lingers(fd int32) bool {
-	var l unix.Linger
-	size := uint32(unsafe.Sizeof(l))
-	_, _, errno := syscall.RawSyscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, unix.SO_LINGER, uintptr(unsafe.Pointer(&l)), uintptr(unsafe.Pointer(&size)), 0)
-	return errno != 0 || l.Onoff != 0
+	syscall.RawSyscall6(unix.SYS_SETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, unix.SO_RCVTIMEO, uintptr(unsafe.Pointer(&never)), unsafe.Sizeof(never), 0)
 }
 
 // sendBuffer returns how much a Unix socket takes that its peer does not read.

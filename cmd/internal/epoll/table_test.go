@@ -7,7 +7,7 @@ import (
 )
 
 // Goal: an event for a connection that has ended is not taken for the next one with its number, and
-// a connection that is handed over leaves its number to others.
+// a connection that moves to another loop leaves its number to others.
 func TestTable(t *testing.T) {
 	var table, next table
 	a := table.add()
@@ -30,15 +30,15 @@ func TestTable(t *testing.T) {
 
 	table.take(b)
 	if c := table.find(second); c != nil {
-		t.Errorf("an event for a connection that was handed over finds %+v", c)
+		t.Errorf("an event for a connection that has moved finds %+v", c)
 	}
 	next.add()
 	next.put(b)
 	if next.find(token{b.number, b.generation << 1}) != b || b.number != 1 {
-		t.Errorf("the connection that was handed over is not found as number %d", b.number)
+		t.Errorf("the connection that has moved is not found as number %d", b.number)
 	}
 	if c := table.add(); c == b || c.number != second.number {
-		t.Errorf("got number %d, want that of the connection that was handed over, %d", c.number, second.number)
+		t.Errorf("got number %d, want that of the connection that has moved, %d", c.number, second.number)
 	}
 }
 

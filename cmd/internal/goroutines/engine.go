@@ -270,8 +270,8 @@ func (c *conn) hello() (hello, name []byte, err error) {
 	return hello, name, err
 }
 
-// dial connects to the backend of the host with a name, or hands the connection over. At the deadline
-// it fails with what was in the way.
+// dial connects to the backend of the host with a name, or hands the connection over. At the
+// deadline it fails with what was in the way.
 func (c *conn) dial(ctx context.Context, name, hello []byte) (hostdir.Backend, error) {
 	b, key, err := c.tryDial(ctx, name, hello)
 	for mayPass(err) && ctx.Err() == nil {

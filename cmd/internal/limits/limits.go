@@ -24,8 +24,8 @@ const (
 	// Redial: one for each entry, and then the next while that succeeds.
 	Redial = 8 * time.Millisecond
 
-	// RedialHandOver is the first pause where a datagram socket has no room, which is short: its queue
-	// is, too. It doubles up to Redial while it does not help.
+	// RedialHandOver is the first pause where a datagram socket has no room, which is short: its
+	// queue is, too. It doubles up to Redial while it does not help.
 	RedialHandOver = time.Millisecond
 
 	// AcceptPause is how long accept rests after a failure that does not pass by itself.

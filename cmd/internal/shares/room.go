@@ -19,9 +19,9 @@ type Room struct {
 	single  bool         // one connection is served, and needs no reserve
 	limit   atomic.Int64 // of descriptors
 
-	senders atomic.Int64 // sockets of senders
-	giveUp  func()       // closes those that have nothing under way
-	given   atomic.Int64 // when that was done last, by the clock of limits
+	senders   atomic.Int64 // sockets of senders
+	closeIdle func()       // closes those that have nothing under way
+	closed    atomic.Int64 // when that was done last, by the clock of limits
 }
 
 // Connections count what an engine has.
@@ -64,9 +64,9 @@ func (r *Room) fits() bool {
 // ForRelay makes room for a relay to a host of needy, unless there is some. If short, the system
 // has just refused a descriptor, whatever the numbers say. It reports whether there is room now.
 //
-// Idle sockets of senders go first. If more clients wait than the reserve holds, those that have waited longest make room. Otherwise
-// the tenant with the most relays gives up one, at most one for each call: a backend that closes
-// slowly must not cost him more.
+// Idle sockets of senders go first. If more clients wait than the reserve holds, those that have
+// waited longest make room. Otherwise the tenant with the most relays gives up one, at most one for
+// each call: a backend that closes slowly must not cost him more.
 func (r *Room) ForRelay(by RoomMaker, needy *Tenant, short bool) bool {
 	for reset := false; short || !r.fits(); short = false {
 		if r.CloseIdle() {
@@ -85,14 +85,14 @@ func (r *Room) ForRelay(by RoomMaker, needy *Tenant, short bool) bool {
 	return true
 }
 
-// CloseIdle closes idle sockets of senders, at most once in limits.Redial: while descriptors are short
-// it is called for each client. It reports whether there were any.
+// CloseIdle closes idle sockets of senders, at most once in limits.Redial: while descriptors are
+// short it is called for each client. It reports whether there were any.
 func (r *Room) CloseIdle() bool {
 	before, now := r.senders.Load(), limits.Now()
-	if last := r.given.Load(); before == 0 || now-last < int64(limits.Redial) || !r.given.CompareAndSwap(last, now) {
+	if last := r.closed.Load(); before == 0 || now-last < int64(limits.Redial) || !r.closed.CompareAndSwap(last, now) {
 		return false
 	}
-	r.giveUp()
+	r.closeIdle()
 	return r.senders.Load() < before
 }
 

@@ -14,12 +14,12 @@ import (
 )
 
 // A sender hands connections over for a tenant, with a datagram socket that is connected to one of
-// his backends after the other. The kernel charges each datagram to the socket that sent it until it
-// is received, and refuses more than SO_SNDBUF allows. So a tenant whose backends take nothing uses
-// up only his own share of the descriptors that may be under way (ETOOMANYREFS).
+// his backends after the other. The kernel charges each datagram to the socket that sent it until
+// it is received, and refuses more than SO_SNDBUF allows. So a tenant whose backends take nothing
+// uses up only his own share of the descriptors that may be under way (ETOOMANYREFS).
 //
-// Who has locked it may use the socket. A thread that hangs while it connects the socket keeps the
-// lock, which keeps only that tenant's clients waiting.
+// Whoever has locked it may use the socket. A thread that hangs while it connects the socket keeps
+// the lock, which keeps only that tenant's clients waiting.
 type sender struct {
 	mu   sync.Mutex   // only ever tried
 	fd   atomic.Int64 // 0 if there is none
@@ -43,8 +43,8 @@ const (
 	senderIdle = time.Second
 )
 
-// underWayMost returns how many datagrams a tenant may have under way: from his sender's socket, and
-// from others.
+// underWayMost returns how many datagrams a tenant may have under way: from his sender's socket,
+// and from others.
 func underWayMost() (sender, others int) {
 	most := min(limits.UnderWay, descriptors.Limit()/limits.UnderWayParts)
 	return int(most - most/4), int(most / 4)
@@ -66,18 +66,13 @@ func (s *Shares) Sender(t *Tenant) (fd int, err error) {
 	if fd := w.fd.Load(); fd != 0 {
 		return int(fd), nil
 	}
-	fd, err = hostdir.NewDatagram()
-	if err == nil {
-		most, _ := underWayMost()
-		// The kernel doubles what it is told.
-		if err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, most*datagramCharge/2); err != nil {
-			unix.Close(fd)
-		}
-	}
-	if err != nil {
+	if fd, err = hostdir.NewDatagram(); err != nil {
 		w.mu.Unlock()
 		return -1, hostdir.NoRoom
 	}
+	most, _ := underWayMost()
+	// The kernel doubles what it is told.
+	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, most*datagramCharge/2)
 	w.fd.Store(int64(fd))
 	s.Room.senders.Add(1)
 	s.sweepLater()
@@ -122,8 +117,8 @@ func (s *Shares) giveBack(w *sender) {
 	s.Room.senders.Add(-1)
 }
 
-// Sent gives back a socket of [Shares.Sender] or [Shares.ConnectOnce], with which a datagram was sent
-// or not.
+// Sent gives back a socket of [Shares.Sender] or [Shares.ConnectOnce], with which a datagram was
+// sent or not.
 func (s *Shares) Sent(t *Tenant, fd int, sent bool) {
 	w := &t.sender
 	switch {

@@ -26,7 +26,7 @@ type Shares struct {
 func New(hosts *hostdir.Hosts, own int64, single bool, conns Connections) *Shares {
 	tenants, threads := newTenants(), newThreads(hosts)
 	s := &Shares{Tenants: tenants, Threads: threads, Room: newRoom(own, single, conns, threads, tenants)}
-	s.Room.giveUp = func() { s.sweep(0) }
+	s.Room.closeIdle = func() { s.sweep(0) }
 	return s
 }
 

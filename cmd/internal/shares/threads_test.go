@@ -8,16 +8,22 @@ import (
 	"sniproxy/hostdir"
 )
 
-// Goal: while the system has no room for another thread, the threads that there were at the start
-// go on with whatever tasks come.
-func TestThreadsNoRoom(t *testing.T) {
+// threadsFor returns threads for an empty hosts directory.
+func threadsFor(t *testing.T) *Threads {
+	t.Helper()
 	t.Chdir(t.TempDir())
 	hosts, err := hostdir.Open()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer hosts.Close()
-	s := newThreads(hosts)
+	t.Cleanup(hosts.Close)
+	return newThreads(hosts)
+}
+
+// Goal: while the system has no room for another thread, the threads that there were at the start
+// go on with whatever tasks come.
+func TestThreadsNoRoom(t *testing.T) {
+	s := threadsFor(t)
 	s.mu.Lock()
 	s.room = func() bool { return false }
 	s.mu.Unlock()
@@ -43,13 +49,7 @@ func TestThreadsNoRoom(t *testing.T) {
 
 // Goal: a task that waits behind others that are stuck is given up, and run if they are not.
 func TestThreadsPatience(t *testing.T) {
-	t.Chdir(t.TempDir())
-	hosts, err := hostdir.Open()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer hosts.Close()
-	s := newThreads(hosts)
+	s := threadsFor(t)
 	tenant := newTenants().Unknown([]byte("slow.example"))
 	stuck := make(chan struct{})
 	defer close(stuck)

@@ -69,8 +69,8 @@ func Passed(control []byte) (fds []int) {
 	return fds
 }
 
-// HandOver sends b with a datagram socket that is connected, and with it the descriptor of a client. It
-// reports whether that was sent; the error is of package hostdir.
+// HandOver sends b with a datagram socket that is connected, and with it the descriptor of a
+// client. It reports whether that was sent; the error is of package hostdir.
 func HandOver(to int, b []byte, client int) (sent bool, err error) {
 	for {
 		err := unix.Sendmsg(to, b, unix.UnixRights(client), nil, unix.MSG_DONTWAIT)
