@@ -5,10 +5,12 @@ import (
 	"io"
 	"net"
 	"os"
+	"path/filepath"
 	"testing"
 	"time"
 
 	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni"
 	"sniproxy/sni/snitest"
 )
 
@@ -126,5 +128,23 @@ func TestHandedRoom(t *testing.T) {
 	}
 	if c := d.counters(); c.open-c.waiting > most {
 		t.Errorf("%d relays with 100 descriptors: they have taken what is kept for clients who wait", c.open-c.waiting)
+	}
+}
+
+// Goal: a look-up that hangs after its thread has handed connections over ends no more than itself.
+func TestHandedThenStuck(t *testing.T) {
+	strace := hostdirtest.Need(t, "strace")
+	// Four clients who are handed over take at most eight calls. Those after them take long, and are to
+	// find the entries of names that have none.
+	slow := "--inject=openat2:delay_exit=400000:when=9+"
+	d := start(t, traced(strace, filepath.Join(t.TempDir(), "strace"), "-e", "trace=openat2", slow), oneLoop)
+	d.serveHanded("a.example", greetHanded)
+	for range 4 {
+		if err := d.greeted("a.example"); err != nil {
+			t.Error(err)
+		}
+	}
+	for i := range 5 {
+		d.expectAlert(snitest.Hello(fmt.Sprintf("absent%d.example", i)), sni.UnrecognizedName)
 	}
 }
