@@ -401,7 +401,7 @@ func (c *conn) begin(b hostdir.Backend, name, hello []byte) {
 
 // handOver hands the connection itself over to the backend, with a header, if asked for, and all
 // bytes read so far. Then it is no business of the program any more.
-func (c *conn) handOver(key shares.Key, b hostdir.Backend, name, hello []byte) {
+func (c *conn) handOver(entry []byte, b hostdir.Backend, name, hello []byte) {
 	l, s := c.loop, &c.sockets[client]
 	var header []byte
 	var gone error
@@ -438,7 +438,7 @@ func (c *conn) handOver(key shares.Key, b hostdir.Backend, name, hello []byte) {
 			inherit.BoundWaits(int(s.fd))
 		}
 		if err == hostdir.BacklogFull {
-			c.redialLater(key, err, name, hello, limits.RedialHandOver)
+			c.redialLater(c.tenant.EntryKey(entry), err, name, hello, limits.RedialHandOver)
 		} else {
 			c.refuse(name, err)
 		}
