@@ -429,7 +429,7 @@ func (c *conn) handOver(entry []byte, b hostdir.Backend, name, hello []byte) {
 	} else {
 		setPlain(s.fd)
 	}
-	handed, err := socket.HandOver(b.FD, first, int(s.fd))
+	handed, err := handOver(b.FD, first, s.fd)
 	l.engine.shares.Sent(c.tenant, b.FD, handed)
 	if !handed {
 		setNonblock(s.fd)
@@ -450,7 +450,7 @@ func (c *conn) handOver(entry []byte, b hostdir.Backend, name, hello []byte) {
 	access.Print(report.Traffic{report.Up: sent}, time.Duration(limits.Now()-c.accepted), report.HandedOver)
 	// By now the socket is the backend's as well. If that lets it linger and has closed it already,
 	// this close is the last one, and waits.
-	if socket.Lingers(int(s.fd)) {
+	if lingers(s.fd) {
 		c.tenant.CloseAway(l.engine.shares.Threads, int(s.fd))
 		s.fd = 0
 	}
