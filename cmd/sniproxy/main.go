@@ -4,7 +4,7 @@
 //
 // # Interface
 //
-// There are no arguments and no configuration file.
+// There are no arguments but -h, which prints the usage, and no configuration file.
 //
 //   - Standard input is a bound and listening TCP socket: IPv4, IPv6 or both.
 //     Supervisors such as systemd, inetd and s6 hand it over.
@@ -71,6 +71,7 @@
 //	cmd/internal/socket         a socket's addresses, its PROXY header, and descriptors that it passes
 //	cmd/internal/descriptors    how many are in use, and their limit
 //	cmd/internal/limits         what a connection may take
+//	cmd/internal/usage          the usage, with the version
 //	hostdir                     from a name to its directory, its backend and its markers
 //	sni                         the name in a ClientHello
 //	proxyproto                  PROXY protocol headers
@@ -85,6 +86,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"strings"
 	"syscall"
 	"time"
 
@@ -95,14 +97,16 @@ import (
 	"sniproxy/cmd/internal/limits"
 	"sniproxy/cmd/internal/logline"
 	"sniproxy/cmd/internal/socket"
+	"sniproxy/cmd/internal/usage"
 	"sniproxy/hostdir"
 )
 
-const usage = `usage: sniproxy < listening TCP socket
+const usageText = `usage: sniproxy < listening TCP socket
 
-It takes no arguments. Standard input is a listening TCP socket or a TCP connection,
-unless systemd has passed sockets (LISTEN_FDS), and the working directory holds a
-directory NAME, with the Unix socket tls-socket in it, for each host.
+It takes no arguments but -h, which prints this. Standard input is a listening
+TCP socket or a TCP connection, unless systemd has passed sockets (LISTEN_FDS),
+and the working directory holds a directory NAME, with the Unix socket
+tls-socket in it, for each host.
 `
 
 // Keep the main thread for the main goroutine: the kernel prefers it for signals, and a thread
@@ -132,8 +136,12 @@ func run() int {
 	}
 	defer logline.Flush()
 	// sniproxy-rs ignores arguments.
-	if len(os.Args) != 1 {
-		logline.Text(usage)
+	switch args := os.Args[1:]; {
+	case usage.Asked(args):
+		logline.Out("%s", strings.TrimSuffix(usage.Text(usageText), "\n"))
+		return 0
+	case len(args) > 0:
+		logline.Text(usage.Text(usageText))
 		return 2
 	}
 	if err != nil {
