@@ -137,7 +137,7 @@ func (e *Error) Error() string {
 	text := problems[e.Problem]
 	switch e.Problem {
 	case NotPermitted:
-		text = fmt.Sprintf("%s for uid %d", text, unix.Geteuid())
+		text = DeniedTo(uint32(unix.Geteuid()))
 	case Other:
 		text = fmt.Sprintf("%s: %v", text, e.Errno)
 	}
@@ -148,6 +148,9 @@ func (e *Error) Error() string {
 }
 
 func (e *Error) Unwrap() error { return e.Errno }
+
+// DeniedTo is the text of the error NotPermitted for a user.
+func DeniedTo(uid uint32) string { return fmt.Sprintf("%s for uid %d", problems[NotPermitted], uid) }
 
 // A skip is why a look-up passes over an entry and goes on to the next candidate. It is an error
 // only inside this package.
