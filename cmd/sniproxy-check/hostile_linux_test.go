@@ -30,7 +30,7 @@ func TestUnshareForbidden(t *testing.T) {
 	good(t)(filepath.Join(hosts, entryOf("one.example")))
 	long := strings.Repeat("a", 200)
 	good(t)(filepath.Join(hosts, entryOf(long)))
-	cmd := users()[0].command(self(t), hosts, "one.example", long)
+	cmd := users()[0].command(self(t), users()[0].forItself(hosts, "one.example", long)...)
 	cmd.Env = append(cmd.Env, "SNIPROXY_CHECK_NO_UNSHARE=1")
 	var stdout, stderr strings.Builder
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
@@ -57,7 +57,7 @@ func TestUserNamespace(t *testing.T) {
 	good(t)(filepath.Join(hosts, entryOf("*.ours.example")))
 	must(t, os.Chown(hosts, 1000, 1000))
 	mapping := []syscall.SysProcIDMap{{ContainerID: 0, HostID: 0, Size: 1}}
-	cmd := users()[0].command(self(t), hosts, "one.example", "a.theirs.example", "a.ours.example")
+	cmd := users()[0].command(self(t), users()[0].forItself(hosts, "one.example", "a.theirs.example", "a.ours.example")...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWUSER, UidMappings: mapping, GidMappings: mapping}
 	var stdout, stderr strings.Builder
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
@@ -113,5 +113,29 @@ func TestEndless(t *testing.T) {
 	if n := strings.Count(stdout, "\n"); n > strangersMost || status != 1 || !strings.Contains(stderr, "sniproxy-check: the hosts directory ") ||
 		!strings.Contains(stderr, " more entries are no hosts, and have no line\n") {
 		t.Errorf("%d lines, exit status %d, stderr %q", n, status, stderr)
+	}
+}
+
+// Goal: where only a mount still shows a socket that was removed, as a container does after the backend
+// was started again, that is said, and what to mount in its place.
+func TestRemovedSocket(t *testing.T) {
+	t.Parallel()
+	hostdirtest.OwnMounts(t)
+	hosts, others := hostdirtest.Dir(t), hostdirtest.Dir(t)
+	dir := filepath.Join(hosts, entryOf("one.example"))
+	must(t, os.Mkdir(dir, 0o755))
+	hostdirtest.Touch(t, dir+"/tls-socket")
+	hostdirtest.Abandon(t, others)
+	hostdirtest.Mount(t, others+"/tls-socket", dir+"/tls-socket", "", unix.MS_BIND, "")
+	const removed = "this socket was removed (its link count is 0), and only a mount still shows it: mount its directory into the container or sandbox, not the socket"
+	for _, want := range []bool{false, true} {
+		stdout, _, status := check(t, users()[0], "", hosts, "one.example")
+		if !strings.HasPrefix(stdout, "one.example: "+nobodyListens+": ") || strings.Contains(stdout, removed) != want || status != 1 {
+			t.Errorf("removed %t: %q, exit status %d", want, stdout, status)
+		}
+		if !want {
+			must(t, os.Remove(others+"/tls-socket"))
+			serve(t, others) // the new one, which is not seen
+		}
 	}
 }
