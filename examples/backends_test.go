@@ -68,24 +68,32 @@ func startProxy(t *testing.T, hosts string) (addr string) {
 	return l.Addr().String()
 }
 
-// makeCertificate makes a certificate for one.example, which signs itself.
-func (s *backendSite) makeCertificate() {
-	s.t.Helper()
+// certificate returns a certificate for names, which signs itself.
+func certificate(t *testing.T, names ...string) tls.Certificate {
+	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	hostdirtest.Must(s.t, err)
+	hostdirtest.Must(t, err)
 	template := &x509.Certificate{
 		SerialNumber: big.NewInt(1),
-		DNSNames:     []string{"one.example"},
+		DNSNames:     names,
 		NotBefore:    time.Now().Add(-time.Hour),
 		NotAfter:     time.Now().Add(time.Hour),
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	hostdirtest.Must(s.t, err)
+	hostdirtest.Must(t, err)
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
+}
+
+// makeCertificate makes a certificate for one.example, which signs itself.
+func (s *backendSite) makeCertificate() {
+	s.t.Helper()
+	made := certificate(s.t, "one.example")
+	der := made.Certificate[0]
 	cert, err := x509.ParseCertificate(der)
 	hostdirtest.Must(s.t, err)
 	s.pool = x509.NewCertPool()
 	s.pool.AddCert(cert)
-	secret, err := x509.MarshalPKCS8PrivateKey(key)
+	secret, err := x509.MarshalPKCS8PrivateKey(made.PrivateKey)
 	hostdirtest.Must(s.t, err)
 	chainPEM := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
 	keyPEM := pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: secret})
