@@ -182,6 +182,17 @@ func (s *backendSite) expect(withClient bool) {
 	if err != nil || got != want {
 		s.t.Errorf("the page is %q, error %v; want %q", got, err, want)
 	}
+	if line, ok := s.check(); !ok || !strings.Contains(line, "with a certificate for one.example until ") {
+		s.t.Errorf("sniproxy-check -t says %q", line)
+	}
+}
+
+// check returns what sniproxy-check -t says of the host, and whether it is ok.
+func (s *backendSite) check() (line string, ok bool) {
+	s.t.Helper()
+	cmd := exec.Command(build(s.t, "sniproxy-check"), "-t", "-u", fmt.Sprint(os.Geteuid()), filepath.Dir(s.dir), "one.example")
+	line, _, status := hostdirtest.Run(s.t, cmd)
+	return line, strings.HasPrefix(line, "one.example: ok") && status == 0
 }
 
 // expectFailure fails the test if the backend serves a client without a PROXY header.
@@ -189,6 +200,9 @@ func (s *backendSite) expectFailure() {
 	s.t.Helper()
 	if got, _, err := s.page(); err == nil {
 		s.t.Errorf("without a marker the page is %q; want none, since the backend wants a header", got)
+	}
+	if line, ok := s.check(); ok || !strings.HasPrefix(line, "one.example: the backend expects a PROXY header, ") {
+		s.t.Errorf("without a marker sniproxy-check -t says %q", line)
 	}
 }
 

@@ -67,20 +67,36 @@ func (c *checker) neighbours(name []byte) (same, alike []string) {
 	if name == nil {
 		return nil, nil
 	}
-	c.listOnce.Do(func() { c.listing, _ = c.list() })
-	for _, entry := range c.listing.entries {
-		if parsed, err := hostname.Parse(entry); err == nil && string(parsed) == string(name) {
-			same = append(same, show(entry))
-		} else if !hostdir.Hashed && entry[0] != '*' && near(entry, string(name)) {
+	c.listOnce.Do(func() {
+		all, _ := c.list()
+		c.listed, c.spellings = all.entries, map[string][]string{}
+		for _, entry := range c.listed {
+			if parsed, err := hostname.Parse(entry); err == nil {
+				c.spellings[string(parsed)] = append(c.spellings[string(parsed)], show(entry))
+			}
+		}
+	})
+	same = c.spellings[string(name)]
+	if hostdir.Hashed || len(same) > 0 {
+		return same[:min(len(same), nearbyMost)], nil
+	}
+	for _, entry := range c.listed {
+		if len(alike) < nearbyMost && entry[0] != '*' && near(entry, string(name)) {
 			alike = append(alike, show(entry))
 		}
 	}
-	return same[:min(len(same), nearbyMost)], alike[:min(len(alike), nearbyMost)]
+	return nil, alike
 }
 
 // near reports whether one insertion, deletion or replacement makes an entry the name.
 func near(entry, name string) bool {
-	return max(len(entry), len(name))-min(len(entry), len(name)) <= 1 && distance(strings.ToLower(entry), name) == 1
+	for len(entry) > 0 && len(name) > 0 && entry[0] == name[0] {
+		entry, name = entry[1:], name[1:]
+	}
+	for len(entry) > 0 && len(name) > 0 && entry[len(entry)-1] == name[len(name)-1] {
+		entry, name = entry[:len(entry)-1], name[:len(name)-1]
+	}
+	return max(len(entry), len(name)) == 1
 }
 
 // alike reports whether a name may be a misspelling of another one: whether at most two insertions,

@@ -40,9 +40,12 @@ type checker struct {
 	allowance allowance
 	dead      atomic.Bool // the hosts directory itself did not answer
 
-	dir      *os.File // the hosts directory, to list it; nil if it is not open yet
-	listOnce sync.Once
-	listing  listing // for names that have no entry
+	dir *os.File // the hosts directory, to list it; nil if it is not open yet
+
+	// For names that have no entry.
+	listOnce  sync.Once
+	listed    []string
+	spellings map[string][]string // entries by the name that they are another spelling of
 }
 
 // newDialer returns a Dialer. Without a handshake its connections take nothing that backends send or
