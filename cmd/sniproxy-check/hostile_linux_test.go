@@ -1,12 +1,15 @@
 package main
 
 import (
+	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -21,6 +24,105 @@ func forbidUnshare() {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(3)
 	}
+}
+
+// forbidPassRights makes the kernel one that does not have SO_PASSRIGHTS.
+func forbidPassRights() {
+	if err := hostdirtest.Deny(unix.SYS_SETSOCKOPT, map[int]uint32{2: hostdirtest.SOPassRights}, unix.ENOPROTOOPT); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(3)
+	}
+}
+
+// Goal: where the kernel does not refuse descriptors, a backend that passes one whose last close never
+// returns keeps nobody from the whole answer, and not the program from ending.
+func TestPassedDescriptor(t *testing.T) {
+	t.Parallel()
+	hostdirtest.OwnMounts(t)
+	fs := hostdirtest.MountUserFS(t, hostdirtest.Dir(t), unix.S_IFDIR)
+	fs.Lazy = true
+	fs.Add(hostdirtest.RootNode, "f", unix.S_IFREG|0o666, "")
+	fs.Serve(time.Hour)
+	open := func() int {
+		fd, err := unix.Open(filepath.Join(fs.Dir, "f"), unix.O_RDWR|unix.O_CLOEXEC, 0)
+		must(t, err)
+		return fd
+	}
+	passed, writer := open(), open()
+
+	h := newTLSHosts(t)
+	cert := certify(t, begin, end, "good.example")
+	speak(t, h.add("good.example", "ok; TLS 1.3", good2101), cert)
+	sent := make(chan error, 1)
+	evil := h.add("evil.example", "", "")
+	hostdirtest.Serve(t, evil, func(c *net.UnixConn) {
+		b := make([]byte, 1<<16)
+		if n, err := c.Read(b); err != nil || n == 0 {
+			return
+		}
+		// Sniproxy-check must not read the message before the close of the descriptor would hang, and
+		// here it can be closed only as long as that does not.
+		resume := suspend(t, c)
+		_, _, err := c.WriteMsgUnix([]byte("HTTP/1.1 400 Bad Request\r\n\r\n"), unix.UnixRights(passed), nil)
+		unix.Close(passed)
+		fs.HoldWrites()
+		_, writeErr := unix.Write(writer, make([]byte, 4096))
+		resume()
+		select {
+		case sent <- errors.Join(err, writeErr):
+		default:
+		}
+	})
+	cmd := users()[0].command(self(t), users()[0].forItself(append([]string{"-t", h.dir}, h.names...)...)...)
+	cmd.Env = append(cmd.Env, "SNIPROXY_CHECK_NO_PASSRIGHTS=1")
+	out, err := os.CreateTemp(h.dir, ".out")
+	must(t, err)
+	defer out.Close()
+	cmd.Stdout, cmd.Stderr = out, out
+	must(t, cmd.Start())
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	select {
+	case <-ended:
+	case <-time.After(2 * hostdirtest.Patience):
+		t.Error("it does not end")
+	}
+	must(t, <-sent)
+	text, err := os.ReadFile(out.Name())
+	must(t, err)
+	if lines := byLabel(string(text)); len(lines) != 2 || !strings.HasPrefix(lines["good.example"], "ok; TLS 1.3") || strings.HasPrefix(lines["evil.example"], "ok") || cmd.ProcessState.ExitCode() != 1 {
+		t.Errorf("it says %q, exit status %d", text, cmd.ProcessState.ExitCode())
+	}
+	fs.Abort()
+	unix.Close(writer)
+}
+
+// suspend stops the process at the other end of a connection, and returns how to let it go on.
+func suspend(t *testing.T, c *net.UnixConn) (resume func()) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		t.Error(err)
+		return func() {}
+	}
+	pid := 0
+	raw.Control(func(fd uintptr) {
+		if cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
+			pid = int(cred.Pid)
+		}
+	})
+	unix.Kill(pid, unix.SIGSTOP)
+	if !hostdirtest.AwaitFor(hostdirtest.Patience, func() bool {
+		tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+		for _, task := range tasks {
+			if stat, _ := os.ReadFile(task); !strings.Contains(string(stat), ") T ") {
+				return false
+			}
+		}
+		return len(tasks) > 0
+	}) {
+		t.Errorf("process %d is not stopped", pid)
+	}
+	return func() { unix.Kill(pid, unix.SIGCONT) }
 }
 
 // Goal: where unshare(2) is forbidden, one line says so, and names that are too long are a problem.

@@ -87,7 +87,13 @@ of sniproxy does.
 const atOnce = 32
 
 func main() {
-	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
+	if os.Args[0] != watchedName {
+		os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
+	}
+	unix.CloseOnExec(statusFD)
+	status := run(os.Args[1:], os.Stdout, os.Stderr)
+	unix.Write(statusFD, []byte{byte(status)})
+	os.Exit(status)
 }
 
 func run(args []string, stdout, stderr io.Writer) int {
@@ -109,6 +115,11 @@ func run(args []string, stdout, stderr io.Writer) int {
 	if !ok {
 		fmt.Fprint(stderr, usage.Text(text))
 		return 2
+	}
+	if o.tls && os.Args[0] != watchedName && !refusesDescriptors() {
+		if status, ok := watch(args, stdout, stderr); ok {
+			return status
+		}
 	}
 	complain := func(format string, args ...any) {
 		fmt.Fprintf(stderr, "sniproxy-check: "+format+"\n", args...)
@@ -168,8 +179,8 @@ func (o *options) forEach(all []eyes, stdout, stderr io.Writer) (status int) {
 		if o.tls {
 			args = append([]string{"-t"}, args...)
 		}
-		cmd := exec.Command("/proc/self/exe", append(args, o.names...)...)
-		cmd.Stdout, cmd.Stderr = stdout, stderr
+		cmd := exec.Command(itself(), append(args, o.names...)...)
+		cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, stdout, stderr // not /dev/null, which a sandbox may not have
 		if err := cmd.Run(); err != nil {
 			if _, ended := errors.AsType[*exec.ExitError](err); !ended {
 				fmt.Fprintf(stderr, "sniproxy-check: cannot answer for %v: %v\n", &all[i], err)

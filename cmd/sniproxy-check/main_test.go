@@ -29,6 +29,9 @@ func TestMain(m *testing.M) {
 		if os.Getenv("SNIPROXY_CHECK_NO_UNSHARE") != "" {
 			forbidUnshare()
 		}
+		if os.Getenv("SNIPROXY_CHECK_NO_PASSRIGHTS") != "" {
+			forbidPassRights()
+		}
 		main()
 	}
 	os.Exit(func() int {
