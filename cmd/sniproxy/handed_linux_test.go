@@ -6,9 +6,12 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"sniproxy/cmd/internal/limits"
 	"sniproxy/hostdir/hostdirtest"
 	"sniproxy/sni"
 	"sniproxy/sni/snitest"
@@ -16,11 +19,24 @@ import (
 
 // Goal: a tenant with hundreds of hosts that take nothing of what they are handed has no more under way
 // than he may, and clients of another tenant are all handed over; when his backends die, or take what
-// they were handed, he can be handed connections again.
+// they were handed, he can be handed connections again. Root is not refused what other users are.
 func TestHandedShares(t *testing.T) {
 	hostdirtest.NeedRoot(t)
+	for name, test := range map[string]struct {
+		setups []setup
+		most   int
+	}{
+		"root":                      {nil, limits.UnderWay},
+		"another user":              {[]setup{ordinaryUser(t), limitFiles(1100)}, limits.UnderWay},
+		"with few descriptors":      {[]setup{ordinaryUser(t), limitFiles(400)}, 400 / limits.UnderWayParts},
+		"with very few descriptors": {[]setup{ordinaryUser(t), limitFiles(160)}, 160 / limits.UnderWayParts},
+	} {
+		t.Run(name, func(t *testing.T) { testHandedShares(t, start(t, test.setups...), test.most) })
+	}
+}
+
+func testHandedShares(t *testing.T, d *daemon, most int) {
 	const hosts, clients = 100, 8
-	d := start(t)
 	var deaf []*net.UnixConn
 	for i := range hosts {
 		name := fmt.Sprintf("deaf%d.example", i)
@@ -35,18 +51,14 @@ func TestHandedShares(t *testing.T) {
 			crowd = append(crowd, c)
 		}
 	}
-	most := 0
 	for range 100 {
 		if err := d.greeted("modest.example"); err != nil {
 			t.Error(err)
 		}
-		if c := d.counters(); c.handed > most {
-			most = c.handed
-		}
 	}
 	// What the other tenant was handed is counted as well.
-	if under := most - 100; under > 256 || under < 32 {
-		t.Errorf("of a tenant who takes nothing %d connections are under way", under)
+	if under := d.counters().handed - 100; under > most || under < most/8 {
+		t.Errorf("of a tenant who takes nothing %d connections are under way, want at most %d", under, most)
 	}
 	for _, c := range crowd {
 		c.Close()
@@ -60,6 +72,175 @@ func TestHandedShares(t *testing.T) {
 	client.Write(snitest.Hello("deaf0.example"))
 	c, _ := receive(t, l)
 	ping(t, client, c)
+}
+
+// Goal: clients in the queue of a backend that dies are gone with it, at once, and those behind them are
+// handed over to the next one.
+func TestHandedLost(t *testing.T) {
+	d := start(t)
+	l := d.bindDatagram("a.example")
+	const clients = 30
+	crowd := d.crowd(clients, snitest.Hello("a.example"))
+	var c counted
+	hostdirtest.Await(t, "a full queue", func() bool {
+		c = d.counters()
+		return c.handed > 0 && c.handed+c.waiting == clients
+	})
+	next, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: d.hostPath("a.example", "next"), Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer next.Close()
+	hostdirtest.Must(t, os.Chmod(d.hostPath("a.example", "next"), 0o777))
+	hostdirtest.Must(t, os.Rename(d.hostPath("a.example", "next"), d.hostPath("a.example", "tls-socket")))
+	l.Close()
+	go func() {
+		for {
+			c, first, err := hostdirtest.Receive(next)
+			if err != nil {
+				return
+			}
+			greetHanded(c, first)
+			c.Close()
+		}
+	}()
+	lost := 0
+	for _, client := range crowd {
+		switch got, err := io.ReadAll(client); {
+		case err == nil && string(got) == "this is a.example":
+		case len(got) == 0 && (err == nil || isReset(err)): // the system has closed it
+			lost++
+		default:
+			t.Errorf("a client got %q, error %v", got, err)
+		}
+	}
+	if lost == 0 || lost > c.handed {
+		t.Errorf("%d clients were lost, %d were in the queue of the backend that died", lost, c.handed)
+	}
+}
+
+// Goal: each error of sendmsg(2) has its alert, or is tried again for ten seconds.
+func TestHandedErrors(t *testing.T) {
+	strace := hostdirtest.Need(t, "strace")
+	t.Parallel()
+	for errno, test := range map[string]struct {
+		alert sni.Description
+		again bool // it is tried again
+	}{
+		"EAGAIN":       {sni.InternalError, true},
+		"ENOBUFS":      {sni.InternalError, true},
+		"ETOOMANYREFS": {sni.InternalError, true},
+		"ECONNREFUSED": {sni.UnrecognizedName, false},
+		"EACCES":       {sni.UnrecognizedName, false},
+		"EPERM":        {sni.UnrecognizedName, false},
+		"EMSGSIZE":     {sni.InternalError, false},
+		"EIO":          {sni.InternalError, false},
+	} {
+		t.Run(errno, func(t *testing.T) {
+			t.Parallel()
+			log := filepath.Join(t.TempDir(), "strace")
+			d := start(t, traced(strace, log, "-e", "trace=sendmsg", "--inject=sendmsg:error="+errno), oneLoop)
+			d.bindDatagram("a.example")
+			begin := time.Now()
+			d.expectAlert(snitest.Hello("a.example"), test.alert)
+			took, calls := time.Since(begin), countCalls(t, log)["sendmsg"]
+			if again := took > limits.Hello-time.Second; again != test.again || again != (calls > 100) {
+				t.Errorf("after %d tries in %v the client was refused", calls, took)
+			}
+		})
+		if !test.again {
+			continue
+		}
+		t.Run(errno+" for a while", func(t *testing.T) {
+			t.Parallel()
+			log := filepath.Join(t.TempDir(), "strace")
+			d := start(t, traced(strace, log, "-e", "trace=sendmsg", "--inject=sendmsg:error="+errno+":when=1..5"), oneLoop)
+			l := d.bindDatagram("a.example")
+			d.expectHanded(l, "a.example")
+			if calls := countCalls(t, log)["sendmsg"]; calls < 6 {
+				t.Errorf("%d tries, want more than 5", calls)
+			}
+		})
+	}
+}
+
+// Goal: a backend whose connection lingers at its end (SO_LINGER) keeps only that connection waiting, even
+// if the daemon closes it last.
+func TestHandedLingers(t *testing.T) {
+	strace := hostdirtest.Need(t, "strace")
+	// By the time that the daemon closes its descriptor the backend has closed its own.
+	slow := "--inject=getsockopt:delay_enter=300000:when=1"
+	d := start(t, traced(strace, filepath.Join(t.TempDir(), "strace"), "-e", "trace=getsockopt", slow), oneLoop)
+	l := d.bindDatagram("slow.example")
+	d.serve("other.example", hostdirtest.Greet)
+	client := d.dial() // which reads nothing
+	client.Write(snitest.Hello("slow.example"))
+	c, _ := receive(t, l)
+	c.SetLinger(60)
+	c.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+	if _, err := c.Write(make([]byte, 64<<20)); err == nil {
+		t.Fatal("the client's system has taken it all")
+	}
+	c.Close()
+	for range 3 {
+		if err := d.greeted("other.example"); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// Goal: whatever becomes of daemons under load, killed and started again on the same port, connections that
+// were handed over go on, and so do those that come.
+func TestHandedRestarted(t *testing.T) {
+	const conns = 32
+	listener := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
+	d := startOn(t, listener, hostdirtest.Dir(t))
+	l := d.bindDatagram("stays.example")
+	d.serveHanded("a.example", greetHanded)
+	pairs := make([][2]net.Conn, conns)
+	for i := range pairs {
+		client := d.dial()
+		client.Write(snitest.Hello("stays.example"))
+		c, _ := receive(t, l)
+		pairs[i] = [2]net.Conn{client, c}
+	}
+	var killing, over atomic.Bool
+	var served atomic.Int64
+	var load sync.WaitGroup
+	for range 8 {
+		load.Go(func() {
+			for !over.Load() {
+				before := killing.Load()
+				switch err := d.greeted("a.example"); {
+				case err == nil:
+					served.Add(1)
+				case !before && !killing.Load(): // nobody's hello was in a daemon that is no more
+					t.Errorf("a client of the load: %v", err)
+				}
+			}
+		})
+	}
+	for range 4 {
+		n := served.Load() + 100
+		hostdirtest.Await(t, "clients to be served", func() bool { return served.Load() > n })
+		killing.Store(true)
+		d.cmd.Process.Kill()
+		<-d.exited
+		for _, p := range pairs {
+			ping(t, p[0], p[1])
+			ping(t, p[1], p[0])
+		}
+		d2 := startOn(t, listener, d.dir)
+		n = served.Load() + 100
+		hostdirtest.Await(t, "clients to be served again", func() bool { return served.Load() > n })
+		killing.Store(false)
+		d.cmd, d.exited = d2.cmd, d2.exited
+	}
+	over.Store(true)
+	load.Wait()
+	for _, p := range pairs {
+		ping(t, p[0], p[1])
+	}
 }
 
 // Goal: connections that were handed over cost the daemon nothing, also if their hellos came in
