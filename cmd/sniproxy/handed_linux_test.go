@@ -6,6 +6,8 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -263,12 +265,17 @@ func TestHandedAlone(t *testing.T) {
 		pairs[i] = [2]net.Conn{client, c}
 	}
 	hostdirtest.Await(t, "the daemon to fall asleep", func() bool { return d.counters().descriptors < conns && d.asleep() })
-	used := d.cpu()
-	for range 50 {
+	used, woken := d.cpu(), d.switches()
+	const rounds = 50
+	for range rounds {
 		for _, p := range pairs {
 			ping(t, p[0], p[1])
 			ping(t, p[1], p[0])
 		}
+	}
+	// Each thing that is told of one of them would wake the loop. Timers may, a few times.
+	if woken = d.switches() - woken; woken > rounds*conns/10 {
+		t.Errorf("the daemon was woken %d times by connections that it has handed over", woken)
 	}
 	// The clock of processor time ticks each hundredth of a second; the daemon's runtime may take one.
 	if used = d.cpu() - used; used > 20*time.Millisecond {
@@ -279,6 +286,29 @@ func TestHandedAlone(t *testing.T) {
 	for _, p := range pairs {
 		ping(t, p[0], p[1])
 	}
+}
+
+// switches returns how often threads of the daemon have gone to sleep, or were interrupted.
+func (d *daemon) switches() (n int) {
+	d.t.Helper()
+	files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", d.cmd.Process.Pid))
+	if err != nil || len(files) == 0 {
+		d.t.Fatalf("no threads of the daemon in /proc, error %v", err)
+	}
+	for _, name := range files {
+		status, err := os.ReadFile(name)
+		if err != nil {
+			continue // it has ended
+		}
+		for line := range strings.Lines(string(status)) {
+			if _, count, ok := strings.Cut(line, "voluntary_ctxt_switches:"); ok {
+				i, err := strconv.Atoi(strings.TrimSpace(count))
+				hostdirtest.Must(d.t, err)
+				n += i
+			}
+		}
+	}
+	return n
 }
 
 // Goal: a tenant who remembers the daemon to hand over, and then has stream sockets, takes no room that
