@@ -374,33 +374,38 @@ func TestHandedLogged(t *testing.T) {
 	}
 }
 
-// Goal: a backend is given all that the daemon has read, up to 64 KiB, and the longest header.
+// Goal: a backend is given all that the daemon has read, up to 64 KiB, and the longest header, also by a
+// daemon with few descriptors.
 func TestHandedLarge(t *testing.T) {
 	for _, marker := range []string{"", "send-proxy-v1", "send-proxy-v2"} {
 		t.Run(marker, func(t *testing.T) {
-			d := start(t)
-			name := "a.example"
-			if anyName {
-				name = longName()
-			}
-			h := largestHello(name)
-			l := d.bindDatagram(name)
-			if marker != "" {
-				hostdirtest.Touch(t, d.hostPath(name, marker))
-			}
-			for range 3 {
-				client := d.dial()
-				client.Write(append(h, "and more"...))
-				c, first := receive(t, l)
-				begin := max(0, bytes.Index(first, h[:5]))
-				if got := first[begin:]; !bytes.Equal(got, h) || begin > 0 != (marker != "") {
-					t.Errorf("%d bytes behind a header of %d, want %d", len(got), begin, len(h))
-				}
-				if got := make([]byte, len("and more")); readFull(c, got) != "and more" {
-					t.Errorf("then the backend reads %q", got)
-				}
-			}
+			testHandedLarge(t, start(t), marker)
 		})
+	}
+	t.Run("few descriptors", func(t *testing.T) { testHandedLarge(t, start(t, limitFiles(64)), "send-proxy-v2") })
+}
+
+func testHandedLarge(t *testing.T, d *daemon, marker string) {
+	name := "a.example"
+	if anyName {
+		name = longName()
+	}
+	h := largestHello(name)
+	l := d.bindDatagram(name)
+	if marker != "" {
+		hostdirtest.Touch(t, d.hostPath(name, marker))
+	}
+	for range 3 {
+		client := d.dial()
+		client.Write(append(h, "and more"...))
+		c, first := receive(t, l)
+		begin := max(0, bytes.Index(first, h[:5]))
+		if got := first[begin:]; !bytes.Equal(got, h) || begin > 0 != (marker != "") {
+			t.Errorf("%d bytes behind a header of %d, want %d", len(got), begin, len(h))
+		}
+		if got := make([]byte, len("and more")); readFull(c, got) != "and more" {
+			t.Errorf("then the backend reads %q", got)
+		}
 	}
 }
 
