@@ -125,6 +125,30 @@ func TestNoDescriptors(t *testing.T) {
 	}
 }
 
+// Goal: there is no moment in which a program that is started could inherit a connection.
+func TestCloseOnExecAtOnce(t *testing.T) {
+	dir := hostDir(t)
+	l := listen(t, dir)
+	looked := 0
+	backend.Recvmsg(t, func(fd int, data, control []byte, flags int) (int, int, int, unix.Sockaddr, error) {
+		n, controls, received, from, err := unix.Recvmsg(fd, data, control, flags)
+		if messages, bad := unix.ParseSocketControlMessage(control[:max(0, controls)]); err == nil && bad == nil && len(messages) == 1 {
+			fds, err := unix.ParseUnixRights(&messages[0])
+			must(t, err)
+			if flags, err := unix.FcntlInt(uintptr(fds[0]), unix.F_GETFD, 0); err != nil || flags&unix.FD_CLOEXEC == 0 {
+				t.Errorf("the descriptor has flags %#x, error %v", flags, err)
+			}
+			looked++
+		}
+		return n, controls, received, from, err
+	})
+	handOver(t, dir, "hello")
+	accept(t, l)
+	if looked == 0 {
+		t.Error("no descriptor was received")
+	}
+}
+
 // Goal: one backend replaces another without a moment in which there is no socket, or one that nobody
 // may use, as the system tells of the directory.
 func TestReplaceAtOnce(t *testing.T) {
