@@ -282,7 +282,7 @@ func (l *loop) found(k *lookup) {
 	}
 	t, entry := k.task.Tenant, []byte(k.task.Entry)
 	if was := t.HasDatagram(entry); k.err == nil && was != k.backend.Datagram {
-		t.SetDatagram(entry, !was)
+		c.tenant.SetDatagram(entry, !was) // the owner may be another one by now
 		// A relay takes room, which nobody has made if none was expected.
 		if was && !s.Room.ForRelay(roomFor{l, c}, c.tenant, false) {
 			c.tenant.CloseAway(s.Threads, k.backend.FD)

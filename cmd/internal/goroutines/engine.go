@@ -346,7 +346,7 @@ func (c *conn) tryDial(ctx context.Context, name, hello []byte) (b hostdir.Backe
 			continue
 		}
 		if is := b.Datagram; err == nil && is != was {
-			t.SetDatagram(entry.Name, is)
+			c.tenant.SetDatagram(entry.Name, is) // the owner may be another one by now
 			// A relay takes room, which nobody has made if none was expected.
 			if was && !c.engine.shares.Room.ForRelay(c, t, false) {
 				t.CloseAway(c.engine.shares.Threads, b.FD)
