@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -12,6 +13,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"sniproxy/cmd/internal/limits"
 	"sniproxy/hostdir/hostdirtest"
@@ -169,13 +172,31 @@ func TestHandedErrors(t *testing.T) {
 	}
 }
 
+// Goal: a client who is dropped in the middle of the hand-over is not handed over.
+func TestHandedDroppedJustNow(t *testing.T) {
+	if !isPortable(t) {
+		t.Skip("a loop does nothing else in the middle of a hand-over")
+	}
+	strace := hostdirtest.Need(t, "strace")
+	slow := "--inject=getsockname:delay_exit=50000" // for the header
+	d := start(t, limitFiles(64), func(cmd *exec.Cmd) {
+		cmd.Env = append(cmd.Env, traceable+"=1")
+	})
+	attach(t, strace, "-f", "-p", fmt.Sprint(d.cmd.Process.Pid), "-e", "trace=getsockname", slow)
+	hostdirtest.Touch(t, d.hostPath("full.example", "send-proxy-v1"))
+	testHandedDropped(t, d)
+}
+
 // Goal: a backend whose connection lingers at its end (SO_LINGER) keeps only that connection waiting, even
-// if the daemon closes it last.
+// if the daemon closes it last, and not the stop.
 func TestHandedLingers(t *testing.T) {
 	strace := hostdirtest.Need(t, "strace")
 	// By the time that the daemon closes its descriptor the backend has closed its own.
-	slow := "--inject=getsockopt:delay_enter=300000:when=1"
-	d := start(t, traced(strace, filepath.Join(t.TempDir(), "strace"), "-e", "trace=getsockopt", slow), oneLoop)
+	slow := "--inject=sendmsg:delay_exit=300000"
+	d := start(t, traced(strace, filepath.Join(t.TempDir(), "strace"), "-e", "trace=sendmsg", slow), oneLoop, func(cmd *exec.Cmd) {
+		// Otherwise a signal of Go's scheduler ends the wait.
+		cmd.Env = append(cmd.Env, "GODEBUG=asyncpreemptoff=1")
+	})
 	l := d.bindDatagram("slow.example")
 	d.serve("other.example", hostdirtest.Greet)
 	client := d.dial() // which reads nothing
@@ -192,6 +213,8 @@ func TestHandedLingers(t *testing.T) {
 			t.Error(err)
 		}
 	}
+	d.signal(unix.SIGTERM)
+	d.expectExit(0)
 }
 
 // Goal: whatever becomes of daemons under load, killed and started again on the same port, connections that

@@ -46,8 +46,11 @@ func (d *daemon) serveHanded(name string, handle func(c *net.TCPConn, first []by
 	hostdirtest.ServeDatagram(d.t, d.hostDir(name), handle)
 }
 
-// greetHanded answers like greet.
+// greetHanded answers like greet, also behind a header of version 1.
 func greetHanded(c *net.TCPConn, first []byte) {
+	if bytes.HasPrefix(first, []byte("PROXY ")) {
+		_, first, _ = bytes.Cut(first, []byte("\r\n"))
+	}
 	name, _, err := hostdirtest.ReadHello(bytes.NewReader(first))
 	if err != nil {
 		fmt.Fprintf(c, "error: %v", err)
@@ -459,7 +462,10 @@ func TestHandedNames(t *testing.T) {
 
 // Goal: clients who are dropped to make room are not handed over when there is a place for them.
 func TestHandedDropped(t *testing.T) {
-	d := start(t, limitFiles(64), oneLoop)
+	testHandedDropped(t, start(t, limitFiles(64), oneLoop))
+}
+
+func testHandedDropped(t *testing.T, d *daemon) {
 	l := d.bindDatagram("full.example")
 	const clients = 150
 	crowd := d.crowd(clients, snitest.Hello("full.example"))
