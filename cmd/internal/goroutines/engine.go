@@ -367,42 +367,46 @@ var errGone = errors.New("the client is gone, or was dropped")
 // bytes read so far. Then it is no business of the program any more.
 func (c *conn) handOver(b hostdir.Backend, name, hello []byte) error {
 	e := c.engine
-	err := errGone
-	sent := false
-	control(c.client, func(fd int) {
-		var header []byte
-		_, gone := unix.Getpeername(fd)
-		if b.Proxy > 0 && gone == nil {
-			header, gone = socket.Header(fd, b.Proxy, name)
-		}
-		if gone != nil {
-			return
-		}
-		access := e.logAll.AccessLine(limits.Now(), fd, name, b.Log)
-		first := append(header, hello...)
-		e.mu.Lock()
-		defer e.mu.Unlock()
-		if c.queued == nil { // it was dropped to make room
-			return
-		}
-		socket.SetPlain(fd)
-		if sent, err = socket.HandOver(b.FD, first, fd); !sent {
-			unix.SetNonblock(fd, true)
-			return
-		}
-		e.leave(c)
-		// The socket is the backend's as well by now. If he lets it linger, the last close waits.
-		if socket.Lingers(fd) {
-			if own, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3); err == nil {
-				c.tenant.CloseAway(e.shares.Threads, own)
-			}
-		}
-		e.counters.Handed.Add(1)
-		e.counters.Bytes[report.Up].Add(int64(len(hello)))
-		access.Print(report.Traffic{report.Up: int64(len(hello))}, time.Duration(limits.Now()-c.accepted), report.HandedOver)
-	})
+	sent, err := false, error(errGone)
+	// The lock comes before the use of the descriptor: whoever drops c has the lock, and closing waits
+	// for that use.
+	e.mu.Lock()
+	if c.queued != nil { // otherwise it was dropped to make room
+		control(c.client, func(fd int) { sent, err = c.handOverFD(fd, b, name, hello) })
+	}
+	e.mu.Unlock()
 	e.shares.Sent(c.tenant, b.FD, sent)
 	return err
+}
+
+// handOverFD does so with the descriptor of the client. The caller has the engine's lock.
+func (c *conn) handOverFD(fd int, b hostdir.Backend, name, hello []byte) (sent bool, err error) {
+	e := c.engine
+	var header []byte
+	_, err = unix.Getpeername(fd)
+	if b.Proxy > 0 && err == nil {
+		header, err = socket.Header(fd, b.Proxy, name)
+	}
+	if err != nil {
+		return false, errGone
+	}
+	access := e.logAll.AccessLine(limits.Now(), fd, name, b.Log)
+	socket.SetPlain(fd)
+	if sent, err = socket.HandOver(b.FD, append(header, hello...), fd); !sent {
+		unix.SetNonblock(fd, true)
+		return false, err
+	}
+	e.leave(c)
+	// The socket is the backend's as well by now. If he lets it linger, the last close waits.
+	if socket.Lingers(fd) {
+		if own, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3); err == nil {
+			c.tenant.CloseAway(e.shares.Threads, own)
+		}
+	}
+	e.counters.Handed.Add(1)
+	e.counters.Bytes[report.Up].Add(int64(len(hello)))
+	access.Print(report.Traffic{report.Up: int64(len(hello))}, time.Duration(limits.Now()-c.accepted), report.HandedOver)
+	return true, nil
 }
 
 // lookUp has a thread look the host up and connect to its backend. The thread may hang, so the
