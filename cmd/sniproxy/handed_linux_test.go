@@ -31,10 +31,10 @@ func TestHandedShares(t *testing.T) {
 		setups []setup
 		most   int
 	}{
-		"root":                      {nil, limits.UnderWay},
-		"another user":              {[]setup{ordinaryUser(t), limitFiles(1100)}, limits.UnderWay},
-		"with few descriptors":      {[]setup{ordinaryUser(t), limitFiles(400)}, 400 / limits.UnderWayParts},
-		"with very few descriptors": {[]setup{ordinaryUser(t), limitFiles(160)}, 160 / limits.UnderWayParts},
+		"root":                      {nil, 256},
+		"another user":              {[]setup{ordinaryUser(t), limitFiles(1100)}, 256},
+		"with few descriptors":      {[]setup{ordinaryUser(t), limitFiles(400)}, 400 / 4},
+		"with very few descriptors": {[]setup{ordinaryUser(t), limitFiles(160)}, 160 / 4},
 	} {
 		t.Run(name, func(t *testing.T) { testHandedShares(t, start(t, test.setups...), test.most) })
 	}
@@ -365,6 +365,43 @@ func TestHandedRoom(t *testing.T) {
 	}
 	if c := d.counters(); c.open-c.waiting > most {
 		t.Errorf("%d relays with 100 descriptors: they have taken what is kept for clients who wait", c.open-c.waiting)
+	}
+}
+
+// Goal: sockets to send with, which have nothing to do, are closed before anybody loses a connection to
+// make room, and count among what relays leave to those who wait.
+func TestHandedIdle(t *testing.T) {
+	const limit, reserve = 100, 16
+	d := start(t, limitFiles(limit), oneLoop)
+	d.serve("rich.example", hostdirtest.Echo)
+	d.serve("poor.example", hostdirtest.Echo)
+	var names []string
+	for i := range limit {
+		names = append(names, fmt.Sprintf("h%d.example", i)) // each is a tenant by itself
+		d.serveHanded(names[i], greetHanded)
+	}
+	d.crowd(20, snitest.Hello("rich.example"))
+	hostdirtest.Await(t, "relays", func() bool { c := d.counters(); return c.open == 20 && c.waiting == 0 })
+	for _, name := range names {
+		if d.fds() >= limit-reserve-8 {
+			break
+		}
+		if err := d.greeted(name); err != nil {
+			t.Error(err)
+		}
+	}
+	for range 5 {
+		client := d.dial()
+		client.Write(append(snitest.Hello("poor.example"), '!'))
+		if b := make([]byte, 1); readFull(client, b) != "!" {
+			t.Errorf("a client got %q", b)
+		}
+		if c := d.counters(); c.descriptors > limit-reserve {
+			t.Errorf("the counters are %+v: a relay has taken what is kept for clients who wait", c)
+		}
+	}
+	if c := d.counters(); c.dropped > 0 || c.open != 25 {
+		t.Errorf("the counters are %+v: somebody has lost a connection to sockets that do nothing", c)
 	}
 }
 

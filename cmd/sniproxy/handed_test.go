@@ -179,7 +179,7 @@ func TestHandedAlerts(t *testing.T) {
 func TestHandedFullForLong(t *testing.T) {
 	t.Parallel()
 	const clients = 300 // more than a tenant may have under way
-	d := start(t)
+	d := start(t, oneLoop)
 	d.serveHanded("other.example", greetHanded)
 	l := d.bindDatagram("full.example")
 	begin := time.Now()
