@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sniproxy/cmd/internal/limits"
+	"sniproxy/hostdir/backend"
 	"sniproxy/hostdir/hostdirtest"
 	"sniproxy/sni"
 	"sniproxy/sni/snitest"
@@ -138,7 +139,7 @@ func TestHandedErrors(t *testing.T) {
 		"EAGAIN":       {sni.InternalError, true},
 		"ENOBUFS":      {sni.InternalError, true},
 		"ETOOMANYREFS": {sni.InternalError, true},
-		"ECONNREFUSED": {sni.UnrecognizedName, false},
+		"ECONNREFUSED": {sni.UnrecognizedName, true},
 		"EACCES":       {sni.UnrecognizedName, false},
 		"EPERM":        {sni.UnrecognizedName, false},
 		"EMSGSIZE":     {sni.InternalError, false},
@@ -170,6 +171,59 @@ func TestHandedErrors(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Goal: while one backend replaces another, again and again, every client is handed over, also if the
+// first ends just before the daemon sends it the connection.
+func TestHandedReplaced(t *testing.T) {
+	strace := hostdirtest.Need(t, "strace")
+	slow := "--inject=sendmsg:delay_enter=10000"
+	d := start(t, traced(strace, filepath.Join(t.TempDir(), "strace"), "-e", "trace=sendmsg", slow), oneLoop)
+	d.hostPath("a.example", "") // makes the directory
+	listen := func() *backend.Listener {
+		l, err := backend.Listen(d.hostDir("a.example"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		go func() {
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					return
+				}
+				go func() {
+					defer c.Close()
+					name, _, _ := hostdirtest.ReadHello(c)
+					io.WriteString(c, "this is "+name)
+				}()
+			}
+		}()
+		return l
+	}
+	l := listen()
+	var served atomic.Int64
+	var over atomic.Bool
+	var clients sync.WaitGroup
+	for range 4 {
+		clients.Go(func() {
+			for !over.Load() {
+				if err := d.greeted("a.example"); err != nil {
+					t.Errorf("after %d clients: %v", served.Load(), err)
+				}
+				served.Add(1)
+			}
+		})
+	}
+	for range 50 {
+		n := served.Load()
+		hostdirtest.Await(t, "clients", func() bool { return served.Load() > n })
+		next := listen()
+		hostdirtest.Must(t, l.Close())
+		l = next
+	}
+	over.Store(true)
+	clients.Wait()
+	l.Close()
 }
 
 // Goal: a client who is dropped in the middle of the hand-over is not handed over.

@@ -443,9 +443,12 @@ func (c *conn) handOver(entry []byte, b hostdir.Backend, name, hello []byte) {
 			l.shared = s.fd
 			inherit.BoundWaits(int(s.fd))
 		}
-		if err == hostdir.BacklogFull {
+		switch {
+		case err == hostdir.BacklogFull:
 			c.redialLater(c.tenant.EntryKey(entry), err, name, hello, limits.RedialHandOver)
-		} else {
+		case hostdir.FindAnew(err): // the backend has ended just now, and another one may have begun
+			c.redialLater(c.tenant.EntryKey(entry), err, name, hello, limits.Redial)
+		default:
 			c.refuse(name, err)
 		}
 		return

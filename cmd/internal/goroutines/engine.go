@@ -324,7 +324,7 @@ func (e *Engine) inTurn(ctx context.Context, key shares.Key, try func()) {
 
 // mayPass tells whether it is worth trying again.
 func mayPass(err error) bool {
-	return err == hostdir.NoRoom || err == hostdir.BacklogFull || err == hostdir.Exchanged
+	return err == hostdir.NoRoom || err == hostdir.BacklogFull || err == hostdir.Exchanged || hostdir.FindAnew(err)
 }
 
 // tryDial tries once to do so. The key is of the line to wait in.
