@@ -165,11 +165,11 @@ func run() int {
 
 	status := 0
 	select {
-	case <-e.Drained(): // without a signal this comes only after a single connection
+	case <-e.Drained: // without a signal this comes only after a single connection
 		return 0
 	case s := <-signals:
 		logline.Out("got %s, shutting down", signalName(s))
-	case err := <-e.Failed():
+	case err := <-e.Failed:
 		logline.Err("%v; shutting down", err)
 		status = 1
 	}
@@ -177,7 +177,7 @@ func run() int {
 		stop()
 	}
 	select {
-	case <-e.Drained():
+	case <-e.Drained:
 		return status
 	case s := <-signals:
 		logline.Err("got %s again, cut what was open: %s", signalName(s), openConnections(e))
@@ -223,15 +223,14 @@ func openHosts() (*hostdir.Hosts, error) {
 // printCounters prints a line of counters whenever it is asked to.
 func printCounters(e *engine, asked <-chan os.Signal) {
 	for range asked {
-		all := e.Counters()
-		logline.Err("%v, descriptors %d of %d, handed %d", all, descriptors.InUse(1<<16), descriptors.Limit(), all.Handed())
+		logline.Err("%v, descriptors %d of %d, handed %d", e.Counters, descriptors.InUse(1<<16), descriptors.Limit(), e.Counters.Handed())
 	}
 }
 
 func signalName(s os.Signal) string { return unix.SignalName(s.(syscall.Signal)) }
 
 func openConnections(e *engine) string {
-	if n := e.Counters().Open(); n != 1 {
+	if n := e.Counters.Open(); n != 1 {
 		return fmt.Sprintf("%d connections", n)
 	}
 	return "1 connection"

@@ -95,7 +95,7 @@ type pending struct {
 	parser sni.Parser
 	name   []byte
 	hello  []byte // all bytes read so far, behind headroom
-	lookup *lookup
+	query  *query // that it waits for
 
 	conn *conn // nil when the relay has begun, or never will
 	line *line // that it waits in
@@ -119,8 +119,7 @@ func (c *conn) enter(p phase) {
 		l.counters.Waiting.Add(1)
 		l.hellos.push(c, c.accepted+int64(limits.Hello))
 	case relaying:
-		l.relays.Add(1)
-		c.tenant.Relays.Add(1)
+		l.engine.shares.CountRelays(c.tenant, 1)
 	case lingering:
 		c.closeBackend()
 		l.lingers.push(c, limits.Now()+int64(limits.Linger))
@@ -349,8 +348,8 @@ func (c *conn) wait(in phase, name, hello []byte) *pending {
 // dropPending is for a connection that waits no longer.
 func (c *conn) dropPending() {
 	if p := c.pending; p != nil {
-		if p.lookup != nil {
-			p.lookup.conn = nil
+		if p.query != nil {
+			p.query.conn = nil
 		}
 		p.conn, p.line, c.pending = nil, nil, nil
 	}
@@ -556,8 +555,7 @@ func (c *conn) closeBackend() {
 		}
 		c.tenant.CloseAway(l.engine.shares.Threads, int(s.fd))
 	}
-	l.relays.Add(-1)
-	c.tenant.Relays.Add(-1)
+	l.engine.shares.CountRelays(c.tenant, -1)
 	*s = endpoint{}
 	c.flows = [2]flow{}
 }

@@ -23,7 +23,7 @@ type runner struct {
 
 	// Odd during a look-up. Whoever moves it from odd to even owns the loop.
 	lookups atomic.Uint64
-	left    chan *lookup // gets the look-up, if the loop went on without this runner
+	left    chan *query // gets the look-up, if the loop went on without this runner
 
 	name   []byte
 	entry  []byte         // that serves it, once it is found
@@ -42,19 +42,14 @@ func newRunner(hosts *hostdir.Hosts) (*runner, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &runner{dialer: dialer, sender: -1, left: make(chan *lookup, 1)}, nil
+	return &runner{dialer: dialer, sender: -1, left: make(chan *query, 1)}, nil
 }
 
-// A lookup is one that another thread makes for a connection of a loop.
-type lookup struct {
-	task shares.Task
+// A query is one that another thread answers for a connection of a loop.
+type query struct {
+	shares.Query
 	loop *loop
 	conn *conn // the loop's; nil if it has ended
-	name []byte
-
-	backend hostdir.Backend
-	tenant  *shares.Tenant // whose entry served the name
-	err     error
 }
 
 // dial tries once to begin the relay. It finds the entry for the name, and so the tenant, makes
@@ -78,7 +73,7 @@ func (c *conn) dial(name, hello []byte) {
 		}
 		t = s.Tenants.Of(entry)
 		c.belongTo(t)
-		if err != hostdir.NoRoom || !s.Room.ForRelay(l, t, true) {
+		if err != hostdir.NoRoom || !s.Room.ForRelay(c, t, true) {
 			break
 		}
 		entry, err = l.find(r)
@@ -87,7 +82,7 @@ func (c *conn) dial(name, hello []byte) {
 	case t.Clogged():
 		c.refuse(name, report.ErrClogged)
 		return
-	case err == hostdir.NoRoom, !t.HasDatagram(entry.Name) && !s.Room.ForRelay(l, t, false):
+	case err == hostdir.NoRoom, !t.HasDatagram(entry.Name) && !s.Room.ForRelay(c, t, false):
 		c.redialLater(t.Key(), hostdir.NoRoom, name, hello, limits.Redial)
 		return
 	case err == hostdir.MayWait, !l.mayConnect(t, entry):
@@ -98,13 +93,13 @@ func (c *conn) dial(name, hello []byte) {
 	r.entry, r.tenant = entry.Name, t
 	b, err := l.connect(r)
 	if err == hostdir.Stream { // it is one now, which takes room
-		if !s.Room.ForRelay(l, t, false) {
+		if !s.Room.ForRelay(c, t, false) {
 			c.redialLater(t.Key(), hostdir.NoRoom, name, hello, limits.Redial)
 			return
 		}
 		b, err = l.connect(r)
 	}
-	for err == hostdir.NoRoom && s.Room.ForRelay(l, t, true) {
+	for err == hostdir.NoRoom && s.Room.ForRelay(c, t, true) {
 		b, err = l.connect(r)
 	}
 	if err == hostdir.MayWait {
@@ -182,24 +177,24 @@ func (l *loop) beginLookup(r *runner) uint64 {
 // finish is for a runner that was left behind in a look-up, and does not return. What came of the
 // look-up are entry and err, or b and err.
 func (r *runner) finish(entry hostdir.Entry, b hostdir.Backend, err error) {
-	k := <-r.left
-	s := k.loop.engine.shares
+	q := <-r.left
+	s := q.loop.engine.shares
 	if r.sender >= 0 && err != nil {
 		s.Sent(r.tenant, r.sender, false)
 	}
 	switch {
 	case r.tenant == nil && err == nil: // it has found the entry
-		k.tenant = s.Tenants.Of(entry)
-		k.backend, k.err = s.Connect(r.dialer, k.tenant)
+		q.Owner = s.Tenants.Of(entry)
+		q.Backend, q.Err = s.Connect(r.dialer, q.Owner)
 	case err == hostdir.MayWait:
-		k.reach(r.dialer)
+		s.Answer(&q.Query, r.dialer)
 	case err == hostdir.Datagram:
-		k.backend, k.err = s.Connect(r.dialer, r.tenant)
+		q.Backend, q.Err = s.Connect(r.dialer, r.tenant)
 	default: // it has connected, or failed
-		k.backend, k.err = b, err
+		q.Backend, q.Err = b, err
 	}
-	s.Threads.ComeBack(&k.task)
-	k.deliver()
+	s.Threads.ComeBack(&q.Task)
+	q.deliver()
 	runtime.Goexit()
 }
 
@@ -217,82 +212,45 @@ func (l *loop) mayConnect(t *shares.Tenant, entry hostdir.Entry) bool {
 
 // lookUp gives the look-up to a thread that may wait.
 func (c *conn) lookUp(t *shares.Tenant, entry, name, hello []byte) {
+	q := c.ask(name, hello, t, string(entry))
+	c.loop.engine.shares.Ask(&q.Query, q.deliver)
+}
+
+// ask has a connection wait for another thread, which looks the name up.
+func (c *conn) ask(name, hello []byte, t *shares.Tenant, entry string) *query {
 	p := c.wait(lookingUp, name, hello)
-	k := &lookup{loop: c.loop, conn: c, name: slices.Clone(name)}
-	k.task = shares.Task{
-		Tenant: t,
-		Entry:  string(entry),
-		Do: func(d *hostdir.Dialer) {
-			k.reach(d)
-			k.deliver()
-		},
-		GiveUp: func() {
-			k.err = report.ErrLookups
-			k.deliver()
-		},
-	}
-	p.lookup = k
-	c.loop.engine.shares.Threads.Start(&k.task)
+	p.query = &query{loop: c.loop, conn: c}
+	p.query.Query = shares.Query{Task: shares.Task{Tenant: t, Entry: entry}, Name: slices.Clone(name)}
+	return p.query
 }
 
-// reach makes the look-up, and waits for whatever there is to wait for.
-func (k *lookup) reach(d *hostdir.Dialer) {
-	k.backend, k.tenant, k.err = k.loop.engine.shares.Reach(d, k.name)
-}
-
-// deliver gives a look-up that has ended to its loop.
-func (k *lookup) deliver() {
-	if !k.loop.give(func(b *inbox) { b.lookups = append(b.lookups, k) }) {
-		k.discard()
+// deliver gives a query that was answered to its loop.
+func (q *query) deliver() {
+	if !q.loop.give(func(b *inbox) { b.queries = append(b.queries, q) }) {
+		q.loop.engine.shares.Discard(&q.Query)
 	}
 }
 
-// discard is for a look-up that nobody waits for any more.
-func (k *lookup) discard() {
-	t, s := k.tenant, k.loop.engine.shares
-	if t == nil {
-		t = k.task.Tenant
-	}
-	switch {
-	case k.err != nil:
-	case k.backend.Datagram:
-		s.Sent(t, k.backend.FD, false)
-	default:
-		t.CloseAway(s.Threads, k.backend.FD)
-	}
-	if k.tenant != nil {
-		k.tenant.Release()
-	}
-}
-
-// found goes on with the connection that a look-up was for.
-func (l *loop) found(k *lookup) {
-	c := k.conn
+// found goes on with the connection that a query was for.
+func (l *loop) found(q *query) {
+	c, s := q.conn, l.engine.shares
 	if c == nil {
-		k.discard()
+		s.Discard(&q.Query)
 		return
 	}
-	p, s := c.pending, l.engine.shares
-	p.lookup = nil
-	if k.tenant != nil {
-		c.belongTo(k.tenant)
+	p := c.pending
+	p.query = nil
+	if q.Owner != nil {
+		c.belongTo(q.Owner)
 	}
-	t, entry := k.task.Tenant, []byte(k.task.Entry)
-	if was := t.HasDatagram(entry); k.err == nil && was != k.backend.Datagram {
-		t.SetDatagram(entry, !was)
-		// A relay takes room, which nobody has made if none was expected.
-		if was && !s.Room.ForRelay(roomFor{l, c}, c.tenant, false) {
-			c.tenant.CloseAway(s.Threads, k.backend.FD)
-			k.err = hostdir.NoRoom
-		}
-	}
-	q := p.line
-	c.dialled(t.EntryKey(entry), p.name, p.hello, k.backend, k.err)
+	s.Settle(&q.Query, c)
+	line := p.line
+	c.dialled(q.Task.Tenant.EntryKey([]byte(q.Entry)), p.name, p.hello, q.Backend, q.Err)
 	// It may have made room for the next one in its line.
-	if q == nil {
+	if line == nil {
 		return
 	}
-	if next := q.first(); next != nil && next != p && next.conn.phase == redialing {
+	if next := line.first(); next != nil && next != p && next.conn.phase == redialing {
 		next.conn.dial(next.name, next.hello)
 	}
 }

@@ -23,7 +23,7 @@ import (
 //   - events: their generation must be that of the number in the table.
 //   - lines of redials: an entry counts only while its pending.line is that line.
 //   - turns: an entry counts only while its flow.turn is set.
-//   - a lookup of another thread: [conn.enter] removes it there.
+//   - a query: [conn.enter] removes it there.
 //   - runner.conn: counts only while that runner is in a look-up.
 //
 // While it is in the inbox of the next loop it is in no table.
@@ -36,10 +36,7 @@ type loop struct {
 	stopping atomic.Bool
 	cutting  atomic.Bool
 
-	// For others to read.
-	open   atomic.Int64 // connections
-	relays atomic.Int64
-
+	open    atomic.Int64 // connections
 	runner  atomic.Pointer[runner]
 	standby atomic.Pointer[standby] // nil if there is none
 	hiring  atomic.Bool             // one is being made
@@ -52,8 +49,8 @@ type loop struct {
 	rest      int64       // until when, after a failure; 0 if there was none
 	listening int         // how many of the listening sockets the poller has
 
-	next    *loop     // the one that takes work from this one
-	lookups []*lookup // from the inbox, not dealt with yet
+	next    *loop    // the one that takes work from this one
+	queries []*query // from the inbox, not dealt with yet
 
 	rounds int64
 	clock  int64 // when the round began, for what needs no better; 0 if nobody has asked for it yet
@@ -133,10 +130,10 @@ func (l *loop) run(r *runner) {
 		for event := l.poller.next(); event != nil; event = l.poller.next() {
 			l.dispatch(event)
 		}
-		for len(l.lookups) > 0 {
-			k := l.lookups[0]
-			l.lookups = l.lookups[1:]
-			l.found(k)
+		for len(l.queries) > 0 {
+			q := l.queries[0]
+			l.queries = l.queries[1:]
+			l.found(q)
 		}
 		if l.poller.full() {
 			l.acceptSome()

@@ -63,16 +63,12 @@ func (l *loop) move(c *conn) {
 		l.turns = slices.DeleteFunc(l.turns, func(f *flow) bool { return f.conn == c })
 	}
 	l.conns.take(c)
-	l.relays.Add(-1)
-	l.next.relays.Add(1)
 	c.loop = l.next
 	if !l.next.give(func(b *inbox) {
 		b.relays = append(b.relays, c)
 		l.next.open.Add(1)
 		l.open.Add(-1)
 	}) {
-		l.relays.Add(1)
-		l.next.relays.Add(-1)
 		c.loop = l
 		l.adopt(c)
 	}

@@ -10,17 +10,8 @@ import (
 	"sniproxy/cmd/internal/shares"
 )
 
-// DropOldest is for [shares.Room.ForRelay], which makes room for the connection of the runner.
-func (l *loop) DropOldest(age time.Duration) bool { return l.dropOldest(l.runner.Load().conn, age) }
-
-// A roomFor makes room for another connection than that of the runner.
-type roomFor struct {
-	*loop
-	c *conn
-}
-
-// DropOldest is like that of the loop.
-func (r roomFor) DropOldest(age time.Duration) bool { return r.dropOldest(r.c, age) }
+// DropOldest makes room for c, as [shares.RoomMaker] says.
+func (c *conn) DropOldest(age time.Duration) bool { return c.loop.dropOldest(c, age) }
 
 // dropOldest drops a client that lingers, or else the one, other than except, that has waited
 // longest for its relay, if it has waited longer than age. It reports whether there was one.
@@ -42,10 +33,10 @@ func (l *loop) dropOldest(except *conn, age time.Duration) bool {
 	return true
 }
 
-// ResetSilent is for [shares.Room.ForRelay]. If none of rich's relays is in this loop, the others
-// are asked one after the other, and that takes a moment.
-func (l *loop) ResetSilent(rich, needy *shares.Tenant) bool {
-	return l.lose(loss{rich, needy, len(l.engine.loops)})
+// ResetSilent makes room for c, as [shares.RoomMaker] says. If none of rich's relays is in this
+// loop, the others are asked one after the other, and that takes a moment.
+func (c *conn) ResetSilent(rich, needy *shares.Tenant) bool {
+	return c.loop.lose(loss{rich, needy, len(c.loop.engine.loops)})
 }
 
 // lose resets a relay, or asks the next loop for one. It reports whether it has done so itself.

@@ -3,7 +3,6 @@
 package epoll
 
 import (
-	"slices"
 	"sync/atomic"
 	"time"
 
@@ -124,18 +123,16 @@ func (l *loop) replace(r *runner, lookup uint64) {
 
 // rescue goes on with the loop in place of stuck, in the middle of a round.
 func (l *loop) rescue(stuck, r *runner) {
-	s, c := l.engine.shares, stuck.conn
-	k := &lookup{loop: l, conn: c, name: slices.Clone(stuck.name)}
-	if stuck.tenant != nil {
-		k.task = shares.Task{Tenant: stuck.tenant, Entry: string(stuck.entry)}
-		s.Threads.LeaveBehind(&k.task)
-	} else { // it does not know yet whose the host is
-		t := s.Tenants.Unknown(stuck.name)
-		k.task = shares.Task{Tenant: t, Entry: string(stuck.name)}
-		s.Threads.LeaveBehind(&k.task)
+	s := l.engine.shares
+	t, entry := stuck.tenant, stuck.entry
+	if t == nil { // it does not know yet whose the host is
+		t, entry = s.Tenants.Unknown(stuck.name), stuck.name
+	}
+	q := stuck.conn.ask(stuck.name, stuck.hello, t, string(entry))
+	s.Threads.LeaveBehind(&q.Task)
+	if stuck.tenant == nil {
 		t.Release()
 	}
-	c.wait(lookingUp, stuck.name, stuck.hello).lookup = k
-	stuck.left <- k
+	stuck.left <- q
 	l.run(r)
 }

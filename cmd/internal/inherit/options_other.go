@@ -9,13 +9,28 @@ func setListenerOptions(int) error { return nil }
 
 // setClientOptions sets the options of a connection that was inherited.
 func setClientOptions(fd int) error {
-	SetAccepted(fd)
+	setAccepted(fd)
 	BoundWaits(fd)
 	return nil
 }
 
-// SetAccepted sets the options of an accepted connection. It fails only for one that is gone.
-func SetAccepted(fd int) {
+// Accept accepts a client. No program is started that could inherit its socket meanwhile.
+func Accept(listener int) (fd int, err error) {
+	fd, _, err = unix.Accept(listener)
+	if err != nil {
+		return -1, err
+	}
+	unix.CloseOnExec(fd)
+	if err := unix.SetNonblock(fd, true); err != nil {
+		unix.Close(fd)
+		return -1, err
+	}
+	setAccepted(fd)
+	return fd, nil
+}
+
+// setAccepted sets the options of an accepted connection. It fails only for one that is gone.
+func setAccepted(fd int) {
 	unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
 	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
 }

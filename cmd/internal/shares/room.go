@@ -6,28 +6,24 @@ import (
 
 	"sniproxy/cmd/internal/descriptors"
 	"sniproxy/cmd/internal/limits"
+	"sniproxy/cmd/internal/report"
 )
 
 // Room knows how many descriptors there are. Relays never take a part of them, the reserve: so
 // whoever has all others cannot keep ClientHellos from being read. When relays have all the rest,
 // somebody makes room for a new one, or its client has to wait.
 type Room struct {
-	conns   Connections
-	threads *Threads
-	tenants *Tenants
-	own     int64        // descriptors that are no connection's
-	single  bool         // one connection is served, and needs no reserve
-	limit   atomic.Int64 // of descriptors
+	counters report.All
+	relays   atomic.Int64
+	threads  *Threads
+	tenants  *Tenants
+	own      int64        // descriptors that are no connection's
+	single   bool         // one connection is served, and needs no reserve
+	limit    atomic.Int64 // of descriptors
 
 	senders   atomic.Int64 // sockets of senders
 	closeIdle func()       // closes those that have nothing under way
 	closed    atomic.Int64 // when that was done last, by the clock of limits
-}
-
-// Connections count what an engine has.
-type Connections interface {
-	RelayDescriptors() int64 // descriptors that relays have
-	NotRelays() int64        // connections that are no relays: those that wait, and those refused
 }
 
 // A RoomMaker can end connections: an engine, or an event loop for its own.
@@ -41,18 +37,20 @@ type RoomMaker interface {
 	ResetSilent(rich, needy *Tenant) bool
 }
 
-func newRoom(own int64, single bool, conns Connections, threads *Threads, tenants *Tenants) *Room {
-	r := &Room{conns: conns, threads: threads, tenants: tenants, own: own, single: single}
-	r.limit.Store(descriptors.Limit())
-	return r
+// used returns how many descriptors are in use, or may be at any moment. Relays have two.
+func (r *Room) used() int64 {
+	return r.own + r.senders.Load() + r.threads.descriptors() + r.counters.Open() + r.relays.Load()
 }
+
+// notRelays returns how many connections are no relays: those that wait, and those refused.
+func (r *Room) notRelays() int64 { return r.counters.Open() - r.relays.Load() }
 
 // fits tells whether one of the clients that wait can have a relay, which takes two descriptors.
 func (r *Room) fits() bool {
 	within := func(limit int64) bool {
 		reserve := r.reserve(limit)
-		others := max(0, r.conns.NotRelays()-1-reserve)
-		return r.own+r.senders.Load()+r.threads.descriptors()+r.conns.RelayDescriptors()+others+2 <= limit-reserve
+		// The reserve is for those that wait. One of them is to have a relay.
+		return r.used()-min(r.notRelays(), reserve+1)+2 <= limit-reserve
 	}
 	if within(r.limit.Load()) {
 		return true
@@ -72,7 +70,7 @@ func (r *Room) ForRelay(by RoomMaker, needy *Tenant, short bool) bool {
 		if r.CloseIdle() {
 			continue
 		}
-		tooMany := r.conns.NotRelays() > r.reserve(r.limit.Load())
+		tooMany := r.notRelays() > r.reserve(r.limit.Load())
 		switch {
 		case tooMany && by.DropOldest(0):
 		case !tooMany && short && by.DropOldest(limits.RoomWait):
@@ -97,9 +95,7 @@ func (r *Room) CloseIdle() bool {
 }
 
 // Full tells whether fewer than spare descriptors are left, for anything.
-func (r *Room) Full(spare int64) bool {
-	return r.own+r.senders.Load()+r.threads.descriptors()+r.conns.RelayDescriptors()+r.conns.NotRelays()+spare > r.limit.Load()
-}
+func (r *Room) Full(spare int64) bool { return r.used()+spare > r.limit.Load() }
 
 // reserve returns how many descriptors of a limit relays never take.
 func (r *Room) reserve(limit int64) int64 {

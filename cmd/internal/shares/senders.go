@@ -79,9 +79,9 @@ func (s *Shares) Sender(t *Tenant) (fd int, err error) {
 	return fd, nil
 }
 
-// ConnectOnce connects a socket of its own to a datagram socket, and waits for whatever there is to
+// connectOnce connects a socket of its own to a datagram socket, and waits for whatever there is to
 // wait for. Call [Shares.Sent] when it has sent something, or will not.
-func (s *Shares) ConnectOnce(d *hostdir.Dialer, t *Tenant) (hostdir.Backend, error) {
+func (s *Shares) connectOnce(d *hostdir.Dialer, t *Tenant) (hostdir.Backend, error) {
 	none := hostdir.Backend{FD: -1}
 	w := &t.sender
 	w.onceMu.Lock()
@@ -109,7 +109,7 @@ func (s *Shares) ConnectOnce(d *hostdir.Dialer, t *Tenant) (hostdir.Backend, err
 	return b, err
 }
 
-// giveBack undoes what ConnectOnce has taken.
+// giveBack undoes what connectOnce has taken.
 func (s *Shares) giveBack(w *sender) {
 	w.onceMu.Lock()
 	w.taken--
@@ -117,7 +117,7 @@ func (s *Shares) giveBack(w *sender) {
 	s.Room.senders.Add(-1)
 }
 
-// Sent gives back a socket of [Shares.Sender] or [Shares.ConnectOnce], with which a datagram was
+// Sent gives back a socket of [Shares.Sender] or [Shares.Connect], with which a datagram was
 // sent or not.
 func (s *Shares) Sent(t *Tenant, fd int, sent bool) {
 	w := &t.sender

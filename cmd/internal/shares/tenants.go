@@ -17,7 +17,7 @@ type Tenant struct {
 	uid   uint32 // 0 where entry is set
 	entry string // empty for a user, who has all his entries together
 
-	Relays atomic.Int64
+	relays atomic.Int64
 	users  atomic.Int64 // connections and look-ups that hold this
 
 	hung      atomic.Int64 // threads that were left behind with a look-up
@@ -70,7 +70,7 @@ func (t *Tenant) Release() { t.users.Add(-1) }
 
 // MayLose tells whether he must give up a relay for one of needy: if he has at least two more.
 func (t *Tenant) MayLose(needy *Tenant) bool {
-	return t != nil && t != needy && t.Relays.Load() >= needy.Relays.Load()+2
+	return t != nil && t != needy && t.relays.Load() >= needy.relays.Load()+2
 }
 
 // Tenants are all that have connections, or had some a while ago.
@@ -141,7 +141,7 @@ func (s *Tenants) richest() *Tenant {
 	if now := limits.Now(); s.counted == 0 || now-s.counted >= int64(limits.Redial) {
 		s.counted, s.most = now, nil
 		for _, t := range s.all {
-			if s.most == nil || t.Relays.Load() > s.most.Relays.Load() {
+			if s.most == nil || t.relays.Load() > s.most.relays.Load() {
 				s.most = t
 			}
 		}
