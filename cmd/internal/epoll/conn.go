@@ -436,11 +436,7 @@ func (c *conn) handOver(entry []byte, b hostdir.Backend, name, hello []byte) {
 			l.shared = s.fd
 			inherit.BoundWaits(int(s.fd))
 		}
-		if err == hostdir.BacklogFull {
-			c.redialLater(c.tenant.EntryKey(entry), err, name, hello, limits.RedialHandOver)
-		} else {
-			c.refuse(name, err)
-		}
+		c.dialled(entry, name, hello, hostdir.Backend{}, err)
 		return
 	}
 	sent := int64(len(hello) - headroom)

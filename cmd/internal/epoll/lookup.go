@@ -7,7 +7,6 @@ import (
 	"slices"
 	"sync/atomic"
 
-	"sniproxy/cmd/internal/limits"
 	"sniproxy/cmd/internal/report"
 	"sniproxy/cmd/internal/shares"
 	"sniproxy/hostdir"
@@ -84,10 +83,10 @@ func (c *conn) dial(name, hello []byte) {
 		c.refuse(name, report.ErrClogged)
 		return
 	case err == hostdir.NoRoom, !datagram && !s.Room.ForRelay(c, t, false):
-		c.redialLater(t.Key(), hostdir.NoRoom, name, hello, limits.Redial)
+		c.redialLater(hostdir.NoRoom, nil, name, hello)
 		return
 	case datagram && !l.redials.turn(t, entry.Name, c):
-		c.redialLater(t.EntryKey(entry.Name), hostdir.BacklogFull, name, hello, limits.RedialHandOver)
+		c.redialLater(hostdir.BacklogFull, entry.Name, name, hello)
 		return
 	case err == hostdir.MayWait, !l.mayConnect(t, entry):
 		c.lookUp(t, entry.Name, name, hello)
@@ -98,7 +97,7 @@ func (c *conn) dial(name, hello []byte) {
 	b, err := l.connect(r, datagram)
 	if err == hostdir.Stream { // it is one now, which takes room
 		if !s.Room.ForRelay(c, t, false) {
-			c.redialLater(t.Key(), hostdir.NoRoom, name, hello, limits.Redial)
+			c.redialLater(hostdir.NoRoom, nil, name, hello)
 			return
 		}
 		b, err = l.connect(r, false)
@@ -266,11 +265,9 @@ func (c *conn) dialled(entry, name, hello []byte, b hostdir.Backend, err error) 
 	case err == nil:
 		c.begin(b, name, hello)
 	case err == hostdir.Stream, err == hostdir.Datagram:
-		c.redialLater(c.tenant.EntryKey(entry), hostdir.Exchanged, name, hello, limits.Redial)
-	case err == hostdir.BacklogFull && c.tenant.HasDatagrams():
-		c.redialLater(c.tenant.EntryKey(entry), err, name, hello, limits.RedialHandOver)
+		c.redialLater(hostdir.Exchanged, entry, name, hello)
 	case err == hostdir.NoRoom, err == hostdir.BacklogFull, err == hostdir.Exchanged:
-		c.redialLater(c.tenant.EntryKey(entry), err, name, hello, limits.Redial)
+		c.redialLater(err, entry, name, hello)
 	default:
 		c.refuse(name, err)
 	}

@@ -7,6 +7,7 @@ import (
 
 	"sniproxy/cmd/internal/limits"
 	"sniproxy/cmd/internal/shares"
+	"sniproxy/hostdir"
 )
 
 // Redials are the clients that wait for room, in lines: one for each entry whose backend's backlog
@@ -55,13 +56,22 @@ func (w *redials) turn(t *shares.Tenant, entry []byte, c *conn) bool {
 	return p == nil || p.conn == c
 }
 
-// redialLater has c try again later, since err is in the way now. The pause is that of a new line.
-func (c *conn) redialLater(key shares.Key, err error, name, hello []byte, pause time.Duration) {
+// redialLater has c try again later to connect to the backend of an entry, since err is in the way
+// now.
+func (c *conn) redialLater(err error, entry, name, hello []byte) {
 	p := c.wait(redialing, name, hello)
 	p.err = err
+	key := c.tenant.Key()
+	if err != hostdir.NoRoom {
+		key = c.tenant.EntryKey(entry)
+	}
 	w := &c.loop.redials
 	q := w.of[key]
 	if q == nil {
+		pause := limits.Redial
+		if err == hostdir.BacklogFull && c.tenant.HasDatagrams() {
+			pause = limits.RedialHandOver
+		}
 		q = &line{key: key, due: limits.Now() + int64(pause), pause: pause, least: pause}
 		if w.of == nil {
 			w.of, w.users = map[shares.Key]*line{}, map[uint32]int{}

@@ -95,7 +95,7 @@ func Start(hosts *hostdir.Hosts, listeners []*inherit.Listener, clients []int, o
 	e.shares = shares.New(hosts, own, len(listeners) == 0, e.Counters)
 	go e.endSilent()
 	for _, l := range listeners {
-		f, err := pollable(&l.FD)
+		f, err := inherit.Pollable(&l.FD)
 		if err != nil {
 			return nil, err
 		}
@@ -106,7 +106,7 @@ func Start(hosts *hostdir.Hosts, listeners []*inherit.Listener, clients []int, o
 		e.logAll.Await()
 	}
 	for _, fd := range clients {
-		f, err := pollable(&fd)
+		f, err := inherit.Pollable(&fd)
 		if err != nil {
 			return nil, err
 		}
@@ -117,28 +117,6 @@ func Start(hosts *hostdir.Hosts, listeners []*inherit.Listener, clients []int, o
 	return e, nil
 }
 
-// pollable returns a file for the socket fd that Go's poller knows. Its descriptor takes the place
-// of fd. The poller refuses a file that is blocking, and whoever shares the socket can make it so
-// at any time; hence the loop.
-func pollable(fd *int) (*os.File, error) {
-	for {
-		dup, err := unix.FcntlInt(uintptr(*fd), unix.F_DUPFD_CLOEXEC, 3)
-		if err != nil {
-			return nil, err
-		}
-		if err := unix.SetNonblock(dup, true); err != nil {
-			return nil, err
-		}
-		f := os.NewFile(uintptr(dup), "socket")
-		if f.SetDeadline(time.Time{}) == nil {
-			unix.Close(*fd)
-			*fd = dup
-			return f, nil
-		}
-		f.Close()
-	}
-}
-
 // spare is how many descriptors accept leaves to look-ups, as it could be quicker than they are.
 const spare = 4
 
@@ -146,7 +124,7 @@ const spare = 4
 // sniproxy-rs.
 func (e *Engine) accept(l *inherit.Listener, f *os.File) {
 	for {
-		fd, err := acceptOne(f)
+		fd, err := inherit.Accept(f)
 		full := err == unix.EMFILE || err == unix.ENFILE
 		if err == nil {
 			e.serve(os.NewFile(uintptr(fd), "client"))
@@ -171,32 +149,6 @@ func (e *Engine) accept(l *inherit.Listener, f *os.File) {
 		report.AcceptFailed(err)
 		time.Sleep(limits.AcceptPause) // clients wait in the backlog
 	}
-}
-
-// acceptOne waits for a client and accepts it.
-func acceptOne(listener *os.File) (client int, err error) {
-	raw, err := listener.SyscallConn()
-	if err != nil {
-		return -1, os.ErrClosed
-	}
-	closed := raw.Read(func(fd uintptr) bool {
-		err = unix.EINTR
-		for err == unix.EINTR {
-			// Whoever shares the socket can make it blocking, as systemd does whenever it starts
-			// something with it: even between these two calls, but SO_RCVTIMEO bounds that wait.
-			if err = unix.SetNonblock(int(fd), true); err == nil {
-				client, err = inherit.Accept(int(fd))
-			}
-		}
-		if err == unix.EMFILE || err == unix.ENFILE {
-			return socket.Events(int(fd)) != 0 // accept(2) says so before it looks for a client
-		}
-		return err != unix.EAGAIN
-	})
-	if closed != nil {
-		return -1, os.ErrClosed
-	}
-	return client, err
 }
 
 // serve begins to serve a client. Whatever it waits for before its relay ends at one deadline.
@@ -452,7 +404,7 @@ func (c *conn) refuse(name []byte, err error) {
 	c.linger()
 }
 
-// Descriptors returns how many descriptors the engine has itself: pollable has one for a moment.
+// Descriptors returns how many descriptors the engine has itself: [inherit.Pollable] takes one for a moment.
 func Descriptors(int) int64 { return 1 }
 
 // Stop ends accepting, and lets go of the listening sockets. It returns when that is done.
