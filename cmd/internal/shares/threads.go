@@ -57,9 +57,8 @@ type Threads struct {
 	next    chan *Task
 	more    chan func() // those that are to get a thread of their own
 
-	idle     int // threads without a task
-	unmet    int // tasks in next for which there is no thread yet
-	starting int // threads that were asked for and have not begun
+	threads  int
+	starting int // those that were asked for and have not begun
 
 	lookups atomic.Int64 // tasks under way that are look-ups
 	behind  atomic.Int64 // threads that were left behind
@@ -152,21 +151,17 @@ func (s *Threads) begin(k *Task) {
 func (s *Threads) run(k *Task) {
 	s.begin(k)
 	s.next <- k // has room for all
-	if s.idle > 0 {
-		s.idle--
-		return
-	}
-	if s.unmet++; s.starting < s.unmet {
+	if s.threads+s.starting < s.tasks() {
 		s.starting++
 		s.more <- s.work
 	}
 }
 
-// end counts a task as done, and runs one that waits for that. It tells whether the calling thread
-// is needed for another.
-func (s *Threads) end(k *Task) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+// tasks returns how many tasks threads have, or are to have.
+func (s *Threads) tasks() int { return s.all.running - int(s.behind.Load()) }
+
+// end counts a task as done, and runs one that waits for that.
+func (s *Threads) end(k *Task) {
 	for _, t := range []*tally{&k.queue.tally, &k.Tenant.tasks, &s.all} {
 		t.running--
 		t.ended++
@@ -176,7 +171,6 @@ func (s *Threads) end(k *Task) bool {
 	}
 	s.leave(k)
 	s.runNext()
-	return s.stay()
 }
 
 // runNext runs a task that waits and is allowed now. Tenants, and each tenant's entries, take
@@ -252,24 +246,24 @@ func (s *Threads) work() {
 	defer dialer.Close()
 	s.mu.Lock()
 	s.starting--
+	s.threads++
 	more := s.stay()
 	s.mu.Unlock()
 	for more {
 		k := <-s.next
 		k.Do(dialer)
 		dialer.Leave()
-		more = s.end(k)
+		s.mu.Lock()
+		s.end(k)
+		more = s.stay()
+		s.mu.Unlock()
 	}
 }
 
-// stay tells whether the calling thread is needed: for a task that has none yet, or as an idle one.
+// stay tells whether the calling thread is needed, for a task or as an idle one.
 func (s *Threads) stay() bool {
-	switch {
-	case s.unmet > 0:
-		s.unmet--
-	case s.idle < threadsIdle:
-		s.idle++
-	default:
+	if s.threads-s.tasks() > threadsIdle {
+		s.threads--
 		return false
 	}
 	return true
@@ -282,9 +276,9 @@ func (s *Threads) descriptors() int64 { return 2*s.lookups.Load() + s.closing.Lo
 // task.
 func (s *Threads) LeaveBehind(k *Task) {
 	k.Tenant.hung.Add(1)
-	s.behind.Add(1)
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.behind.Add(1)
 	s.enter(k)
 	s.begin(k)
 }
@@ -294,6 +288,8 @@ func (s *Threads) LeaveBehind(k *Task) {
 func (s *Threads) ComeBack(k *Task) {
 	k.Tenant.untrusted.Store(limits.Now() + int64(limits.Distrust))
 	k.Tenant.hung.Add(-1)
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.behind.Add(-1)
 	s.end(k)
 }
