@@ -48,8 +48,7 @@ type conn struct {
 
 	deaf     bool  // the backend does not read any more
 	cutWrite bool  // and it stopped in the middle of a write
-	moved    bool  // something moved since the last look for half-closed relays
-	quiet    uint8 // looks in a row at which nothing had moved
+	quiet    uint8 // looks for half-closed relays since something moved
 	active   int64 // the round of the loop in which something last happened to the relay
 	sample   int32 // of the loop's load when the relay began
 
@@ -165,39 +164,32 @@ func (l *loop) accept(from *inherit.Listener) bool {
 	case unix.EAGAIN, unix.EINTR, unix.ECONNABORTED:
 		// Somebody else was quicker, or the client is gone.
 	case unix.EMFILE, unix.ENFILE:
-		if l.runner.Load().dialer.Release() {
-			break // that descriptor was kept for nobody yet; the next wait says again that there is a client
+		if l.runner.Load().dialer.Release() || l.engine.shares.Room.CloseIdle() {
+			break // those were kept for nobody yet; the next wait says again that there is a client
 		}
 		// accept(2) says so before it checks whether a client is waiting.
-		if l.engine.shares.Room.CloseIdle() {
-			break // those were kept for nobody
+		if from.StillListens() && (!from.Pending() || l.dropOldest(nil, 0)) {
+			break
 		}
-		if !from.StillListens() {
-			l.giveUp(from)
-		} else if from.Pending() && !l.dropOldest(nil, 0) {
-			l.pause(errno)
-		}
+		l.pause(from, errno)
 	default:
-		if from.StillListens() {
-			l.pause(errno)
-		} else {
-			l.giveUp(from)
-		}
+		l.pause(from, errno)
 	}
 	return false
 }
 
-// giveUp is for a listening socket that was shut down.
-func (l *loop) giveUp(from *inherit.Listener) {
-	l.rest = limits.Now() + int64(limits.AcceptPause)
-	l.engine.fail(from.ShutDown())
-}
-
 // pause stops accepting for limits.AcceptPause, after a failure that has a cause outside of the
-// connection. The clients wait in the backlog.
-func (l *loop) pause(errno unix.Errno) {
-	report.AcceptFailed(errno)
+// connection. The clients wait in the backlog. If the socket was shut down, that is the end.
+func (l *loop) pause(from *inherit.Listener, errno unix.Errno) {
 	l.rest = limits.Now() + int64(limits.AcceptPause)
+	if from.StillListens() {
+		report.AcceptFailed(errno)
+		return
+	}
+	select {
+	case l.engine.Failed <- from.ShutDown():
+	default: // there is a reason already
+	}
 }
 
 // listen adds the listening sockets to the poller, or takes them away. Of all loops that wait for
@@ -218,9 +210,10 @@ func (l *loop) listen(yes bool) {
 }
 
 func (l *loop) listenTo(i, op int, events uint32) bool {
-	errno := l.poller.control(op, int32(l.engine.listeners[i].FD), events, token{number: int32(listenerEvent - i)})
+	from := l.engine.listeners[i]
+	errno := l.poller.control(op, int32(from.FD), events, token{number: int32(listenerEvent - i)})
 	if errno != 0 { // the kernel is out of memory, or of what it grants a user
-		l.pause(errno)
+		l.pause(from, errno)
 	}
 	return errno == 0
 }
@@ -300,8 +293,7 @@ func (c *conn) register(on side, events uint32) bool {
 	if errno := c.loop.poller.control(op, s.fd, all, tokenOf(c, on)); errno != 0 {
 		// The kernel is out of memory, or of what it grants a user.
 		logline.Rationed(func() string { return fmt.Sprintf("cannot watch a connection: %v", errno) })
-		c.printAccess(report.CutForMemory)
-		c.abort()
+		c.abort(report.CutForMemory)
 		return false
 	}
 	return true
@@ -378,8 +370,7 @@ func (c *conn) begin(b hostdir.Backend, name, hello []byte) {
 	if b.Proxy > 0 {
 		header, err := socket.Header(int(c.sockets[client].fd), b.Proxy, name)
 		if err != nil {
-			c.printAccess(report.ResetByClient)
-			c.abort()
+			c.abort(report.ResetByClient)
 			return
 		}
 		c.header = int32(len(header))
@@ -518,8 +509,19 @@ func (l *loop) expireLingers() {
 
 // abort closes both connections at once, that of the client with a reset, so that it does not
 // mistake what it has for all there is.
-func (c *conn) abort() {
+func (c *conn) abort(why string) {
+	c.printAccess(why)
 	unix.SetsockoptLinger(int(c.sockets[client].fd), unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1, Linger: 0})
+	c.close()
+}
+
+// cut ends c whatever it is doing. What its backend has passed on to the end needs no reset.
+func (c *conn) cut(why string) {
+	if c.phase == relaying && !c.flows[backend].done {
+		c.abort(why)
+		return
+	}
+	c.printAccess(why)
 	c.close()
 }
 

@@ -120,13 +120,6 @@ func (e *Engine) Stop() {
 	}()
 }
 
-func (e *Engine) fail(reason error) {
-	select {
-	case e.Failed <- reason:
-	default: // there is one already
-	}
-}
-
 // Cut ends all connections, as far as that is possible at once.
 func (e *Engine) Cut() {
 	for _, l := range e.loops {

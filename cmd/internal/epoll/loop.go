@@ -236,18 +236,11 @@ func (l *loop) now() int64 {
 	return l.clock
 }
 
-// cut ends all connections. A client whose backend has not ended gets a reset: it must not mistake
-// what it has for all there is.
+// cut ends all connections.
 func (l *loop) cut() {
 	for _, c := range l.conns.all {
-		if c.phase == free {
-			continue
-		}
-		c.printAccess(report.CutAtStop)
-		if c.phase == relaying && !c.flows[backend].done {
-			c.abort()
-		} else {
-			c.close()
+		if c.phase != free {
+			c.cut(report.CutAtStop)
 		}
 	}
 }

@@ -53,8 +53,7 @@ func (l *loop) moveRelays() {
 func (l *loop) move(c *conn) {
 	for i := range c.sockets {
 		if errno := l.poller.remove(c.sockets[i].fd); errno != 0 {
-			c.printAccess(report.CutForMemory)
-			c.abort() // its events would be taken for those of another
+			c.abort(report.CutForMemory) // its events would be taken for those of another
 			return
 		}
 	}

@@ -66,7 +66,6 @@ func (l *loop) resetOne(rich, needy *shares.Tenant) bool {
 	}
 	report.Reset(int(silent.sockets[client].fd), rich)
 	l.counters.Dropped.Add(1)
-	silent.printAccess(report.ResetForRoom)
-	silent.abort()
+	silent.abort(report.ResetForRoom)
 	return true
 }
