@@ -87,21 +87,18 @@ func run() int {
 		return 2
 	}
 	if err != nil {
-		logline.Err("%v", err)
-		return 1
+		return refuse(err)
 	}
 	// SIGTERM too, and a second signal: sniproxy-rs knows SIGHUP alone, and is killed by others.
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, syscall.SIGHUP, syscall.SIGTERM)
 	hosts, err := openHosts()
 	if err != nil {
-		logline.Err("%v", err)
-		return 1
+		return refuse(err)
 	}
 	e, err := startEngine(hosts, listeners, clients, own)
 	if err != nil {
-		logline.Err("%v", err)
-		return 1
+		return refuse(err)
 	}
 	go printCounters(e, asked)
 	for _, l := range listeners {
@@ -137,6 +134,12 @@ func run() int {
 	}
 	e.Cut()
 	return status
+}
+
+// refuse says why the program cannot start. It returns the exit status.
+func refuse(reason error) int {
+	logline.Err("%v", reason)
+	return 1
 }
 
 // ownDescriptors returns how many descriptors the program will have besides those of connections:

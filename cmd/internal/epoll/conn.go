@@ -128,12 +128,10 @@ func (c *conn) enter(p phase) {
 		}
 		if fd := c.sockets[client].fd; fd != 0 { // otherwise another thread closes it
 			closeFd(fd)
-			if fd == l.shared {
-				l.shared = 0
-			}
 		}
+		l.shared = 0
 		c.closeBackend()
-		c.belongTo(nil)
+		shares.Hold(&c.tenant, nil)
 		l.open.Add(-1)
 		l.counters.Ended.Add(1)
 		l.conns.release(c)
@@ -164,7 +162,7 @@ func (l *loop) accept(from *inherit.Listener) bool {
 	case unix.EAGAIN, unix.EINTR, unix.ECONNABORTED:
 		// Somebody else was quicker, or the client is gone.
 	case unix.EMFILE, unix.ENFILE:
-		if l.runner.Load().dialer.Release() || l.engine.shares.Room.CloseIdle() {
+		if l.runner.Load().dialer.Release() || l.engine.shares.CloseIdle() {
 			break // those were kept for nobody yet; the next wait says again that there is a client
 		}
 		// accept(2) says so before it checks whether a client is waiting.
@@ -347,14 +345,6 @@ func (c *conn) dropPending() {
 	}
 }
 
-// belongTo says whose host c is for. It takes over the use of t.
-func (c *conn) belongTo(t *shares.Tenant) {
-	if c.tenant != nil {
-		c.tenant.Release()
-	}
-	c.tenant = t
-}
-
 // begin begins the relay: a header, if asked for, and all bytes read so far go to the backend in
 // one write.
 func (c *conn) begin(b hostdir.Backend, name, hello []byte) {
@@ -412,9 +402,7 @@ func (c *conn) handOver(entry []byte, b hostdir.Backend, name, hello []byte) {
 		l.poller.remove(s.fd)
 		s.registered = 0
 	}
-	shared := s.fd == l.shared
-	if shared {
-		l.shared = 0
+	if l.shared != 0 {
 		socket.SetPlain(int(s.fd))
 	} else {
 		setPlain(s.fd)
@@ -423,8 +411,7 @@ func (c *conn) handOver(entry []byte, b hostdir.Backend, name, hello []byte) {
 	l.engine.shares.Sent(c.tenant, b.FD, handed)
 	if !handed {
 		setNonblock(s.fd)
-		if shared {
-			l.shared = s.fd
+		if l.shared != 0 {
 			inherit.BoundWaits(int(s.fd))
 		}
 		c.dialled(entry, name, hello, hostdir.Backend{}, err)

@@ -61,14 +61,11 @@ func (l *loop) emptyInbox() {
 func (l *loop) closeIfEmpty() bool {
 	b := &l.inbox
 	b.mu.Lock()
-	b.closed = l.open.Load() == 0
-	closed, queries := b.closed, b.queries
-	if closed {
-		b.queries = nil
-	}
+	closed := l.open.Load() == 0
+	b.closed = closed
 	b.mu.Unlock() // before others are locked: those who give hold them
 	if closed {
-		for _, q := range queries {
+		for _, q := range b.queries {
 			l.engine.shares.Discard(&q.Query)
 		}
 	}

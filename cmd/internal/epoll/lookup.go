@@ -71,8 +71,8 @@ func (c *conn) dial(name, hello []byte) {
 			return
 		}
 		t = s.Tenants.Of(entry)
-		c.belongTo(t)
-		if err != hostdir.NoRoom || !s.Room.ForRelay(c, t, true) {
+		shares.Hold(&c.tenant, t)
+		if err != hostdir.NoRoom || !s.RoomForRelay(c, t, true) {
 			break
 		}
 		entry, err = l.find(r)
@@ -82,7 +82,7 @@ func (c *conn) dial(name, hello []byte) {
 	case t.Clogged():
 		c.refuse(name, report.ErrClogged)
 		return
-	case err == hostdir.NoRoom, !datagram && !s.Room.ForRelay(c, t, false):
+	case err == hostdir.NoRoom, !datagram && !s.RoomForRelay(c, t, false):
 		c.redialLater(hostdir.NoRoom, nil, name, hello)
 		return
 	case datagram && !l.redials.turn(t, entry.Name, c):
@@ -96,13 +96,13 @@ func (c *conn) dial(name, hello []byte) {
 	r.entry, r.tenant = entry.Name, t
 	b, err := l.connect(r, datagram)
 	if err == hostdir.Stream { // it is one now, which takes room
-		if !s.Room.ForRelay(c, t, false) {
+		if !s.RoomForRelay(c, t, false) {
 			c.redialLater(hostdir.NoRoom, nil, name, hello)
 			return
 		}
 		b, err = l.connect(r, false)
 	}
-	for err == hostdir.NoRoom && s.Room.ForRelay(c, t, true) {
+	for err == hostdir.NoRoom && s.RoomForRelay(c, t, true) {
 		b, err = l.connect(r, t.HasDatagram(entry.Name))
 	}
 	if err == hostdir.MayWait {
@@ -115,7 +115,8 @@ func (c *conn) dial(name, hello []byte) {
 // find finds the entry for the name of the runner. Like connect it does not return if the loop goes
 // on with another runner meanwhile.
 func (l *loop) find(r *runner) (hostdir.Entry, error) {
-	this := l.beginLookup(r)
+	this := r.lookups.Add(1)
+	l.engine.watch.wakeUp()
 	entry, err := r.dialer.Find(r.name, false)
 	if !r.lookups.CompareAndSwap(this, this+1) {
 		r.finish(entry, hostdir.Backend{}, err)
@@ -157,7 +158,8 @@ func (l *loop) connect(r *runner, was bool) (b hostdir.Backend, err error) {
 // connectWith connects a datagram socket, or a new stream socket if there is none.
 func (l *loop) connectWith(r *runner, sender int) (b hostdir.Backend, err error) {
 	r.sender = sender
-	this := l.beginLookup(r)
+	this := r.lookups.Add(1)
+	l.engine.watch.wakeUp()
 	if sender < 0 {
 		b, err = r.dialer.Connect(false)
 	} else {
@@ -168,12 +170,6 @@ func (l *loop) connectWith(r *runner, sender int) (b hostdir.Backend, err error)
 	}
 	r.sender = -1
 	return b, err
-}
-
-func (l *loop) beginLookup(r *runner) uint64 {
-	this := r.lookups.Add(1)
-	l.engine.watch.wakeUp()
-	return this
 }
 
 // finish is for a runner that was left behind in a look-up, and does not return. What came of the
@@ -243,7 +239,7 @@ func (l *loop) found(q *query) {
 	p := c.pending
 	p.query = nil
 	if q.Owner != nil {
-		c.belongTo(q.Owner)
+		shares.Hold(&c.tenant, q.Owner)
 	}
 	s.Settle(&q.Query, c)
 	line := p.line

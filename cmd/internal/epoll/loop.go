@@ -55,7 +55,7 @@ type loop struct {
 	rounds int64
 	clock  int64 // when the round began, for what needs no better; 0 if nobody has asked for it yet
 
-	shared int32 // the connection that was inherited, which others may have too; 0 if there is none
+	shared int32 // the one connection, if it was inherited, as others may have it too; otherwise 0
 
 	conns   table
 	hellos  queue // those without a backend yet, until limits.Hello
@@ -107,14 +107,10 @@ func newLoop(e *Engine) (*loop, error) {
 // start runs the loop in the calling goroutine, and says whether it can.
 func (l *loop) start(started chan<- error) {
 	r, err := newRunner(l.engine.hosts)
-	if err == nil {
-		l.runner.Store(r)
-	}
 	started <- err
-	if err != nil {
-		return
+	if err == nil {
+		l.run(r)
 	}
-	l.run(r)
 }
 
 // run runs the loop in the goroutine of r, for as long as there is something to do.

@@ -110,9 +110,7 @@ func Start(hosts *hostdir.Hosts, listeners []*inherit.Listener, clients []int, o
 		if err != nil {
 			return nil, err
 		}
-		if _, err := unix.Getpeername(fd); err == nil { // otherwise it is gone
-			e.serve(f)
-		}
+		e.serve(f)
 	}
 	return e, nil
 }
@@ -128,11 +126,11 @@ func (e *Engine) accept(l *inherit.Listener, f *os.File) {
 		full := err == unix.EMFILE || err == unix.ENFILE
 		if err == nil {
 			e.serve(os.NewFile(uintptr(fd), "client"))
-			full = e.shares.Room.Full(spare)
+			full = e.shares.Full(spare)
 		}
 		if full {
 			runtime.Gosched() // those accepted last have not looked for their hello yet
-			if e.shares.Room.CloseIdle() || e.dropOldest(nil, 0) {
+			if e.shares.CloseIdle() || e.dropOldest(nil, 0) {
 				continue
 			}
 		}
@@ -170,7 +168,7 @@ func (e *Engine) serve(client *os.File) {
 		e.mu.Lock()
 		e.drop(c)
 		e.mu.Unlock()
-		c.belongTo(nil)
+		shares.Hold(&c.tenant, nil)
 	})
 }
 
@@ -289,12 +287,12 @@ func (c *conn) tryDial(ctx context.Context, name, hello []byte) (b hostdir.Backe
 		return b, key, err
 	}
 	t := c.engine.shares.Tenants.Of(entry)
-	c.belongTo(t)
+	shares.Hold(&c.tenant, t)
 	if t.Clogged() {
 		return b, key, report.ErrClogged
 	}
 	datagram := t.HasDatagram(entry.Name) // then it takes no room
-	for short := false; datagram && !short || c.engine.shares.Room.ForRelay(c, t, short); short = true {
+	for short := false; datagram && !short || c.engine.shares.RoomForRelay(c, t, short); short = true {
 		if b, err = c.lookUp(ctx, t, string(entry.Name), name); err == hostdir.NoRoom {
 			continue
 		}
@@ -303,7 +301,7 @@ func (c *conn) tryDial(ctx context.Context, name, hello []byte) (b hostdir.Backe
 		}
 		return b, t.EntryKey(entry.Name), err
 	}
-	return b, t.Key(), hostdir.NoRoom
+	return b, t.Key, hostdir.NoRoom
 }
 
 var errGone = errors.New("the client is gone, or was dropped")
@@ -366,18 +364,10 @@ func (c *conn) lookUp(ctx context.Context, t *shares.Tenant, entry string, name 
 		return hostdir.Backend{}, report.ErrLookupTimeout
 	}
 	if q.Owner != nil {
-		c.belongTo(q.Owner)
+		shares.Hold(&c.tenant, q.Owner)
 	}
 	s.Settle(q, c)
 	return q.Backend, q.Err
-}
-
-// belongTo says whose host c is for. It takes over the use of t.
-func (c *conn) belongTo(t *shares.Tenant) {
-	if c.tenant != nil {
-		c.tenant.Release()
-	}
-	c.tenant = t
 }
 
 // refuse tells the client with an alert why it is not served, and sees to it that the alert

@@ -74,7 +74,7 @@ func (s *Shares) Sender(t *Tenant) (fd int, err error) {
 	// The kernel doubles what it is told.
 	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, most*datagramCharge/2)
 	w.fd.Store(int64(fd))
-	s.Room.senders.Add(1)
+	s.senders.Add(1)
 	s.sweepLater()
 	return fd, nil
 }
@@ -95,7 +95,7 @@ func (s *Shares) connectOnce(d *hostdir.Dialer, t *Tenant) (hostdir.Backend, err
 	if full {
 		return none, hostdir.BacklogFull
 	}
-	s.Room.senders.Add(1)
+	s.senders.Add(1)
 	fd, err := hostdir.NewDatagram()
 	if err != nil {
 		s.giveBack(w)
@@ -114,7 +114,7 @@ func (s *Shares) giveBack(w *sender) {
 	w.onceMu.Lock()
 	w.taken--
 	w.onceMu.Unlock()
-	s.Room.senders.Add(-1)
+	s.senders.Add(-1)
 }
 
 // Sent gives back a socket of [Shares.Sender] or [Shares.Connect], with which a datagram was
@@ -144,7 +144,7 @@ func (s *Shares) closeReceived(w *sender) {
 		}
 		unix.Close(fd)
 		w.taken--
-		s.Room.senders.Add(-1)
+		s.senders.Add(-1)
 		return true
 	})
 }
@@ -155,7 +155,7 @@ func (s *Shares) sweepLater() {
 		time.AfterFunc(senderIdle, func() {
 			s.sweeping.Store(false)
 			s.sweep(senderIdle)
-			if s.Room.senders.Load() > 0 {
+			if s.senders.Load() > 0 {
 				s.sweepLater()
 			}
 		})
@@ -175,7 +175,7 @@ func (s *Shares) sweep(idle time.Duration) {
 		if fd := int(w.fd.Load()); fd != 0 && limits.Now()-w.used >= int64(idle) && !underWay(fd) {
 			w.fd.Store(0)
 			unix.Close(fd)
-			s.Room.senders.Add(-1)
+			s.senders.Add(-1)
 		}
 		w.mu.Unlock()
 	}
