@@ -22,9 +22,8 @@ type Tenant struct {
 	untrusted atomic.Int64 // until when he is not trusted, by the clock of limits
 
 	// What threads do for him, under their lock.
-	tasks   tally
-	entries map[string]*entryTasks
-	waiting []*entryTasks // those with tasks that wait
+	tasks   group
+	entries map[string]*group // nil before his first task
 
 	closing   closing
 	sender    sender
