@@ -133,6 +133,10 @@ func run() int {
 		logline.Err("cut what was still open after %v: %s", limits.Drain, openConnections(e))
 	}
 	e.Cut()
+	select {
+	case <-e.Drained:
+	case <-time.After(limits.Cut):
+	}
 	return status
 }
 

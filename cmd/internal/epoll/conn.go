@@ -141,7 +141,7 @@ func (c *conn) enter(p phase) {
 // acceptSome accepts connections after a full batch of events. As long as more is ready than fits
 // into one batch, the listening sockets take turns with all that: they are in one batch of many.
 func (l *loop) acceptSome() {
-	for _, from := range l.engine.listeners[:l.listening] {
+	for _, from := range l.engine.listeners {
 		for n := 0; n < acceptMost && l.accept(from); n++ {
 		}
 	}
@@ -193,27 +193,22 @@ func (l *loop) pause(from *inherit.Listener, errno unix.Errno) {
 // listen adds the listening sockets to the poller, or takes them away. Of all loops that wait for
 // one, of this program and others, the kernel wakes up one for a client (EPOLLEXCLUSIVE).
 func (l *loop) listen(yes bool) {
-	for yes && l.listening < len(l.engine.listeners) {
-		if !l.listenTo(l.listening, unix.EPOLL_CTL_ADD, unix.EPOLLIN|unix.EPOLLEXCLUSIVE) {
+	if l.listening == yes {
+		return
+	}
+	op, events := unix.EPOLL_CTL_DEL, uint32(0)
+	if yes {
+		op, events = unix.EPOLL_CTL_ADD, unix.EPOLLIN|unix.EPOLLEXCLUSIVE
+	}
+	l.listening = true // to some at least
+	for i, from := range l.engine.listeners {
+		errno := l.poller.control(op, int32(from.FD), events, token{number: int32(listenerEvent - i)})
+		if errno != 0 && errno != unix.ENOENT { // the kernel is out of memory, or of what it grants a user
+			l.pause(from, errno)
 			return
 		}
-		l.listening++
 	}
-	for !yes && l.listening > 0 {
-		if !l.listenTo(l.listening-1, unix.EPOLL_CTL_DEL, 0) {
-			return
-		}
-		l.listening--
-	}
-}
-
-func (l *loop) listenTo(i, op int, events uint32) bool {
-	from := l.engine.listeners[i]
-	errno := l.poller.control(op, int32(from.FD), events, token{number: int32(listenerEvent - i)})
-	if errno != 0 { // the kernel is out of memory, or of what it grants a user
-		l.pause(from, errno)
-	}
-	return errno == 0
+	l.listening = yes
 }
 
 // add makes a connection of the socket of a client.
@@ -297,7 +292,6 @@ func (c *conn) register(on side, events uint32) bool {
 	return true
 }
 
-// event deals with an event on a side.
 func (c *conn) event(on side, events uint32) {
 	s := &c.sockets[on]
 	if events&(unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
@@ -486,7 +480,6 @@ func (l *loop) expireHellos() {
 	}
 }
 
-// expireLingers closes those who have had limits.Linger.
 func (l *loop) expireLingers() {
 	now := limits.Now()
 	for c := l.lingers.first; c != nil && c.deadline <= now; c = l.lingers.first {
@@ -526,7 +519,6 @@ func (c *conn) printAccess(how string) {
 	}
 }
 
-// closeBackend closes the connection to the backend, if there is one.
 func (c *conn) closeBackend() {
 	l, s := c.loop, &c.sockets[backend]
 	if s.fd == 0 {

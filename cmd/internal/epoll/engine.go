@@ -5,12 +5,10 @@ package epoll
 import (
 	"runtime"
 	"sync"
-	"time"
 
 	"golang.org/x/sys/unix"
 
 	"sniproxy/cmd/internal/inherit"
-	"sniproxy/cmd/internal/limits"
 	"sniproxy/cmd/internal/report"
 	"sniproxy/cmd/internal/shares"
 	"sniproxy/hostdir"
@@ -125,9 +123,5 @@ func (e *Engine) Cut() {
 	for _, l := range e.loops {
 		l.cutting.Store(true)
 		l.poller.wakeUp()
-	}
-	select {
-	case <-e.Drained:
-	case <-time.After(limits.Cut):
 	}
 }

@@ -47,7 +47,7 @@ type loop struct {
 	stopped   bool
 	invited   atomic.Bool // by the loop before
 	rest      int64       // until when, after a failure; 0 if there was none
-	listening int         // how many of the listening sockets the poller has
+	listening bool        // the poller has the listening sockets
 
 	next    *loop    // the one that takes work from this one
 	queries []*query // from the inbox, not dealt with yet
@@ -131,7 +131,7 @@ func (l *loop) run(r *runner) {
 			l.queries = l.queries[1:]
 			l.found(q)
 		}
-		if l.poller.full() {
+		if l.poller.full() && l.listening {
 			l.acceptSome()
 		}
 		if !l.stopped && l.stopping.Load() {
@@ -150,7 +150,7 @@ func (l *loop) run(r *runner) {
 		}
 		if !l.stopped {
 			invited := l.invited.Load()
-			if !invited && l.listening > 0 {
+			if !invited && l.listening {
 				l.invite(false) // it may sleep from now on, and not notice that it is not busy
 			}
 			l.listen(invited && l.rest == 0)
@@ -206,7 +206,6 @@ func (l *loop) timeout() int {
 	return int(max(0, first-limits.Now()+int64(time.Millisecond)-1) / int64(time.Millisecond))
 }
 
-// fireTimers does what is due.
 func (l *loop) fireTimers() {
 	now := int64(0)
 	for i := range l.timers {
@@ -232,7 +231,6 @@ func (l *loop) now() int64 {
 	return l.clock
 }
 
-// cut ends all connections.
 func (l *loop) cut() {
 	for _, c := range l.conns.all {
 		if c.phase != free {

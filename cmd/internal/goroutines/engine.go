@@ -408,15 +408,11 @@ func (e *Engine) Stop() {
 	}()
 }
 
-// Cut ends all relays, and waits a moment for that.
+// Cut ends all relays.
 func (e *Engine) Cut() {
 	e.mu.Lock()
 	for c := range e.relays {
 		c.end(report.CutAtStop)
 	}
 	e.mu.Unlock()
-	select {
-	case <-e.Drained:
-	case <-time.After(limits.Cut):
-	}
 }

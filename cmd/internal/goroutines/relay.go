@@ -67,7 +67,6 @@ func (c *conn) forwardUp() {
 	c.ended[report.Up].Store(limits.Now())
 }
 
-// forwardDown sends the client what the backend sends.
 func (c *conn) forwardDown() {
 	down := func(b []byte) error { return c.send(report.Down, c.client, b) }
 	var err error

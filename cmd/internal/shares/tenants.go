@@ -115,7 +115,6 @@ func (s *Tenants) get(uid uint32, entry []byte) *Tenant {
 	return t
 }
 
-// list returns all of them.
 func (s *Tenants) list() []*Tenant {
 	s.mu.Lock()
 	defer s.mu.Unlock()
