@@ -16,7 +16,7 @@
 //	cmd/internal/goroutines     the engine for other systems, and for the build tag portable
 //	cmd/internal/shares         who tenants are, and what each gets: threads that may wait, descriptors
 //	cmd/internal/report         refusals, access lines, counters
-//	cmd/internal/inherit        the sockets that the program is given
+//	cmd/internal/inherit        the sockets that the program is given, and accepting from them
 //	cmd/internal/logline        lines that never block
 //	cmd/internal/socket         a socket's addresses, its PROXY header, and descriptors that it passes
 //	cmd/internal/descriptors    how many are in use, and their limit

@@ -24,7 +24,7 @@ type Engine struct {
 	listeners []*inherit.Listener
 	loops     []*loop
 	shares    *shares.Shares
-	watch     *watch
+	watch     watch
 	logAll    *report.LogAll
 
 	bulkBuffer int32 // how much a backend's socket takes of a bulk upload that is not read
@@ -63,7 +63,7 @@ func Start(hosts *hostdir.Hosts, listeners []*inherit.Listener, clients []int, o
 		e.Counters = append(e.Counters, &l.counters)
 	}
 	e.shares = shares.New(hosts, own, len(listeners) == 0, e.Counters)
-	e.watch = newWatch(e.loops)
+	e.watch.loops = e.loops
 	for i, l := range e.loops {
 		l.next = e.loops[(i+1)%n]
 	}

@@ -14,37 +14,28 @@ import (
 type watch struct {
 	loops []*loop
 	awake atomic.Bool
-	start chan struct{}
-}
-
-func newWatch(loops []*loop) *watch {
-	w := &watch{loops: loops, start: make(chan struct{}, 1)}
-	go w.run()
-	return w
 }
 
 // wakeUp is called with each look-up.
 func (w *watch) wakeUp() {
 	if !w.awake.Load() && !w.awake.Swap(true) {
-		w.start <- struct{}{}
+		go w.run()
 	}
 }
 
 func (w *watch) run() {
 	seen := make([]check, len(w.loops))
-	for range w.start {
-		tick := time.NewTicker(watchPeriod)
-		for idle := 0; idle < watchIdle; {
-			<-tick.C
-			if idle++; w.look(seen) {
-				idle = 0
-			}
+	tick := time.NewTicker(watchPeriod)
+	defer tick.Stop()
+	for idle := 0; idle < watchIdle; {
+		<-tick.C
+		if idle++; w.look(seen) {
+			idle = 0
 		}
-		tick.Stop()
-		w.awake.Store(false)
-		if w.look(seen) {
-			w.wakeUp() // one has begun just now
-		}
+	}
+	w.awake.Store(false)
+	if w.look(seen) {
+		w.wakeUp() // one has begun just now
 	}
 }
 
