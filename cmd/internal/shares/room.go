@@ -22,20 +22,21 @@ type RoomMaker interface {
 	ResetSilent(rich, needy *Tenant) bool
 }
 
-// used returns how many descriptors are in use, or may be at any moment. Relays have two.
-func (s *Shares) used() int64 {
-	return s.own + s.senders.Load() + s.Threads.descriptors() + s.counters.Open() + s.relays.Load()
+// used returns how many descriptors are in use, or may be at any moment, and how many connections
+// are no relays: those that wait, and those refused.
+func (s *Shares) used() (descriptors, notRelays int64) {
+	relays := s.relays.Load()
+	notRelays = s.counters.Open() - relays
+	return s.own + s.senders.Load() + s.Threads.descriptors() + 2*relays + notRelays, notRelays
 }
-
-// notRelays returns how many connections are no relays: those that wait, and those refused.
-func (s *Shares) notRelays() int64 { return s.counters.Open() - s.relays.Load() }
 
 // fits tells whether one of the clients that wait can have a relay, which takes two descriptors.
 func (s *Shares) fits() bool {
+	used, notRelays := s.used()
 	within := func(limit int64) bool {
 		reserve := s.reserve(limit)
 		// The reserve is for those that wait. One of them is to have a relay.
-		return s.used()-min(s.notRelays(), reserve+1)+2 <= limit-reserve
+		return used-min(notRelays, reserve+1)+2 <= limit-reserve
 	}
 	if within(s.limit.Load()) {
 		return true
@@ -55,7 +56,8 @@ func (s *Shares) RoomForRelay(by RoomMaker, needy *Tenant, short bool) bool {
 		if s.CloseIdle() {
 			continue
 		}
-		tooMany := s.notRelays() > s.reserve(s.limit.Load())
+		_, notRelays := s.used()
+		tooMany := notRelays > s.reserve(s.limit.Load())
 		switch {
 		case tooMany && by.DropOldest(0):
 		case !tooMany && short && by.DropOldest(limits.RoomWait):
@@ -80,7 +82,10 @@ func (s *Shares) CloseIdle() bool {
 }
 
 // Full tells whether fewer than spare descriptors are left, for anything.
-func (s *Shares) Full(spare int64) bool { return s.used()+spare > s.limit.Load() }
+func (s *Shares) Full(spare int64) bool {
+	used, _ := s.used()
+	return used+spare > s.limit.Load()
+}
 
 // reserve returns how many descriptors of a limit relays never take.
 func (s *Shares) reserve(limit int64) int64 {
