@@ -1,6 +1,7 @@
 package hostdir
 
 import (
+	"bytes"
 	"syscall"
 	"unsafe"
 
@@ -20,6 +21,7 @@ var (
 	logConnections = []byte("log-connections\x00")
 	dot            = []byte(".\x00")
 	empty          = []byte("\x00")
+	tooLong        = append(bytes.Repeat([]byte{'x'}, nameMax+1), 0)
 
 	tlsSocketAddr = struct {
 		family uint16
