@@ -2,6 +2,7 @@ package hostdir_test
 
 import (
 	"os"
+	"os/exec"
 	"strings"
 	"testing"
 	"time"
@@ -252,6 +253,29 @@ func TestDialNowAgain(t *testing.T) {
 // to this user or got another name, and another directory in place of this one.
 func TestChangesAtOnce(t *testing.T) {
 	chdir(t)
+	changesAtOnce(t, 2000)
+}
+
+// Goal: the same on a file system that dates changes by seconds.
+func TestChangesAtOnceSeconds(t *testing.T) {
+	hostdirtest.NeedRoot(t)
+	mke2fs, mount, umount := hostdirtest.Need(t, "mke2fs"), hostdirtest.Need(t, "mount"), hostdirtest.Need(t, "umount")
+	dir := t.TempDir()
+	image, hosts := dir+"/image", dir+"/hosts"
+	must(t, os.Mkdir(hosts, 0o755))
+	if out, err := exec.Command(mke2fs, "-q", "-t", "ext4", "-I", "128", image, "4m").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if out, err := exec.Command(mount, "-o", "loop", image, hosts).CombinedOutput(); err != nil {
+		t.Skipf("no loop device: %v: %s", err, out)
+	}
+	t.Cleanup(func() { must(t, exec.Command(umount, "-l", hosts).Run()) })
+	t.Chdir(hosts)
+	changesAtOnce(t, 600)
+}
+
+// changesAtOnce changes a host in the working directory so many times.
+func changesAtOnce(t *testing.T, times int) {
 	elsewhere := otherFileSystem(t)
 	unix.Close(listen(t, "other", 8)) // another host
 	listeners := map[string]int{"a": listen(t, "a", 4096), "b": listen(t, "b", 4096), "second": listen(t, "c", 4096)}
@@ -261,6 +285,9 @@ func TestChangesAtOnce(t *testing.T) {
 	path := func(file string) string { return hosts + "/" + dirName("a") + "/" + file }
 	must(t, os.Rename(dirName("c")+"/tls-socket", path("second")))
 	must(t, os.Symlink(elsewhere+"/tls-socket", path("link")))
+	must(t, os.Symlink(elsewhere+"/tls-socket", dirName("c")+"/away"))
+	must(t, os.Symlink("../"+dirName("b")+"/tls-socket", dirName("c")+"/near"))
+	must(t, os.Symlink("../"+dirName("c")+"/near", path("by way of c")))
 	must(t, os.WriteFile(dirName("b")+"/send-proxy-v2", nil, 0o644))
 	must(t, unix.Listen(hostdirtest.Bind(t, elsewhere, unix.SOCK_STREAM), 4096))
 	// Other users than root, if we may become one.
@@ -274,6 +301,9 @@ func TestChangesAtOnce(t *testing.T) {
 	problemWanted, at := failure(0), "a"
 	exchange := func(a, b string) error {
 		return unix.Renameat2(unix.AT_FDCWD, a, unix.AT_FDCWD, b, unix.RENAME_EXCHANGE)
+	}
+	exchangeFar := func() error {
+		return exchange(hosts+"/"+dirName("c")+"/near", hosts+"/"+dirName("c")+"/away")
 	}
 	changes := []func() error{
 		func() error { want.Proxy = 1; return os.WriteFile(path("send-proxy-v1"), nil, 0o644) },
@@ -296,6 +326,10 @@ func TestChangesAtOnce(t *testing.T) {
 			want, at = hostdir.Backend{Log: true}, "a"
 			return exchange(hosts+"/"+dirName("a"), hosts+"/"+dirName("b"))
 		},
+		func() error { at = "b"; return exchange(path("tls-socket"), path("by way of c")) },
+		func() error { problemWanted = mayWait; return exchangeFar() },
+		func() error { problemWanted = 0; return exchangeFar() },
+		func() error { at = "a"; return exchange(path("tls-socket"), path("by way of c")) },
 		func() error { problemWanted = notPermitted; return os.Chmod(path("tls-socket"), 0) },
 		func() error { problemWanted = 0; return os.Chmod(path("tls-socket"), 0o777) },
 		func() error { want.Log = false; return os.Remove(path("log-connections")) },
@@ -309,6 +343,9 @@ func TestChangesAtOnce(t *testing.T) {
 		expect := func(what string, i int) bool {
 			asUser()
 			b, err := dial(d, "a", false)
+			if problem(err) == mayWait && problemWanted == 0 { // a symlink that is followed for the first time
+				b, err = dial(d, "a", true)
+			}
 			asRoot()
 			if problem(err) != problemWanted {
 				t.Errorf("%s, change %d: %v, want problem %d", what, i, err, problemWanted)
@@ -330,8 +367,8 @@ func TestChangesAtOnce(t *testing.T) {
 			}
 			return true
 		}
-		for i := range 4000 {
-			if i%20 == 0 { // long enough that the look-up relies on what it sees
+		for i := range times {
+			if i%23 == 0 { // long enough that the look-up relies on what it sees
 				for begin := time.Now(); time.Since(begin) < 25*time.Millisecond; {
 					if !expect("unchanged", i) {
 						return
