@@ -264,7 +264,8 @@ func (d *Dialer) connectInside(datagram int, wait bool) (Backend, error) {
 }
 
 func (d *Dialer) connectOnce(datagram int, wait bool) (Backend, error) {
-	d.workdir.slow = d.workdir.slow || wait
+	// Whoever may read and change a directory can keep it locked, and then a look into it waits.
+	d.workdir.slow = d.workdir.slow || wait || d.found.Foreign
 	if w := &d.workdir; !wait && !(w.known && w.plain) {
 		if err := d.checkSocket(); err != nil {
 			return none, err
