@@ -266,7 +266,9 @@ func (d *Dialer) connectInside(datagram int, wait bool) (Backend, error) {
 func (d *Dialer) connectOnce(datagram int, wait bool) (Backend, error) {
 	// Whoever may read and change a directory can keep it locked, and then a look into it waits.
 	d.workdir.slow = d.workdir.slow || wait || d.found.Foreign
-	if w := &d.workdir; !wait && !(w.known && w.plain) {
+	w := &d.workdir
+	sure := w.known && w.plain
+	if !wait && !sure {
 		if err := d.checkSocket(); err != nil {
 			return none, err
 		}
@@ -279,7 +281,8 @@ func (d *Dialer) connectOnce(datagram int, wait bool) (Backend, error) {
 		}
 	}
 	var err error
-	if errno := connectSocket(uintptr(b.FD)); errno != 0 {
+	// Only if nobody but the administrator can exchange the socket just now does this surely not wait.
+	if errno := connectSocket(uintptr(b.FD), !sure || w.slow); errno != 0 {
 		err = connectError(".", errno)
 	} else if errno = d.readMarkers(&b); errno != 0 {
 		err = lookError(errno)
