@@ -25,18 +25,17 @@ const (
 	Redial = 8 * time.Millisecond
 
 	// RedialHandOver is the first pause where a datagram socket has no room, which is short: its
-	// queue is, too. It doubles up to Redial while it does not help.
-	RedialHandOver = time.Millisecond
+	// queue is, too. It doubles up to Redial while it does not help. Who comes meanwhile does not
+	// try, but waits behind the others.
+	RedialHandOver = 250 * time.Microsecond
 
 	// AcceptPause is how long accept rests after a failure that does not pass by itself.
 	AcceptPause = 100 * time.Millisecond
-
-	halfClosed = time.Hour
 )
 
 // HalfClosed is how long a relay may be silent in one direction when the other has ended. Tests
 // shorten it.
-var HalfClosed = halfClosed
+var HalfClosed = time.Hour
 
 // Keepalive, which sniproxy-rs does not set, finds clients that vanished without a word: after
 // KeepaliveIdle of silence they are probed every KeepaliveInterval and given up after

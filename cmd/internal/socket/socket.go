@@ -4,6 +4,7 @@ package socket
 
 import (
 	"net/netip"
+	"os"
 
 	"golang.org/x/sys/unix"
 
@@ -72,16 +73,31 @@ func Passed(control []byte) (fds []int) {
 // HandOver sends b with a datagram socket that is connected, and with it the descriptor of a
 // client. It reports whether that was sent; the error is of package hostdir.
 func HandOver(to int, b []byte, client int) (sent bool, err error) {
-	for {
+	for wide := false; ; {
 		err := unix.Sendmsg(to, b, unix.UnixRights(client), nil, unix.MSG_DONTWAIT)
-		switch errno, _ := err.(unix.Errno); errno {
-		case 0:
+		switch errno, _ := err.(unix.Errno); {
+		case errno == 0:
 			return true, nil
-		case unix.EINTR:
+		case errno == unix.EINTR:
+		case errno == unix.EMSGSIZE && !wide:
+			wide = true
+			defer Widen(to, len(b))()
 		default:
 			return false, hostdir.SendError(errno)
 		}
 	}
+}
+
+// Widen lets a datagram socket send up to size bytes at once, although its buffer is for less, until
+// narrow is called. It still sends nothing while more than that is under way.
+func Widen(fd, size int) (narrow func()) {
+	was, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF)
+	if err != nil {
+		return func() {}
+	}
+	// Linux doubles what it is told. Elsewhere a socket sends once, so nobody needs it narrow.
+	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, size+1024)
+	return func() { unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, was/2) }
 }
 
 // Lingers tells whether closing a socket may wait (SO_LINGER).
@@ -100,11 +116,32 @@ func SetPlain(client int) {
 }
 
 // Events returns what poll(2) tells of a socket: POLLIN if there is something to read or to accept,
-// or an end; POLLHUP of a listening socket that was shut down.
+// or an end; POLLERR after a reset; POLLHUP after the end of both directions, and of a listening
+// socket that was shut down.
 func Events(fd int) int16 {
 	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
 	if _, err := unix.Poll(p, 0); err != nil {
 		return 0
 	}
 	return p[0].Revents
+}
+
+// EventsOf is Events for a file, 0 if it is closed.
+func EventsOf(f *os.File) (events int16) {
+	Control(f, func(fd int) { events = Events(fd) })
+	return events
+}
+
+// Shutdown ends a direction of a file. It fails only where there is nothing left to end.
+func Shutdown(f *os.File, how int) {
+	Control(f, func(fd int) { unix.Shutdown(fd, how) })
+}
+
+// Control calls do with the descriptor of a file, unless it is closed.
+func Control(f *os.File, do func(fd int)) error {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	return raw.Control(func(fd uintptr) { do(int(fd)) })
 }
