@@ -431,6 +431,28 @@ func TestHandshakeLimit(t *testing.T) {
 	}
 }
 
+// Goal: handshakes that nearly take the whole time count together as if some had; quick ones do not.
+func TestHandshakeAllowance(t *testing.T) {
+	t.Parallel()
+	var a allowance
+	for range 10_000 {
+		a.took(1, slowAnswer-1)
+	}
+	for i := range 2 * ownerNone {
+		want := lookupLimit
+		if i >= 2*ownerShort {
+			want = shortLimit
+		}
+		if got := a.limit(2); got != want {
+			t.Errorf("after %d handshakes that took half the time the limit is %v", i, got)
+		}
+		a.took(2, lookupLimit/2)
+	}
+	if quick, slow := a.limit(1), a.limit(2); quick != lookupLimit || slow != 0 {
+		t.Errorf("at the end the limits are %v and %v", quick, slow)
+	}
+}
+
 // Goal: where nobody can tell the name of an entry, no handshake is made, and a remark says so.
 func TestHandshakeHashed(t *testing.T) {
 	t.Parallel()

@@ -151,6 +151,9 @@ func (w *worker) judge(h host) (v verdict, stuck bool) {
 	case <-time.After(limit + min(limit, shake) + time.Second): // finding out why takes time as well
 		w.checker.allowance.spent(w.owner)
 		text := "what the entry, or its socket, leads to does not answer"
+		if w.checker.tls {
+			text += ", or its backend does not let go"
+		}
 		if limit != lookupLimit {
 			text += " " + limitWords(limit)
 		}
@@ -184,9 +187,11 @@ func (w *worker) look(d *hostdir.Dialer, h host) verdict {
 	b, slow, err := dial(d, h, limit)
 	var shaken handshake
 	if err == nil && c.tls {
-		shaken = c.shakeHands(d, h, b, limit)
-		if shaken.late {
+		start := time.Now()
+		if shaken = c.shakeHands(d, h, b, limit); shaken.late {
 			c.allowance.spent(w.owner)
+		} else {
+			c.allowance.took(w.owner, time.Since(start))
 		}
 	}
 	if err == nil && !c.tls {
