@@ -184,23 +184,8 @@ func (w *worker) look(d *hostdir.Dialer, h host) verdict {
 		return h.verdict(true, discounted(c.hosts, own))
 	}
 	elsewhere := limit > 0 && onAnother(entry)
-	b, slow, err := dial(d, h, limit)
-	var shaken handshake
-	if err == nil && c.tls {
-		start := time.Now()
-		if shaken = c.shakeHands(d, h, b, limit); shaken.late {
-			c.allowance.spent(w.owner)
-		} else {
-			c.allowance.took(w.owner, time.Since(start))
-		}
-	}
-	if err == nil && !c.tls {
-		unix.Close(b.FD)
-	}
+	b, slow, shaken, err := w.try(d, h, limit)
 	d.Leave()
-	if isWaiting(err) && limit > 0 {
-		c.allowance.spent(w.owner)
-	}
 	if what := odd(entry); err != nil && h.listed && what != "" {
 		return h.verdict(true, err.Error()+": it is "+what+noFault+"only a directory, or a symlink to one, can be a host")
 	}
@@ -215,18 +200,9 @@ func (w *worker) look(d *hostdir.Dialer, h host) verdict {
 			remark("it cannot be told whose it is (uid %d), and it shares its limits with all such entries", found.Owner)
 		}
 	}
-	byModesOnly := ""
 	if !c.eyes.own && entry != "" {
-		why, unseen := c.eyes.closed(entry+"/tls-socket", h.isWildcard(entry))
-		switch {
-		case why != "":
-			return h.verdict(false, hostdir.DeniedTo(c.eyes.uid)+": "+why, remarks...)
-		case unseen != nil:
-			return h.verdict(false, fmt.Sprintf("it cannot be told for %v: you may not look at all that it leads through; ask its owner or root to run this", &c.eyes), remarks...)
-		}
-		byModesOnly = fmt.Sprintf(" for %v as far as %s tell", &c.eyes, byModes)
-		if isNotPermitted(err) {
-			return h.verdict(true, "ok"+byModesOnly+", but you may not connect, so whether anybody listens cannot be told", remarks...)
+		if v, final := c.byModes(h, entry, err, remarks); final {
+			return v
 		}
 	}
 	if err != nil {
@@ -257,7 +233,55 @@ func (w *worker) look(d *hostdir.Dialer, h host) verdict {
 	if slow && elsewhere {
 		remark("it leads to another file system, which may keep look-ups waiting")
 	}
-	text := "ok" + byModesOnly
+	return h.verdict(true, c.served(h, entry, b), remarks...)
+}
+
+// try connects to the backend of a host, and makes a handshake if that is asked for.
+func (w *worker) try(d *hostdir.Dialer, h host, limit time.Duration) (b hostdir.Backend, slow bool, shaken handshake, err error) {
+	c := w.checker
+	b, slow, err = dial(d, h, limit)
+	switch {
+	case isWaiting(err) && limit > 0:
+		c.allowance.spent(w.owner)
+	case err == nil && !c.tls:
+		unix.Close(b.FD)
+	case err == nil:
+		start := time.Now()
+		if shaken = c.shakeHands(d, h, b, limit); shaken.late {
+			c.allowance.spent(w.owner)
+		} else {
+			c.allowance.took(w.owner, time.Since(start))
+		}
+	}
+	return b, slow, shaken, err
+}
+
+// byModes returns the verdict of modes and ACLs on a host, for a user whom the process cannot be. It is
+// final unless they let that user in, and the look-up, whose error err is, can tell more.
+func (c *checker) byModes(h host, entry string, err error, remarks []string) (v verdict, final bool) {
+	why, unseen := c.eyes.closed(entry+"/tls-socket", h.isWildcard(entry))
+	switch {
+	case why != "":
+		return h.verdict(false, hostdir.DeniedTo(c.eyes.uid)+": "+why, remarks...), true
+	case unseen != nil:
+		return h.verdict(false, fmt.Sprintf("it cannot be told for %v: you may not look at all that it leads through; ask its owner or root to run this", &c.eyes), remarks...), true
+	case isNotPermitted(err):
+		return h.verdict(true, c.ok()+", but you may not connect, so whether anybody listens cannot be told", remarks...), true
+	}
+	return verdict{}, false
+}
+
+// ok says that a host can be served, and on what that rests if it is not the look-up alone.
+func (c *checker) ok() string {
+	if c.eyes.own {
+		return "ok"
+	}
+	return fmt.Sprintf("ok for %v as far as %s tell", &c.eyes, byModes)
+}
+
+// served says how a host is served, and by which entry if it is not its own.
+func (c *checker) served(h host, entry string, b hostdir.Backend) string {
+	text := c.ok()
 	if b.Datagram {
 		text += ", handed over"
 	}
@@ -270,7 +294,7 @@ func (w *worker) look(d *hostdir.Dialer, h host) verdict {
 	if entry != string(h.entry) && entry != "" {
 		text += ", served by " + starred(h, entry)
 	}
-	return h.verdict(true, text, remarks...)
+	return text
 }
 
 // noFault introduces why something has no effect on the exit status.
