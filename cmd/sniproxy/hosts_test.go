@@ -35,6 +35,7 @@ var badHosts = map[string]func(dir string) error{
 	"dangling socket symlink":   inDir(func(path string) error { return os.Symlink("nowhere", path) }),
 	"socket symlink loop":       inDir(func(path string) error { return os.Symlink("tls-socket", path) }),
 	"regular file as socket":    inDir(func(path string) error { return os.WriteFile(path, nil, 0o777) }),
+	"read-only file as socket":  inDir(func(path string) error { return os.WriteFile(path, nil, 0o444) }),
 	"FIFO as socket":            inDir(func(path string) error { return unix.Mkfifo(path, 0o777) }),
 	"directory as socket":       inDir(func(path string) error { return os.Mkdir(path, 0o777) }),
 	"symlink to directory":      inDir(func(path string) error { return os.Symlink(".", path) }),

@@ -526,13 +526,15 @@ func TestLogReasons(t *testing.T) {
 		reason string
 	}{
 		{"absent.example", badHosts["no directory"], "no directory"},
-		{"file.example", badHosts["file as directory"], "no directory"},
+		{"no-directory.example", badHosts["file as directory"], "no directory"},
 		{"empty.example", badHosts["no socket"], "no tls-socket"},
 		{"abandoned.example", badHosts["abandoned socket"], "nobody listens on tls-socket"},
 		{"silent.example", badHosts["socket that does not hear"], "nobody listens on tls-socket"},
 		{"closed.example", tricks["directory without permission"], fmt.Sprintf("permission denied for uid %d", uid)},
 		{"locked.example", tricks["socket without permission"], fmt.Sprintf("permission denied for uid %d", uid)},
-		{"fifo.example", badHosts["FIFO as socket"], "tls-socket is neither a stream nor a datagram socket"},
+		{"dangling.example", badHosts["dangling socket symlink"], "tls-socket is a symlink that leads nowhere"},
+		{"fifo.example", badHosts["FIFO as socket"], "tls-socket is not a socket"},
+		{"file.example", badHosts["read-only file as socket"], "tls-socket is not a socket"},
 		{"packets.example", badHosts["seqpacket socket"], "tls-socket is neither a stream nor a datagram socket"},
 	} {
 		d.put(host.name, host.what)
