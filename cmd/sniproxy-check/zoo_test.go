@@ -283,7 +283,7 @@ func (z *zoo) addEntries() {
 		{name: "*.Capital.Example", says: is(never, "*.capital.example")},
 		{name: "a..b", says: is(never, "empty")},
 		{name: "-a.example", says: is(never, "hyphen")},
-		{name: "a.*", says: is(never, "character")},
+		{name: "a.*", says: is(never, "asterisk")},
 		{name: "a b: ok", says: is(never, "character")},
 		{name: "a\nforged: ok", says: is(never, "character")},
 		{name: "\xff.example", says: is(never, "UTF-8")},
@@ -315,8 +315,10 @@ func (z *zoo) addNames() {
 		"a..b":                    "server name has an empty label",
 		"..":                      "server name has an empty label",
 		"a.-b":                    "a label of the server name begins with a hyphen",
-		"a/b":                     "server name has a character other than letters, digits, '-', '_' and '.'",
-		"a\nb: ok":                "server name has a character other than letters, digits, '-', '_' and '.'",
+		"a/b":                     "server name is a URL, or has a path behind it",
+		"a\nb: ok":                "server name has a space or a control character",
+		"a.example:443":           "server name has a port behind it",
+		"a@b":                     "server name has a character other than letters, digits, '-', '_' and '.'",
 	} {
 		z.add(animal{name: name, bad: true, says: is("not a host name: " + reason)})
 	}
@@ -486,7 +488,9 @@ func TestZoo(t *testing.T) {
 		"server name is empty",
 		"server name is longer than 254 bytes",
 		"server name has an empty label",
-		"server name ends with a dot",
+		"server name is a URL, or has a path behind it",
+		"server name has a space or a control character",
+		"server name has a port behind it",
 		"a label of the server name begins with a hyphen",
 		"server name has a character other than letters, digits, '-', '_' and '.'",
 		noDirectory, noSocket, dangling, notSocket, strings.Replace(notPermitted, "UID", "65534", 1), nobodyListens, notStream, pathTooLong, notCounted, backlogFull)
