@@ -293,7 +293,7 @@ func TestSingleStop(t *testing.T) {
 	hosts := hostdirtest.Dir(t)
 	hostdirtest.Serve(t, hostDir(hosts, "a.example"), hostdirtest.Greet)
 	l := hostdirtest.Listen(t, hostDir(hosts, "live.example"))
-	for _, s := range []syscall.Signal{syscall.SIGHUP, syscall.SIGTERM} {
+	for _, s := range stopSignals[:3] {
 		told := "got " + unix.SignalName(s) + ", shutting down"
 		t.Run(unix.SignalName(s), func(t *testing.T) {
 			d, client := startSingle(t, hosts)
