@@ -401,7 +401,7 @@ func (c *conn) begin(b hostdir.Backend, name, hello []byte) {
 
 // handOver hands the connection itself over to the backend, with a header, if asked for, and all
 // bytes read so far. Then it is no business of the program any more.
-func (c *conn) handOver(key shares.Key, b hostdir.Backend, name, hello []byte) {
+func (c *conn) handOver(entry []byte, b hostdir.Backend, name, hello []byte) {
 	l, s := c.loop, &c.sockets[client]
 	var header []byte
 	var gone error
@@ -429,7 +429,7 @@ func (c *conn) handOver(key shares.Key, b hostdir.Backend, name, hello []byte) {
 	} else {
 		setPlain(s.fd)
 	}
-	handed, err := socket.HandOver(b.FD, first, int(s.fd))
+	handed, err := handOver(b.FD, first, s.fd)
 	l.engine.shares.Sent(c.tenant, b.FD, handed)
 	if !handed {
 		setNonblock(s.fd)
@@ -438,7 +438,7 @@ func (c *conn) handOver(key shares.Key, b hostdir.Backend, name, hello []byte) {
 			inherit.BoundWaits(int(s.fd))
 		}
 		if err == hostdir.BacklogFull {
-			c.redialLater(key, err, name, hello, limits.RedialHandOver)
+			c.redialLater(c.tenant.EntryKey(entry), err, name, hello, limits.RedialHandOver)
 		} else {
 			c.refuse(name, err)
 		}
@@ -450,7 +450,7 @@ func (c *conn) handOver(key shares.Key, b hostdir.Backend, name, hello []byte) {
 	access.Print(report.Traffic{report.Up: sent}, time.Duration(limits.Now()-c.accepted), report.HandedOver)
 	// By now the socket is the backend's as well. If that lets it linger and has closed it already,
 	// this close is the last one, and waits.
-	if socket.Lingers(int(s.fd)) {
+	if lingers(s.fd) {
 		c.tenant.CloseAway(l.engine.shares.Threads, int(s.fd))
 		s.fd = 0
 	}

@@ -25,8 +25,9 @@ const (
 	Redial = 8 * time.Millisecond
 
 	// RedialHandOver is the first pause where a datagram socket has no room, which is short: its
-	// queue is, too. It doubles up to Redial while it does not help.
-	RedialHandOver = time.Millisecond
+	// queue is, too. It doubles up to Redial while it does not help. Who comes meanwhile does not
+	// try, but waits behind the others.
+	RedialHandOver = 250 * time.Microsecond
 
 	// AcceptPause is how long accept rests after a failure that does not pass by itself.
 	AcceptPause = 100 * time.Millisecond
