@@ -67,6 +67,15 @@ type Backend struct {
 	Log      bool  // the connection is to be logged
 }
 
+// Expects says what a backend must expect, given the version of the PROXY protocol header that it is
+// sent, 0 for none: a backend that does not agree with its markers is the most common mistake.
+func Expects(proxy uint8) string {
+	if proxy == 0 {
+		return "without send-proxy-v1 and send-proxy-v2 it must expect no PROXY header"
+	}
+	return fmt.Sprintf("with send-proxy-v%d it must expect a PROXY header of version %[1]d", proxy)
+}
+
 // Again is an error that passes: the same look-up can succeed once what it names has been dealt
 // with. Comparing with == is enough. If it never passes, its text is a reason for people.
 type Again uint8

@@ -41,11 +41,12 @@
 //
 // SIGUSR1, at any time, has it print a line of counters on standard error:
 //
-//	accepted N, open N, waiting N, refused N (ALERT: N, …), dropped N, bytes up N, bytes down N, descriptors N of N, handed N
+//	accepted N, open N, waiting N, refused N (ALERT: N, …), dropped N, bytes up N, bytes down N, descriptors N of N, handed N, empty N
 //
 // They are connections since the start, those open now, and of these those waiting for their
 // hello or backend; clients refused, and how many with which alert; those dropped, or reset, to
-// make room; bytes from clients to backends, and back; descriptors in use, and their limit.
+// make room; bytes from clients to backends, and back; descriptors in use, and their limit; connections handed
+// over; clients that ended without having sent a byte.
 //
 // # Exit status
 //
@@ -250,7 +251,7 @@ func openHosts() (*hostdir.Hosts, error) {
 func printCounters(e *engine, asked <-chan os.Signal) {
 	for range asked {
 		all := e.Counters()
-		logline.Err("%v, descriptors %d of %d, handed %d", all, descriptors.InUse(1<<16), descriptors.Limit(), all.Handed())
+		logline.Err("%v, descriptors %d of %d, handed %d, empty %d", all, descriptors.InUse(1<<16), descriptors.Limit(), all.Handed(), all.Empty())
 	}
 }
 
