@@ -72,7 +72,7 @@ func Alert(name []byte, address bool, err error) sni.Alert {
 func nameless(address, ignored bool) sni.Alert {
 	alert := sni.Alert{Description: sni.UnrecognizedName, Reason: "no server name"}
 	if address {
-		alert.Reason += " but an IPv6 address"
+		alert.Reason = "no server name but an IPv6 address"
 	}
 	if ignored {
 		alert.Reason += ", and the directory * belongs neither to root nor to the owner of the hosts directory"
