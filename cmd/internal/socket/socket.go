@@ -5,6 +5,7 @@ package socket
 import (
 	"encoding/binary"
 	"net/netip"
+	"os"
 
 	"golang.org/x/sys/unix"
 
@@ -140,11 +141,32 @@ func SetPlain(client int) {
 }
 
 // Events returns what poll(2) tells of a socket: POLLIN if there is something to read or to accept,
-// or an end; POLLHUP of a listening socket that was shut down.
+// or an end; POLLERR after a reset; POLLHUP after the end of both directions, and of a listening
+// socket that was shut down.
 func Events(fd int) int16 {
 	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
 	if _, err := unix.Poll(p, 0); err != nil {
 		return 0
 	}
 	return p[0].Revents
+}
+
+// EventsOf is Events for a file, 0 if it is closed.
+func EventsOf(f *os.File) (events int16) {
+	Control(f, func(fd int) { events = Events(fd) })
+	return events
+}
+
+// Shutdown ends a direction of a file. It fails only where there is nothing left to end.
+func Shutdown(f *os.File, how int) {
+	Control(f, func(fd int) { unix.Shutdown(fd, how) })
+}
+
+// Control calls do with the descriptor of a file, unless it is closed.
+func Control(f *os.File, do func(fd int)) error {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	return raw.Control(func(fd uintptr) { do(int(fd)) })
 }
