@@ -272,9 +272,6 @@ func (f *flow) resume() {
 func (f *flow) unsendable(errno unix.Errno) {
 	c := f.conn
 	if f.from != client || errno != unix.EPIPE {
-		if f.from == client {
-			c.checkAnswered()
-		}
 		c.abort(resetBy[f.dstSide()])
 		return
 	}
