@@ -201,7 +201,7 @@ func (s *backendSite) expectFailure() {
 	if got, _, err := s.page(); err == nil {
 		s.t.Errorf("without a marker the page is %q; want none, since the backend wants a header", got)
 	}
-	if line, ok := s.check(); ok || !strings.HasPrefix(line, "one.example: the backend expects a PROXY header, ") {
+	if line, ok := s.check(); ok || !strings.HasPrefix(line, "one.example: the backend expects a PROXY header of version ") {
 		s.t.Errorf("without a marker sniproxy-check -t says %q", line)
 	}
 }

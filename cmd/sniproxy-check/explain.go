@@ -68,19 +68,17 @@ func (c *checker) explainProblem(name []byte, entry string, passedOver []string,
 			}
 		}
 	case hostdir.NoSocket:
-		if _, err := os.Lstat(socket); err == nil {
-			why = lost(socket)
-			break
-		}
 		why = "let the backend listen on " + show(socket)
 		if other := closeTo(entry, "tls-socket"); other != "" {
 			why += ", not on " + show(other)
 		}
+	case hostdir.Dangling:
+		why = lost(socket)
 	case hostdir.NotPermitted:
 		why = c.eyes.shut(socket)
 	case hostdir.NobodyListens:
 		why = c.nobody(socket)
-	case hostdir.NotStream:
+	case hostdir.NotSocket, hostdir.NotStream:
 		why = "it is " + kind(socket)
 	case hostdir.PathTooLong:
 		if n := len(unix.RawSockaddrUnix{}.Path) - 1; len(socket) > n {
@@ -127,9 +125,6 @@ func (e *eyes) shut(socket string) string {
 	}
 	if why, _ := e.closed(socket, false); why != "" {
 		return why
-	}
-	if at, err := e.walk(socket); err == nil && !isSocket(at) {
-		return "it is " + kind(at)
 	}
 	return "by something else than modes, as a security module or a sandbox"
 }

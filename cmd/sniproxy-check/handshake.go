@@ -90,15 +90,16 @@ func (c *checker) shakeHands(d *hostdir.Dialer, h host, b hostdir.Backend, limit
 // otherHeaders are the versions of the PROXY header, 0 for none, to try where one did not do.
 var otherHeaders = [3][]uint8{0: {1, 2}, 1: {0, 2}, 2: {0, 1}}
 
-// disagreement says how the markers and the backend differ.
+// disagreement says how the markers and the backend differ, in the words of the log.
 func disagreement(marked, expected uint8) string {
-	switch {
-	case expected == 0:
-		return fmt.Sprintf("the backend expects no PROXY header, and send-proxy-v%d has one sent: remove that marker, or have the backend expect the header", marked)
-	case marked == 0:
-		return fmt.Sprintf("the backend expects a PROXY header, and there is no marker that has one sent: make send-proxy-v%d beside tls-socket, or have the backend expect none", expected)
+	does, remedy := "expects no PROXY header", "or remove that marker"
+	if expected > 0 {
+		does, remedy = fmt.Sprintf("expects a PROXY header of version %d", expected), fmt.Sprintf("or make send-proxy-v%d", expected)
+		if marked > 0 {
+			remedy += fmt.Sprintf(" in place of send-proxy-v%d", marked)
+		}
 	}
-	return fmt.Sprintf("the backend expects version %d of the PROXY header: make send-proxy-v%d in place of send-proxy-v%d", expected, expected, marked)
+	return fmt.Sprintf("the backend %s; %s: have it do so, %s", does, hostdir.Expects(marked), remedy)
 }
 
 // A session is what the handshakes with a backend have in common.
@@ -113,6 +114,7 @@ type attempt struct {
 	certificate *x509.Certificate
 	version     uint16 // of TLS; 0 if the handshake did not come to its end
 	first       []byte // the first bytes of the answer
+	proxy       uint8  // the version of the PROXY header
 	err         error
 }
 
@@ -124,6 +126,7 @@ func (a *attempt) isHTTP() bool { return strings.HasPrefix(string(a.first), "HTT
 
 // try makes a handshake behind a PROXY header of a version, and closes the connection.
 func (s *session) try(b hostdir.Backend, proxy uint8, deadline time.Time) (a attempt) {
+	a.proxy = proxy
 	conn, err := newConn(b, proxy, s.name, deadline)
 	if err != nil {
 		a.err = err
@@ -201,7 +204,7 @@ func (s *session) failure(a attempt) string {
 	case isAlert(a.err):
 		return fmt.Sprintf("the backend refuses a handshake for %s: %s", s.name, clean(a.err.Error()))
 	case len(a.first) == 0 && (errors.Is(a.err, io.EOF) || errors.Is(a.err, unix.ECONNRESET) || errors.Is(a.err, unix.EPIPE)):
-		return "the backend closed the connection without an answer, with a PROXY header as without: its own log may say why"
+		return "the backend has closed the connection without an answer; " + hostdir.Expects(a.proxy) + ", and TLS: its own log may say more"
 	case len(a.first) > 0 && a.first[0] != 0x15 && a.first[0] != 0x16: // an alert, or a handshake message
 		return "the backend answers a ClientHello with something other than TLS: let it speak TLS on tls-socket"
 	}

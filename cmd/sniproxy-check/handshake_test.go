@@ -129,8 +129,8 @@ func (h *tlsHosts) check() (stdout string) {
 }
 
 const (
-	expectsNone   = "the backend expects no PROXY header, and send-proxy-"
-	expectsHeader = "the backend expects a PROXY header, and there is no marker that has one sent: make send-proxy-v1 "
+	expectsNone   = "the backend expects no PROXY header; with send-proxy-"
+	expectsHeader = "the backend expects a PROXY header of version 1; without send-proxy-v1 and send-proxy-v2 it must expect no PROXY header: have it do so, or make send-proxy-v1"
 	plainHTTP     = "the backend speaks plain HTTP on tls-socket: "
 	anothers      = "the certificate is not for "
 )
@@ -151,9 +151,9 @@ func TestHandshakeNginx(t *testing.T) {
 	serve(h.add("good.n.example", "ok; TLS 1.2, with a certificate for *.n.example ", good2101), "ssl")
 	serve(h.add("v1.n.example", "ok, PROXY v1; TLS 1.2, with a certificate for *.n.example ", good2101, "send-proxy-v1"), "ssl proxy_protocol")
 	serve(h.add("v2.n.example", "ok, PROXY v2; TLS 1.2, with a certificate for *.n.example ", good2101, "send-proxy-v2"), "ssl proxy_protocol")
-	serve(h.add("marked1.n.example", expectsNone+"v1 ", "remove that marker", "send-proxy-v1"), "ssl")
-	serve(h.add("marked2.n.example", expectsNone+"v2 ", "remove that marker", "send-proxy-v2"), "ssl")
-	serve(h.add("unmarked.n.example", expectsHeader, "have the backend expect none"), "ssl proxy_protocol")
+	serve(h.add("marked1.n.example", expectsNone+"v1 ", "have it do so, or remove that marker", "send-proxy-v1"), "ssl")
+	serve(h.add("marked2.n.example", expectsNone+"v2 ", "have it do so, or remove that marker", "send-proxy-v2"), "ssl")
+	serve(h.add("unmarked.n.example", expectsHeader, ""), "ssl proxy_protocol")
 	serve(h.add("http.n.example", plainHTTP, "ssl"), "")
 	serve(h.add("http1.n.example", plainHTTP, "ssl", "send-proxy-v1"), "proxy_protocol")
 	serve(h.add("another.example", anothers+"another.example but for *.n.example: ", ""), "ssl")
@@ -191,7 +191,7 @@ func TestHandshakeHAProxy(t *testing.T) {
 	serve(h.add("good.h.example", "ok; TLS 1.3, with a certificate for *.h.example ", good2101), ssl)
 	serve(h.add("v1.h.example", "ok, PROXY v1; TLS 1.3", good2101, "send-proxy-v1"), "accept-proxy "+ssl)
 	serve(h.add("v2.h.example", "ok, PROXY v2; TLS 1.3", good2101, "send-proxy-v2"), "accept-proxy "+ssl)
-	serve(h.add("marked.h.example", expectsNone+"v2 ", "remove that marker", "send-proxy-v2"), ssl)
+	serve(h.add("marked.h.example", expectsNone+"v2 ", "have it do so, or remove that marker", "send-proxy-v2"), ssl)
 	serve(h.add("unmarked.h.example", expectsHeader, ""), "accept-proxy "+ssl)
 	serve(h.add("http.h.example", plainHTTP, "ssl crt"), "")
 	serve(h.add("http2.h.example", plainHTTP, "ssl crt", "send-proxy-v2"), "accept-proxy")
@@ -392,7 +392,7 @@ func TestHandshakeHostile(t *testing.T) {
 	backend(h.add("garbage.example", "the backend answers a ClientHello with something other than TLS: ", ""), func(c *net.UnixConn) {
 		io.WriteString(c, "\x1b[2J\x1b]0;owned\x07\r\n")
 	})
-	backend(h.add("closing.example", "the backend closed the connection without an answer, ", ""), func(c *net.UnixConn) {})
+	backend(h.add("closing.example", "the backend has closed the connection without an answer; without send-proxy-v1 and send-proxy-v2 it must expect no PROXY header, and TLS: ", ""), func(c *net.UnixConn) {})
 	backend(h.add("silent.example", "the backend gave no answer to a ClientHello for ten seconds: ", ""), func(c *net.UnixConn) { io.Copy(io.Discard, c) })
 	serve := func(dir string, c tls.Certificate) {
 		hostdirtest.Serve(t, dir, func(conn *net.UnixConn) {
