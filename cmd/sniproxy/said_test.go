@@ -315,6 +315,7 @@ var unansweredLine = regexp.MustCompile(`^sniproxy: (?:the|a) backend of (\S+|ui
 func (d *daemon) unanswered() (lines [][]string) {
 	for line := range strings.Lines(d.err.String()) {
 		if m := unansweredLine.FindStringSubmatch(strings.TrimSuffix(line, "\n")); m != nil {
+			m[1] = strings.TrimPrefix(m[1], "the entry ") // of a relay that has moved to another loop
 			lines = append(lines, m[1:])
 		}
 	}
