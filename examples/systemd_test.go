@@ -348,8 +348,8 @@ func testUnitsAccept(t *testing.T) {
 // connections; and leaves a report that everybody may read and only root may exchange. A host that
 // cannot be served is no failure of the service.
 func testUnitsCheck(t *testing.T) {
-	hello := startUnits(t)
 	const hosts, units = "/srv/sniproxy/", "/etc/systemd/system/"
+	hello := startUnits(t)
 	const dropIns = units + "sniproxy.service.d"
 	t.Cleanup(func() {
 		os.RemoveAll(dropIns)
@@ -361,7 +361,7 @@ func testUnitsCheck(t *testing.T) {
 	command(t, "ln", "-sf", "../sniproxy.service.d/override.conf", units+"sniproxy-.service.d/")
 	command(t, "systemctl", "daemon-reload")
 
-	cert := certificate(t, "tls.example", "handed.example", "outside.example")
+	cert := certificate(t, "tls.example", "taken.example", "outside.example")
 	config := &tls.Config{Certificates: []tls.Certificate{cert}}
 	for _, dir := range []string{hosts + "tls.example", hosts + "closed.example", "/run/backends/outside"} {
 		hostdirtest.Serve(t, dir, func(c *net.UnixConn) { tls.Server(c, config).Handshake() })
@@ -370,9 +370,9 @@ func testUnitsCheck(t *testing.T) {
 	hostdirtest.Must(t, os.Chmod(hosts+"closed.example", 0o700))
 	hostdirtest.Must(t, os.Symlink("/run/backends/outside", hosts+"outside.example"))
 	t.Cleanup(func() { os.Remove(hosts + "outside.example") })
-	hostdirtest.Must(t, os.Mkdir(hosts+"handed.example", 0o755))
-	t.Cleanup(func() { os.RemoveAll(hosts + "handed.example") })
-	l, err := backend.Listen(hosts + "handed.example")
+	hostdirtest.Must(t, os.Mkdir(hosts+"taken.example", 0o755))
+	t.Cleanup(func() { os.RemoveAll(hosts + "taken.example") })
+	l, err := backend.Listen(hosts + "taken.example")
 	hostdirtest.Must(t, err)
 	go http.Serve(tls.NewListener(l, config), http.NotFoundHandler())
 	t.Cleanup(func() { l.Close() })
@@ -399,11 +399,12 @@ func testUnitsCheck(t *testing.T) {
 			t.Errorf("owners and modes of the report: %q", got)
 		}
 	}
-	const certified = "TLS 1.3, with a certificate for tls.example, handed.example, outside.example until "
+	const certified = "TLS 1.3, with a certificate for tls.example, taken.example, outside.example until "
 	want := map[string]string{
 		unitHost:          "no handshake can be made: ", // the backend sends back what it gets
+		unitHanded:        "no handshake can be made: ",
 		"tls.example":     "ok; " + certified,
-		"handed.example":  "ok, handed over; " + certified,
+		"taken.example":   "ok, handed over; " + certified,
 		"closed.example":  "permission denied for uid " + uid + ": x is missing on the directory closed.example (mode 0700, uid 0): ",
 		"outside.example": "no directory: the symlink leads nowhere, there is no /run/backends",
 	}
