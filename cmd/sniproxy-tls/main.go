@@ -25,6 +25,8 @@
 // something about on standard error. SIGTERM, SIGHUP and SIGINT stop it: it takes the socket away at
 // once and leaves ten seconds to what is open. A second signal ends it at once.
 //
+// With -h in place of BACKEND it prints its usage on standard output.
+//
 // The exit status is 0 after a stop; 1 when it could not start; 2 for wrong usage.
 //
 // # Parts
@@ -60,10 +62,11 @@ import (
 	"sniproxy/cmd/internal/descriptors"
 	"sniproxy/cmd/internal/limits"
 	"sniproxy/cmd/internal/logline"
+	"sniproxy/cmd/internal/usage"
 	"sniproxy/hostdir/backend"
 )
 
-const usage = `usage: sniproxy-tls BACKEND [NAME...]
+const usageText = `usage: sniproxy-tls BACKEND [NAME...]
 
 Run in the directory of a host, sniproxy-tls serves it: it ends TLS and passes
 what clients send on to BACKEND, which is one of
@@ -88,15 +91,15 @@ func run(args []string) int {
 		return 1
 	}
 	defer logline.Flush()
-	if len(args) > 0 && (args[0] == "-h" || args[0] == "--help") {
-		if _, err := io.WriteString(os.Stdout, usage); err != nil {
+	if usage.Asked(args) {
+		if _, err := io.WriteString(os.Stdout, usage.Text(usageText)); err != nil {
 			logline.Err("%v", err)
 			return 1
 		}
 		return 0
 	}
 	if len(args) == 0 || strings.HasPrefix(args[0], "-") {
-		logline.Text(usage)
+		logline.Text(usage.Text(usageText))
 		return 2
 	}
 	// Go's Getwd keeps the symlink through which the shell has come, so that is the name of the host.
