@@ -146,6 +146,8 @@ type server struct {
 	socket  *backend.Listener
 	clients *clients
 	proxy   *proxy // nil where bytes are passed on
+
+	accepted chan struct{} // closed when there is nobody left to accept
 }
 
 // start serves the host from now on. The socket comes last: if anything is wrong, whoever served the
@@ -169,12 +171,18 @@ func start(service *service, n names) (*server, error) {
 		return nil, fmt.Errorf("cannot serve the host in the working directory: %w%s", err, hint)
 	}
 	l := &listener{s.socket, s.clients, t}
+	s.accepted = make(chan struct{})
 	if service.http {
 		s.proxy = newProxy(n, service, s.clients)
-		go s.proxy.server.Serve(l)
-	} else {
-		go (&relay{service}).serve(l)
 	}
+	go func() {
+		defer close(s.accepted)
+		if s.proxy != nil {
+			s.proxy.server.Serve(l)
+		} else {
+			(&relay{service}).serve(l)
+		}
+	}()
 	go f.follow(t.renew)
 	if o != nil {
 		o.start()
@@ -211,11 +219,12 @@ func newOrdersFor(f *files) (*orders, error) {
 
 // stop takes the socket away. The channel that it returns is closed when nothing is open any more.
 func (s *server) stop() <-chan struct{} {
-	if err := s.socket.Close(); err != nil {
+	if err := s.socket.Stop(); err != nil {
 		logline.Err("cannot remove the socket: %v", err)
 	}
 	drained := make(chan struct{})
 	go func() {
+		<-s.accepted // those whom the proxy had handed over before
 		if s.proxy != nil {
 			ctx, cancel := context.WithTimeout(context.Background(), limits.Drain)
 			defer cancel()
