@@ -204,8 +204,13 @@ func TestOrder(t *testing.T) {
 	// validation, although clients must have one.
 	p.stop(t, os.Interrupt)
 	put(t, filepath.Join(s.dir(t, "three.example"), clientCAFile), s.ca.pem())
-	p = launch(t, ca.command(t, state, "three.example", "three.example"))
+	cmd := ca.command(t, state, "three.example", "three.example")
+	cmd.Env = append(cmd.Env, "ACME_EMAIL=admin@three.example")
+	p = launch(t, cmd)
 	p.lines.Await(t, "three.example: new certificate")
+	if line := p.lines.Find("as the address of the account"); line != "" {
+		t.Errorf("%q", line)
+	}
 	if n := ca.orders(); n != 3 {
 		t.Errorf("%d orders", n)
 	}
