@@ -34,4 +34,10 @@ func setClientOptions(fd int) error {
 	return BoundWaits(fd)
 }
 
+// accept accepts a client. Its socket has inherited its options from the listener.
+func accept(listener int) (client int, err error) {
+	client, _, err = unix.Accept4(listener, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
+	return client, err
+}
+
 func dup2(from, to int) error { return unix.Dup3(from, to, 0) }

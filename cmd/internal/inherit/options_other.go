@@ -20,4 +20,19 @@ func SetAccepted(fd int) {
 	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
 }
 
+// accept accepts a client. No program is started that could inherit its socket meanwhile.
+func accept(listener int) (client int, err error) {
+	client, _, err = unix.Accept(listener)
+	if err != nil {
+		return -1, err
+	}
+	unix.CloseOnExec(client)
+	if err := unix.SetNonblock(client, true); err != nil {
+		unix.Close(client)
+		return -1, err
+	}
+	SetAccepted(client)
+	return client, nil
+}
+
 func dup2(from, to int) error { return unix.Dup2(from, to) }
