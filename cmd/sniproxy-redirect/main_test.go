@@ -305,17 +305,19 @@ func TestDeafClient(t *testing.T) {
 	d.served()
 }
 
-// Goal: when descriptors run out, the client that has waited longest makes room, so silent clients
-// cannot lock out others.
+// Goal: when descriptors run out, the client that has waited longest for its present request makes
+// room, so silent clients cannot lock out others.
 func TestSilentClientsMakeRoom(t *testing.T) {
 	d := start(t, func(cmd *exec.Cmd) {
 		cmd.Args = []string{"sh", "-c", `ulimit -n 40; exec "$0"`, cmd.Path}
 		cmd.Path = "/bin/sh"
 	})
-	first := d.dial()
-	for range 200 {
+	active, first := d.dial(), d.dial()
+	for range 50 {
 		d.dial()
 		d.served()
+		active.send(getOne)
+		active.expect("GET", 308, "https://one.example/a", false)
 	}
 	first.expectEnd()
 	d.err.Await(t, "to make room")
