@@ -63,7 +63,7 @@ func run() int {
 		logline.Err("%v", err)
 		return 1
 	}
-	signals := make(chan os.Signal, 2)
+	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, syscall.SIGHUP, syscall.SIGTERM, syscall.SIGINT, syscall.SIGQUIT)
 	s, err := startServer(listeners, clients)
 	if err != nil {
@@ -78,15 +78,13 @@ func run() int {
 	}
 
 	status := 0
-	var late <-chan time.Time // the end of those that are open at the stop
+	var late <-chan time.Time // when to cut what is open; nil is never
 	select {
 	case <-s.drained: // without a signal this comes only after a single connection
 		return 0
 	case sig := <-signals:
 		logline.Out("got %s, shutting down", signalName(sig))
-		if sig != syscall.SIGQUIT {
-			late = time.After(limits.Drain)
-		}
+		late = drainTime(sig)
 	case err := <-s.failed:
 		logline.Err("%v; shutting down", err)
 		late, status = time.After(limits.Drain), 1
@@ -98,17 +96,28 @@ func run() int {
 			return status
 		case sig := <-signals:
 			switch {
-			case late != nil:
+			case sig == syscall.SIGQUIT: // it is stopping already
+			case late == nil:
+				logline.Out("got %s, shutting down", signalName(sig))
+				late = drainTime(sig)
+			default:
 				logline.Err("got %s again, cut what was open: %s", signalName(sig), connections(s.cut()))
 				return status
-			case sig != syscall.SIGQUIT:
-				late = time.After(limits.Drain)
 			}
 		case <-late:
 			logline.Err("cut what was still open after %v: %s", limits.Drain, connections(s.cut()))
 			return status
 		}
 	}
+}
+
+// drainTime returns when to cut what is open after a signal to stop: nil, which is never, for
+// SIGQUIT.
+func drainTime(s os.Signal) <-chan time.Time {
+	if s == syscall.SIGQUIT {
+		return nil
+	}
+	return time.After(limits.Drain)
 }
 
 // printLast prints why the program ends at once. It takes no descriptors, and prints nothing to a
