@@ -9,8 +9,8 @@
 // request without a host, or with one that is neither, gets 400. PATH and QUERY are those of the
 // request, to the byte.
 //
-// A request has ten seconds, its head at most 8 KiB, and a connection at most 100 requests. SIGHUP,
-// SIGTERM, SIGINT and SIGQUIT stop the program as they stop sniproxy.
+// A request has ten seconds, and its head at most 8 KiB. SIGHUP, SIGTERM, SIGINT and SIGQUIT stop the
+// program as they stop sniproxy.
 package main
 
 import (
@@ -18,13 +18,11 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 
 	"sniproxy/cmd/internal/descriptors"
 	"sniproxy/cmd/internal/inherit"
-	"sniproxy/cmd/internal/limits"
 	"sniproxy/cmd/internal/logline"
 	"sniproxy/cmd/internal/socket"
 )
@@ -73,51 +71,29 @@ func run() int {
 	for _, l := range listeners {
 		logline.Out("listening on %v", l.Addr)
 	}
-	if len(listeners) == 0 {
-		s.drain() // there is nothing to accept: it ends with the one connection
-	}
 
 	status := 0
-	var late <-chan time.Time // when to cut what is open; nil is never
 	select {
 	case <-s.drained: // without a signal this comes only after a single connection
 		return 0
 	case sig := <-signals:
 		logline.Out("got %s, shutting down", signalName(sig))
-		late = drainTime(sig)
 	case err := <-s.failed:
 		logline.Err("%v; shutting down", err)
-		late, status = time.After(limits.Drain), 1
+		status = 1
 	}
 	s.stop()
 	for {
 		select {
-		case <-s.drained:
+		case <-s.drained: // after ten seconds at the latest, as no request has more
 			return status
 		case sig := <-signals:
-			switch {
-			case sig == syscall.SIGQUIT: // it is stopping already
-			case late == nil:
-				logline.Out("got %s, shutting down", signalName(sig))
-				late = drainTime(sig)
-			default:
+			if sig != syscall.SIGQUIT {
 				logline.Err("got %s again, cut what was open: %s", signalName(sig), connections(s.cut()))
 				return status
 			}
-		case <-late:
-			logline.Err("cut what was still open after %v: %s", limits.Drain, connections(s.cut()))
-			return status
 		}
 	}
-}
-
-// drainTime returns when to cut what is open after a signal to stop: nil, which is never, for
-// SIGQUIT.
-func drainTime(s os.Signal) <-chan time.Time {
-	if s == syscall.SIGQUIT {
-		return nil
-	}
-	return time.After(limits.Drain)
 }
 
 // printLast prints why the program ends at once. It takes no descriptors, and prints nothing to a

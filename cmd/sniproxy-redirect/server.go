@@ -2,8 +2,10 @@ package main
 
 import (
 	"container/list"
-	"errors"
-	"fmt"
+	"io"
+	"log"
+	"net"
+	"net/http"
 	"os"
 	"sync"
 	"time"
@@ -16,86 +18,163 @@ import (
 )
 
 const (
-	// requestTime is for a request, from accept or the answer before it until its own answer is
-	// sent.
+	// requestTime is for a request, from accept on.
 	requestTime = 10 * time.Second
 
-	// mostRequests is how many requests a connection has.
-	mostRequests = 100
-
-	// firstBuffer is enough for the head of most requests.
-	firstBuffer = 1 << 10
+	// maxHead is how long the head of a request may be in bytes. Package net/http adds 4 KiB to what
+	// it is told.
+	maxHead = 8 << 10
 )
 
-// A server answers the requests of all clients.
+// A server answers all clients. Each connection has one request: who is redirected goes on elsewhere.
 type server struct {
-	listeners []*os.File
-	running   sync.WaitGroup // goroutines that accept, and one for each client
-	drained   chan struct{}  // closed when the last client has gone, after drain
-	draining  sync.Once
-	failed    chan error // gets the reason if the server cannot go on
+	http      http.Server
+	listeners []*listener
+	serving   sync.WaitGroup // goroutines that accept
+	drained   chan struct{}  // closed when the last client has gone, and none can come
+	failed    chan error     // gets the reason if the server cannot go on
 
-	mu       sync.Mutex
-	open     list.List // of *conn: who has waited longest for its present request is first
-	stopping bool
-}
-
-// A conn is the connection of a client.
-type conn struct {
-	server *server
-	socket *os.File
-	gone   chan struct{} // closed when it has ended
-
-	// Under the server's lock.
-	queued *list.Element
-	idle   bool // nothing has come since the last answer
+	mu     sync.Mutex
+	open   list.List // of conn: who has waited longest is first
+	places map[net.Conn]*list.Element
+	last   bool // no client can come any more
 }
 
 // startServer starts a server that accepts clients from the listeners, and serves those that are
 // there already.
 func startServer(listeners []*inherit.Listener, clients []int) (*server, error) {
-	s := &server{drained: make(chan struct{}), failed: make(chan error, len(listeners))}
-	for _, l := range listeners {
-		f, err := inherit.Pollable(&l.FD)
+	s := &server{
+		drained: make(chan struct{}),
+		failed:  make(chan error, len(listeners)),
+		places:  make(map[net.Conn]*list.Element),
+	}
+	s.http = http.Server{
+		Handler:                      http.HandlerFunc(redirect),
+		DisableGeneralOptionsHandler: true,
+		ReadTimeout:                  requestTime,
+		WriteTimeout:                 requestTime,
+		MaxHeaderBytes:               maxHead - 4<<10,
+		ConnState:                    s.follow,
+		ErrorLog:                     log.New(io.Discard, "", 0), // it tells what clients do wrong
+	}
+	s.http.SetKeepAlivesEnabled(false)
+	for _, inherited := range listeners {
+		f, err := inherit.Pollable(&inherited.FD)
 		if err != nil {
 			return nil, err
 		}
-		s.listeners = append(s.listeners, f)
-		s.running.Go(func() { s.accept(l, f) })
+		s.listeners = append(s.listeners, &listener{s, inherited, f})
+	}
+	for _, l := range s.listeners {
+		s.serving.Go(func() { s.http.Serve(l) }) // it ends with the listener
 	}
 	for _, fd := range clients {
 		f, err := inherit.Pollable(&fd)
 		if err != nil {
 			return nil, err
 		}
-		s.add(f)
+		s.serving.Go(func() { s.http.Serve(&one{conn{f}}) })
 	}
+	go func() {
+		s.serving.Wait()
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.last = true; s.open.Len() == 0 {
+			close(s.drained)
+		}
+	}()
 	return s, nil
 }
 
-// accept accepts clients until the listener is closed. No other failure ends it.
-func (s *server) accept(l *inherit.Listener, f *os.File) {
+// A conn is a client's connection. (Package net would want a descriptor more for a moment.)
+type conn struct{ *os.File }
+
+func (conn) LocalAddr() net.Addr  { return nil }
+func (conn) RemoteAddr() net.Addr { return &net.TCPAddr{} } // net/http prints it, and nobody reads that
+
+// CloseWrite has net/http wait until the answer has arrived.
+func (c conn) CloseWrite() (err error) {
+	c.control(func(fd int) { err = unix.Shutdown(fd, unix.SHUT_WR) })
+	return err
+}
+
+func (c conn) control(do func(fd int)) {
+	if raw, err := c.SyscallConn(); err == nil { // it is not closed
+		raw.Control(func(fd uintptr) { do(int(fd)) })
+	}
+}
+
+// A listener is an inherited listening socket.
+type listener struct {
+	server *server
+	*inherit.Listener
+	file *os.File
+}
+
+func (l *listener) Close() error   { return l.file.Close() }
+func (l *listener) Addr() net.Addr { return net.TCPAddrFromAddrPort(l.Listener.Addr) }
+
+// Accept accepts a client. It fails only when the listener was closed.
+func (l *listener) Accept() (net.Conn, error) {
 	for {
-		fd, err := inherit.Accept(f)
+		fd, err := inherit.Accept(l.file)
 		switch err {
 		case nil:
-			s.add(os.NewFile(uintptr(fd), "client"))
-			continue
+			return conn{os.NewFile(uintptr(fd), "client")}, nil
+		case os.ErrClosed:
+			return nil, net.ErrClosed
 		case unix.ECONNABORTED: // only that client is gone
 			continue
-		case os.ErrClosed:
-			return
 		case unix.EMFILE, unix.ENFILE:
-			if s.dropOldest() {
+			if l.server.dropOldest() {
 				continue
 			}
 		}
 		if !l.StillListens() {
-			s.failed <- l.ShutDown()
-			return
+			l.server.failed <- l.ShutDown()
+			return nil, net.ErrClosed
 		}
 		report.AcceptFailed(err)
 		time.Sleep(limits.AcceptPause) // clients wait in the backlog
+	}
+}
+
+// One is a listener with a single connection, which was there before.
+type one struct{ conn net.Conn }
+
+func (l *one) Addr() net.Addr { return nil }
+func (l *one) Close() error   { return nil }
+
+func (l *one) Accept() (net.Conn, error) {
+	c := l.conn
+	if l.conn = nil; c == nil {
+		return nil, net.ErrClosed
+	}
+	return c, nil
+}
+
+// follow is told by net/http what a connection does.
+func (s *server) follow(c net.Conn, state http.ConnState) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch state {
+	case http.StateNew:
+		s.places[c] = s.open.PushBack(c)
+	case http.StateClosed:
+		s.forget(c)
+	}
+}
+
+// forget is for a connection that has ended.
+func (s *server) forget(c net.Conn) {
+	place := s.places[c]
+	if place == nil {
+		return // it was dropped
+	}
+	s.open.Remove(place)
+	delete(s.places, c)
+	if s.last && s.open.Len() == 0 {
+		close(s.drained)
 	}
 }
 
@@ -103,213 +182,30 @@ func (s *server) accept(l *inherit.Listener, f *os.File) {
 // lock out others. It reports whether there was one.
 func (s *server) dropOldest() bool {
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	first := s.open.Front()
 	if first == nil {
-		s.mu.Unlock()
 		return false
 	}
-	c := first.Value.(*conn)
-	c.leave()
-	s.mu.Unlock()
-	control(c.socket, report.Dropped)
-	c.socket.Close()
-	<-c.gone // its descriptor is free
+	c := first.Value.(conn)
+	c.control(report.Dropped)
+	c.Close()
+	s.forget(c)
 	return true
 }
 
-// leave takes the connection from the list. The caller has the lock.
-func (c *conn) leave() {
-	if c.queued != nil {
-		c.server.open.Remove(c.queued)
-		c.queued = nil
-	}
-}
-
-// add begins to serve a client.
-func (s *server) add(client *os.File) {
-	c := &conn{server: s, socket: client, gone: make(chan struct{})}
-	s.mu.Lock()
-	c.queued = s.open.PushBack(c)
-	s.mu.Unlock()
-	s.running.Go(func() {
-		defer close(c.gone)
-		c.serve()
-		s.mu.Lock()
-		c.leave()
-		s.mu.Unlock()
-		c.socket.Close()
-	})
-}
-
-// serve answers the requests of a connection, one after the other.
-func (c *conn) serve() {
-	b := make([]byte, 0, firstBuffer)
-	for n := 1; ; n++ {
-		if !c.begin(n > 1 && len(b) == 0) {
-			return
-		}
-		var length int
-		var err error
-		b, length, err = c.read(b)
-		if err != nil {
-			if why, ok := errors.AsType[refusal](err); ok {
-				c.refuse(why, "")
-			}
-			return
-		}
-		r, err := parse(b[:length])
-		if why, ok := errors.AsType[refusal](err); ok {
-			c.refuse(why, r.method)
-			return
-		}
-		r.last = r.last || n == mostRequests || c.server.stops()
-		if !c.answer("308 Permanent Redirect", "Location: "+r.location+"\r\n", "", r.method, r.last) {
-			return
-		}
-		if r.last {
-			c.linger()
-			return
-		}
-		b = append(b[:0], b[length:]...)
-	}
-}
-
-// begin begins to wait for a request. It fails once the connection has no more.
-func (c *conn) begin(idle bool) bool {
-	if c.socket.SetDeadline(time.Now().Add(requestTime)) != nil {
-		return false
-	}
-	c.server.mu.Lock()
-	defer c.server.mu.Unlock()
-	if c.queued != nil { // otherwise it was dropped, or ended by cut
-		c.server.open.MoveToBack(c.queued)
-	}
-	c.idle = idle
-	return c.queued != nil && !(idle && c.server.stopping)
-}
-
-// read reads more bytes behind those of b until the head of a request is complete, and returns its
-// length. If the error is no refusal, there is nobody to tell.
-func (c *conn) read(b []byte) (all []byte, length int, err error) {
-	for seen := 0; ; {
-		if length = headEnd(b, seen); length > 0 {
-			return b, length, nil
-		}
-		switch seen = len(b); {
-		case !begins(b):
-			return b, 0, errStart
-		case seen >= maxHead:
-			return b, 0, errTooLarge
-		case seen == cap(b):
-			b = append(make([]byte, 0, min(2*seen, maxHead)), b...)
-		}
-		n, err := c.socket.Read(b[seen:cap(b)])
-		b = b[:seen+n]
-		switch {
-		case n > 0 && seen == 0:
-			c.server.mu.Lock()
-			c.idle = false
-			c.server.mu.Unlock()
-		case errors.Is(err, os.ErrDeadlineExceeded) && seen > 0:
-			return b, 0, errTimeout
-		case err != nil:
-			return b, 0, err
-		}
-	}
-}
-
-// refuse answers a request that is not redirected, and ends the connection.
-func (c *conn) refuse(why refusal, method string) {
-	c.socket.SetWriteDeadline(time.Now().Add(limits.Linger))
-	if c.answer(why.status, "Content-Type: text/plain\r\n", why.reason+"\n", method, true) {
-		c.linger()
-	}
-}
-
-// answer sends an answer, and reports whether it could.
-func (c *conn) answer(status, fields, content, method string, last bool) bool {
-	if last {
-		fields += "Connection: close\r\n"
-	}
-	length := len(content)
-	if method == "HEAD" {
-		content = ""
-	}
-	// RFC 9110, Section 6.6.1: an origin server with a clock MUST send Date.
-	date := time.Now().UTC().Format("Mon, 02 Jan 2006 15:04:05 GMT")
-	_, err := fmt.Fprintf(c.socket, "HTTP/1.1 %s\r\nDate: %s\r\n%sContent-Length: %d\r\n\r\n%s", status, date, fields, length, content)
-	return err == nil
-}
-
-// linger ends the connection, and sees to it that the answer arrives: closing a socket with unread
-// input sends a reset, which can overtake the answer.
-func (c *conn) linger() {
-	control(c.socket, func(fd int) { unix.Shutdown(fd, unix.SHUT_WR) })
-	c.socket.SetReadDeadline(time.Now().Add(limits.Linger))
-	b := make([]byte, maxHead)
-	for left := limits.LingerSize; left > 0; {
-		n, err := c.socket.Read(b)
-		if err != nil {
-			return
-		}
-		left -= n
-	}
-}
-
-// control calls do with the descriptor of a socket, unless it is closed.
-func control(f *os.File, do func(fd int)) {
-	if raw, err := f.SyscallConn(); err == nil {
-		raw.Control(func(fd uintptr) { do(int(fd)) })
-	}
-}
-
-// stops tells whether the server was stopped.
-func (s *server) stops() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.stopping
-}
-
-// stop ends accepting, lets go of the listening sockets, and ends connections that have had an
-// answer and sent nothing since. The others get the answer to the request that they are sending.
+// stop ends accepting, and lets go of the listening sockets. Clients that are there are answered.
 func (s *server) stop() {
-	for _, f := range s.listeners {
-		f.Close()
+	for _, l := range s.listeners {
+		l.Close()
 	}
-	s.mu.Lock()
-	s.stopping = true
-	for e := s.open.Front(); e != nil; e = e.Next() {
-		if c := e.Value.(*conn); c.idle {
-			c.socket.SetReadDeadline(time.Now())
-		}
-	}
-	s.mu.Unlock()
-	s.drain()
 }
 
-// drain has drained closed when nobody is accepted any more and the last client has gone.
-func (s *server) drain() {
-	s.draining.Do(func() {
-		go func() {
-			s.running.Wait()
-			close(s.drained)
-		}()
-	})
-}
-
-// cut ends all connections, waits a moment for that, and returns how many there were.
-func (s *server) cut() (n int) {
+// cut ends all connections, and returns how many there were.
+func (s *server) cut() int {
 	s.mu.Lock()
-	for s.open.Len() > 0 {
-		c := s.open.Front().Value.(*conn)
-		c.leave()
-		c.socket.Close()
-		n++
-	}
+	n := s.open.Len()
 	s.mu.Unlock()
-	select {
-	case <-s.drained:
-	case <-time.After(limits.Cut):
-	}
+	s.http.Close()
 	return n
 }
