@@ -278,3 +278,20 @@ func TestMountOwner(t *testing.T) {
 		check(", with paths", p.Names[name])
 	}
 }
+
+// Goal: who mounts a FUSE on a marker of his own, and has it say that it is root's, neither has it
+// counted nor keeps anybody waiting, although it answers nothing.
+func TestAcceptProxyMounted(t *testing.T) {
+	hostdirtest.NeedRoot(t)
+	hostdirtest.OwnMounts(t)
+	chdir(t)
+	must(t, os.Chmod(".", 0o755))
+	h := open(t)
+	must(t, os.Mkdir(".accept-proxy", 0o755))
+	path, err := filepath.Abs(".accept-proxy")
+	must(t, err)
+	fs := hostdirtest.MountUserFS(t, path, unix.S_IFDIR, fmt.Sprintf("user_id=%d", tenant))
+	fs.Serve(0)
+	fs.Hold()
+	acceptProxy(t, h, false, "a file system is mounted on it")
+}
