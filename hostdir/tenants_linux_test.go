@@ -8,6 +8,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -293,5 +294,16 @@ func TestAcceptProxyMounted(t *testing.T) {
 	fs := hostdirtest.MountUserFS(t, path, unix.S_IFDIR, fmt.Sprintf("user_id=%d", tenant))
 	fs.Serve(0)
 	fs.Hold()
-	acceptProxy(t, h, false, "a file system is mounted on it")
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		acceptProxy(t, h, false, "a file system is mounted on it")
+	}()
+	select {
+	case <-done:
+	case <-time.After(hostdirtest.Patience):
+		t.Error("the file system was asked")
+		fs.Abort()
+		<-done
+	}
 }
