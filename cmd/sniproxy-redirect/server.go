@@ -13,6 +13,7 @@ import (
 	"sniproxy/cmd/internal/inherit"
 	"sniproxy/cmd/internal/limits"
 	"sniproxy/cmd/internal/report"
+	"sniproxy/cmd/internal/socket"
 )
 
 const (
@@ -111,7 +112,7 @@ func (s *server) dropOldest() bool {
 	c := first.Value.(*conn)
 	c.leave()
 	s.mu.Unlock()
-	control(c.socket, report.Dropped)
+	control(c.socket, func(fd int) { report.Dropped(socket.Peer(fd)) })
 	c.socket.Close()
 	<-c.gone // its descriptor is free
 	return true

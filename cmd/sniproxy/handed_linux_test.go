@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"sniproxy/cmd/internal/limits"
 	"sniproxy/hostdir/hostdirtest"
 	"sniproxy/sni"
 	"sniproxy/sni/snitest"
@@ -146,5 +147,29 @@ func TestHandedThenStuck(t *testing.T) {
 	}
 	for i := range 5 {
 		d.expectAlert(snitest.Hello(fmt.Sprintf("absent%d.example", i)), sni.UnrecognizedName)
+	}
+}
+
+// Goal: while clients wait for a place in a queue, those who come after them do not try, but wait behind
+// them: each try in vain costs as much as a hand-over.
+func TestHandedInLine(t *testing.T) {
+	if isPortable(t) {
+		t.Skip("each client of the portable engine tries once")
+	}
+	if raceEnabled {
+		t.Skip("it counts calls; under strace with the race detector not all come in time")
+	}
+	strace := hostdirtest.Need(t, "strace")
+	log := filepath.Join(t.TempDir(), "strace")
+	d := start(t, traced(strace, log, "--seccomp-bpf", "-e", "trace=sendmsg"), oneLoop)
+	d.bindDatagram("deaf.example")
+	const clients = 500
+	begin := time.Now()
+	d.crowd(clients, snitest.Hello("deaf.example"))
+	hostdirtest.Await(t, "all clients to be accepted", func() bool { return d.counters().accepted == clients })
+	n := countCalls(t, log)["sendmsg"]
+	// Those that the queue takes, those of a pause that doubles, and then one in each limits.Redial.
+	if most := 50 + int(time.Since(begin)/limits.Redial); n > most {
+		t.Errorf("%d clients made %d tries, want at most %d", clients, n, most)
 	}
 }

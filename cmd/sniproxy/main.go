@@ -21,7 +21,7 @@
 //     have none of their own, and * those and clients that send none. All of it is
 //     looked up for each connection. See package hostdir.
 //   - Standard output gets "listening on ADDR" once connections are accepted, for each socket
-//     that listens, and "got SIGHUP, shutting down" at the stop.
+//     that listens, and "got SIGHUP, shutting down", or whichever signal it was, at the stop.
 //   - Standard error gets everything else, a line each, without time stamps. Above all a line
 //     for each client that is refused: its address, the name if that is canonical, the reason
 //     and the alert. They are limited to ten a second, in bursts of 50; a line counts the rest
@@ -32,17 +32,21 @@
 //
 // # Signals
 //
-// SIGHUP and SIGTERM stop the program gracefully: it accepts nothing more, lets go of
+// SIGHUP, SIGTERM and SIGINT stop the program gracefully: it accepts nothing more, lets go of
 // the listening sockets at once, and exits when the last connection has ended, at the
-// latest after ten seconds. A second signal ends it at once.
+// latest after ten seconds. A second one of them ends it at once. As PID 1 it does the same.
+//
+// SIGQUIT stops it without the ten seconds: it exits when the last connection has ended, or
+// ten seconds after one of the other three.
 //
 // SIGUSR1, at any time, has it print a line of counters on standard error:
 //
-//	accepted N, open N, waiting N, refused N (ALERT: N, …), dropped N, bytes up N, bytes down N, descriptors N of N, handed N
+//	accepted N, open N, waiting N, refused N (ALERT: N, …), dropped N, bytes up N, bytes down N, descriptors N of N, handed N, empty N
 //
 // They are connections since the start, those open now, and of these those waiting for their
 // hello or backend; clients refused, and how many with which alert; those dropped, or reset, to
-// make room; bytes from clients to backends, and back; descriptors in use, and their limit.
+// make room; bytes from clients to backends, and back; descriptors in use, and their limit; connections handed
+// over; clients that ended without having sent a byte.
 //
 // # Exit status
 //
@@ -118,6 +122,10 @@ func run() int {
 	// Early: who asks before there is anything to count gets an answer later.
 	asked := make(chan os.Signal, 1)
 	signal.Notify(asked, syscall.SIGUSR1)
+	// Others than SIGHUP, and a second signal: sniproxy-rs knows SIGHUP alone, and is killed by
+	// others.
+	signals := make(chan os.Signal, 4)
+	signal.Notify(signals, syscall.SIGHUP, syscall.SIGTERM, syscall.SIGINT, syscall.SIGQUIT)
 	// Before anything is printed: it must not get into the stream of a client.
 	listeners, clients, err := inherit.Take()
 	own, reserve := ownDescriptors(len(listeners))-int64(len(clients)), int64(limits.ReserveLeast)
@@ -140,9 +148,6 @@ func run() int {
 		logline.Err("%v", err)
 		return 1
 	}
-	// SIGTERM too, and a second signal: sniproxy-rs knows SIGHUP alone, and is killed by others.
-	signals := make(chan os.Signal, 2)
-	signal.Notify(signals, syscall.SIGHUP, syscall.SIGTERM)
 	hosts, err := openHosts()
 	if err != nil {
 		logline.Err("%v", err)
@@ -164,29 +169,51 @@ func run() int {
 	}
 
 	status := 0
+	var cut <-chan time.Time
 	select {
 	case <-e.Drained(): // without a signal this comes only after a single connection
 		return 0
 	case s := <-signals:
 		logline.Out("got %s, shutting down", signalName(s))
+		cut = drainTime(s)
 	case err := <-e.Failed():
 		logline.Err("%v; shutting down", err)
+		cut = time.After(limits.Drain)
 		status = 1
 	}
 	if !single {
 		stop()
 	}
-	select {
-	case <-e.Drained():
+	for {
+		select {
+		case <-e.Drained():
+			return status
+		case s := <-signals:
+			switch {
+			case s == syscall.SIGQUIT: // it is stopping already
+				continue
+			case cut == nil:
+				logline.Out("got %s, shutting down", signalName(s))
+				cut = drainTime(s)
+				continue
+			}
+			logline.Err("got %s again, cut what was open: %s", signalName(s), openConnections(e))
+		case <-cut:
+			// With the exit status of sniproxy-rs, 1, systemd would take it for a failure.
+			logline.Err("cut what was still open after %v: %s", limits.Drain, openConnections(e))
+		}
+		e.Cut()
 		return status
-	case s := <-signals:
-		logline.Err("got %s again, cut what was open: %s", signalName(s), openConnections(e))
-	case <-time.After(limits.Drain):
-		// With the exit status of sniproxy-rs, 1, systemd would take it for a failure.
-		logline.Err("cut what was still open after %v: %s", limits.Drain, openConnections(e))
 	}
-	e.Cut()
-	return status
+}
+
+// drainTime returns when to cut what is open after a signal to stop: nil, which is never, for
+// SIGQUIT.
+func drainTime(s os.Signal) <-chan time.Time {
+	if s == syscall.SIGQUIT {
+		return nil
+	}
+	return time.After(limits.Drain)
 }
 
 // ownDescriptors returns how many descriptors the program will have besides those of connections:
@@ -224,7 +251,7 @@ func openHosts() (*hostdir.Hosts, error) {
 func printCounters(e *engine, asked <-chan os.Signal) {
 	for range asked {
 		all := e.Counters()
-		logline.Err("%v, descriptors %d of %d, handed %d", all, descriptors.InUse(1<<16), descriptors.Limit(), all.Handed())
+		logline.Err("%v, descriptors %d of %d, handed %d, empty %d", all, descriptors.InUse(1<<16), descriptors.Limit(), all.Handed(), all.Empty())
 	}
 }
 

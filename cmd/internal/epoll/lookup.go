@@ -83,12 +83,16 @@ func (c *conn) dial(name, hello []byte) {
 		}
 		entry, err = l.find(r)
 	}
+	datagram := t.HasDatagram(entry.Name)
 	switch {
 	case t.Clogged():
 		c.refuse(name, report.ErrClogged)
 		return
-	case err == hostdir.NoRoom, !t.HasDatagram(entry.Name) && !s.Room.ForRelay(l, t, false):
+	case err == hostdir.NoRoom, !datagram && !s.Room.ForRelay(l, t, false):
 		c.redialLater(t.Key(), hostdir.NoRoom, name, hello, limits.Redial)
+		return
+	case datagram && !l.redials.turn(t, entry.Name, c):
+		c.redialLater(t.EntryKey(entry.Name), hostdir.BacklogFull, name, hello, limits.RedialHandOver)
 		return
 	case err == hostdir.MayWait, !l.mayConnect(t, entry):
 		c.lookUp(t, entry.Name, name, hello)
@@ -96,22 +100,22 @@ func (c *conn) dial(name, hello []byte) {
 	}
 
 	r.entry, r.tenant = entry.Name, t
-	b, err := l.connect(r)
+	b, err := l.connect(r, datagram)
 	if err == hostdir.Stream { // it is one now, which takes room
 		if !s.Room.ForRelay(l, t, false) {
 			c.redialLater(t.Key(), hostdir.NoRoom, name, hello, limits.Redial)
 			return
 		}
-		b, err = l.connect(r)
+		b, err = l.connect(r, false)
 	}
 	for err == hostdir.NoRoom && s.Room.ForRelay(l, t, true) {
-		b, err = l.connect(r)
+		b, err = l.connect(r, t.HasDatagram(entry.Name))
 	}
 	if err == hostdir.MayWait {
 		c.lookUp(t, entry.Name, name, hello)
 		return
 	}
-	c.dialled(t.EntryKey(entry.Name), name, hello, b, err)
+	c.dialled(entry.Name, name, hello, b, err)
 }
 
 // find finds the entry for the name of the runner. Like connect it does not return if the loop goes
@@ -126,11 +130,10 @@ func (l *loop) find(r *runner) (hostdir.Entry, error) {
 }
 
 // connect connects to the backend of the entry that was found: to a datagram socket with the sender
-// of the tenant, which is locked then. The error is [hostdir.Stream] if it was a datagram socket
-// the last time, and is none now.
-func (l *loop) connect(r *runner) (b hostdir.Backend, err error) {
+// of the tenant, which is locked then. Was tells whether it was one the last time. If it is none
+// now, the error is [hostdir.Stream].
+func (l *loop) connect(r *runner, was bool) (b hostdir.Backend, err error) {
 	s, t := l.engine.shares, r.tenant
-	was := t.HasDatagram(r.entry)
 	if !was {
 		if b, err = l.connectWith(r, -1); err != hostdir.Datagram {
 			return b, err
@@ -287,7 +290,7 @@ func (l *loop) found(k *lookup) {
 		}
 	}
 	q := p.line
-	c.dialled(t.EntryKey(entry), p.name, p.hello, k.backend, k.err)
+	c.dialled(entry, p.name, p.hello, k.backend, k.err)
 	// It may have made room for the next one in its line.
 	if q == nil {
 		return
@@ -298,18 +301,18 @@ func (l *loop) found(k *lookup) {
 }
 
 // dialled goes on with what came of an attempt to connect to the backend of an entry.
-func (c *conn) dialled(key shares.Key, name, hello []byte, b hostdir.Backend, err error) {
+func (c *conn) dialled(entry, name, hello []byte, b hostdir.Backend, err error) {
 	switch {
 	case err == nil && b.Datagram:
-		c.handOver(key, b, name, hello)
+		c.handOver(entry, b, name, hello)
 	case err == nil:
 		c.begin(b, name, hello)
 	case err == hostdir.Stream, err == hostdir.Datagram:
-		c.redialLater(key, hostdir.Exchanged, name, hello, limits.Redial)
+		c.redialLater(c.tenant.EntryKey(entry), hostdir.Exchanged, name, hello, limits.Redial)
 	case err == hostdir.BacklogFull && c.tenant.HasDatagrams():
-		c.redialLater(key, err, name, hello, limits.RedialHandOver)
+		c.redialLater(c.tenant.EntryKey(entry), err, name, hello, limits.RedialHandOver)
 	case err == hostdir.NoRoom, err == hostdir.BacklogFull, err == hostdir.Exchanged:
-		c.redialLater(key, err, name, hello, limits.Redial)
+		c.redialLater(c.tenant.EntryKey(entry), err, name, hello, limits.Redial)
 	default:
 		c.refuse(name, err)
 	}

@@ -41,6 +41,20 @@ func (q *line) first() *pending {
 	return nil
 }
 
+// turn tells whether c may try to connect to an entry of t now: nobody else waits for it, or c is
+// the first of those who do.
+func (w *redials) turn(t *shares.Tenant, entry []byte, c *conn) bool {
+	if len(w.lines) == 0 {
+		return true
+	}
+	q := w.of[t.EntryKey(entry)]
+	if q == nil {
+		return true
+	}
+	p := q.first()
+	return p == nil || p.conn == c
+}
+
 // redialLater has c try again later, since err is in the way now. The pause is that of a new line.
 func (c *conn) redialLater(key shares.Key, err error, name, hello []byte, pause time.Duration) {
 	p := c.wait(redialing, name, hello)

@@ -56,7 +56,9 @@ type Engine struct {
 type conn struct {
 	engine   *Engine
 	client   *os.File
-	accepted int64              // by the clock of limits
+	accepted int64 // by the clock of limits
+	peer     socket.Address
+	address  bool               // it has sent an IPv6 address in place of a server name
 	cancel   context.CancelFunc // ends all that it waits for before its relay
 	tenant   *shares.Tenant     // whose host it is for, once that is known
 	queued   *list.Element      // in the engine's list, under its lock; nil if it is not there
@@ -198,6 +200,7 @@ func acceptOne(listener *os.File) (client int, err error) {
 func (e *Engine) serve(client *os.File) {
 	ctx, cancel := context.WithTimeout(context.Background(), limits.Hello)
 	c := &conn{engine: e, client: client, accepted: limits.Now(), cancel: cancel}
+	control(client, func(fd int) { c.peer = socket.Peer(fd) })
 	e.counters.Accepted.Add(1)
 	e.counters.Waiting.Add(1)
 	e.mu.Lock()
@@ -261,11 +264,18 @@ func (c *conn) hello() (hello, name []byte, err error) {
 			return err
 		})
 	}
-	switch {
+	c.address = parser.Address()
+	sent := &parser
+	if len(hello) == 0 {
+		sent = nil
+	}
+	switch _, failed := err.(unix.Errno); {
 	case errors.Is(err, io.EOF):
-		err = report.ErrEOF
+		err = report.Ended(sent)
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		err = report.ErrTimeout
+		err = report.Late(sent)
+	case failed && sent == nil: // a reset
+		c.engine.counters.Empty.Add(1)
 	}
 	return hello, name, err
 }
@@ -378,7 +388,7 @@ func (c *conn) handOver(b hostdir.Backend, name, hello []byte) error {
 		if gone != nil {
 			return
 		}
-		access := e.logAll.AccessLine(limits.Now(), fd, name, b.Log)
+		access := e.logAll.AccessLine(limits.Now(), c.peer, name, b.Log)
 		first := append(header, hello...)
 		e.mu.Lock()
 		defer e.mu.Unlock()
@@ -470,9 +480,8 @@ func (c *conn) refuse(name []byte, err error) {
 	if !waited {
 		return // it was dropped, and that was said
 	}
-	alert := report.Alert(name, err)
-	control(c.client, func(fd int) { report.Refused(fd, name, alert) })
-	e.counters.Refused[alert.Description].Add(1)
+	alert := report.Alert(name, c.address, err)
+	e.counters.Refuse(c.peer, name, alert)
 	record := alert.Description.Record()
 	c.client.SetWriteDeadline(time.Now().Add(limits.Linger))
 	if _, err := c.client.Write(record[:]); err != nil {

@@ -22,7 +22,7 @@ func (c *conn) relay(b hostdir.Backend, name, hello []byte) {
 	var access *report.AccessLine
 	var gone error
 	closed := control(c.client, func(fd int) {
-		access = c.engine.logAll.AccessLine(limits.Now(), fd, name, b.Log)
+		access = c.engine.logAll.AccessLine(limits.Now(), c.peer, name, b.Log)
 		if b.Proxy > 0 {
 			c.first, gone = socket.Header(fd, b.Proxy, name)
 		}

@@ -62,7 +62,7 @@ func (e *Engine) dropOldest(needy *conn, age time.Duration) bool {
 		if age > 0 && limits.Now()-oldest.accepted <= int64(age) {
 			return false
 		}
-		control(oldest.client, report.Dropped)
+		report.Dropped(oldest.peer)
 		e.counters.Dropped.Add(1)
 	}
 	e.leave(oldest)
@@ -88,7 +88,7 @@ func (c *conn) ResetSilent(rich, needy *shares.Tenant) bool {
 	if silent == nil {
 		return false
 	}
-	control(silent.client, func(fd int) { report.Reset(fd, rich) })
+	report.Reset(silent.peer, rich)
 	e.counters.Dropped.Add(1)
 	silent.end(report.ResetForRoom)
 	e.endRelay(silent)
