@@ -29,6 +29,7 @@ type Engine struct {
 	shares    *shares.Shares
 	watch     *watch
 	logAll    *report.LogAll
+	front     *report.AcceptProxy
 
 	bulkBuffer int32 // how much a backend's socket takes of a bulk upload that is not read
 
@@ -46,6 +47,7 @@ func Start(hosts *hostdir.Hosts, listeners []*inherit.Listener, clients []int, o
 		hosts:     hosts,
 		listeners: listeners,
 		logAll:    report.NewLogAll(hosts),
+		front:     report.NewAcceptProxy(hosts),
 		failed:    make(chan error, 1),
 		drained:   make(chan struct{}),
 	}
