@@ -45,6 +45,7 @@ type server struct {
 type conn struct {
 	server *server
 	socket *os.File
+	peer   socket.Address
 	gone   chan struct{} // closed when it has ended
 
 	// Under the server's lock.
@@ -65,11 +66,12 @@ func startServer(listeners []*inherit.Listener, clients []int) (*server, error) 
 		s.running.Go(func() { s.accept(l, f) })
 	}
 	for _, fd := range clients {
+		peer := socket.Peer(fd)
 		f, err := inherit.Pollable(&fd)
 		if err != nil {
 			return nil, err
 		}
-		s.add(f)
+		s.add(f, peer)
 	}
 	return s, nil
 }
@@ -77,10 +79,10 @@ func startServer(listeners []*inherit.Listener, clients []int) (*server, error) 
 // accept accepts clients until the listener is closed. No other failure ends it.
 func (s *server) accept(l *inherit.Listener, f *os.File) {
 	for {
-		fd, err := inherit.Accept(f)
+		fd, peer, err := inherit.Accept(f)
 		switch err {
 		case nil:
-			s.add(os.NewFile(uintptr(fd), "client"))
+			s.add(os.NewFile(uintptr(fd), "client"), peer)
 			continue
 		case unix.ECONNABORTED: // only that client is gone
 			continue
@@ -112,7 +114,7 @@ func (s *server) dropOldest() bool {
 	c := first.Value.(*conn)
 	c.leave()
 	s.mu.Unlock()
-	control(c.socket, func(fd int) { report.Dropped(socket.Peer(fd)) })
+	report.Dropped(c.peer)
 	c.socket.Close()
 	<-c.gone // its descriptor is free
 	return true
@@ -127,8 +129,8 @@ func (c *conn) leave() {
 }
 
 // add begins to serve a client.
-func (s *server) add(client *os.File) {
-	c := &conn{server: s, socket: client, gone: make(chan struct{})}
+func (s *server) add(client *os.File, peer socket.Address) {
+	c := &conn{server: s, socket: client, peer: peer, gone: make(chan struct{})}
 	s.mu.Lock()
 	c.queued = s.open.PushBack(c)
 	s.mu.Unlock()
@@ -245,7 +247,7 @@ func (c *conn) answer(status, fields, content, method string, last bool) bool {
 // linger ends the connection, and sees to it that the answer arrives: closing a socket with unread
 // input sends a reset, which can overtake the answer.
 func (c *conn) linger() {
-	control(c.socket, func(fd int) { unix.Shutdown(fd, unix.SHUT_WR) })
+	socket.Shutdown(c.socket, unix.SHUT_WR)
 	c.socket.SetReadDeadline(time.Now().Add(limits.Linger))
 	b := make([]byte, maxHead)
 	for left := limits.LingerSize; left > 0; {
@@ -254,13 +256,6 @@ func (c *conn) linger() {
 			return
 		}
 		left -= n
-	}
-}
-
-// control calls do with the descriptor of a socket, unless it is closed.
-func control(f *os.File, do func(fd int)) {
-	if raw, err := f.SyscallConn(); err == nil {
-		raw.Control(func(fd uintptr) { do(int(fd)) })
 	}
 }
 

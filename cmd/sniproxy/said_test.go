@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -196,7 +197,7 @@ func TestDotAndGo(t *testing.T) {
 
 // Goal: clients that are gone when the daemon looks at them are named all the same.
 func TestLogGone(t *testing.T) {
-	if _, err := os.Stat("/proc/self/stat"); err != nil {
+	if runtime.GOOS != "linux" {
 		t.Skip("no /proc")
 	}
 	d := start(t)
@@ -518,5 +519,29 @@ func TestLogNothingChosen(t *testing.T) {
 		if strings.Contains(d.err.String(), token) {
 			t.Errorf("what a client sent is in the log")
 		}
+	}
+}
+
+// Goal: a backend that does not answer has a line also if it is a write to it that fails.
+func TestUnansweredWrite(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("no /proc")
+	}
+	d := start(t)
+	l := d.host("a.example")
+	c := d.dial()
+	hello := snitest.Hello("a.example")
+	c.Write(hello)
+	backend, err := l.AcceptUnix()
+	hostdirtest.Must(t, err)
+	hostdirtest.Await(t, "the relay", func() bool { return d.counters().up == len(hello) })
+	d.whileStopped(func() {
+		c.Write([]byte("more"))
+		backend.Close() // with the hello unread, so this is a reset
+	})
+	d.err.Await(t, "without an answer")
+	io.ReadAll(c)
+	if n := len(d.unanswered()); n != 1 {
+		t.Errorf("%d lines", n)
 	}
 }

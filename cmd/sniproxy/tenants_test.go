@@ -556,6 +556,7 @@ func TestLogReasons(t *testing.T) {
 	add(snitest.Hello(""), false, "", "no server name", sni.UnrecognizedName)
 	add(snitest.Hello("")[:60], true, "", "the client ended the connection before the server name", sni.DecodeError)
 	add(asking("forged")[:60], true, "", "the client ended the connection before the server name", sni.DecodeError)
+	add([]byte("PROX"), true, "", "neither TLS nor anything else that is known here", sni.UnexpectedMessage)
 	add([]byte{22, 3, 1, 255, 255}, false, "", "record is longer", sni.RecordOverflow)
 	add([]byte("GET /forged\x1b[2J HTTP/1.1\r\n\r\n"), false, "", "plain HTTP, not TLS", sni.UnexpectedMessage)
 	add(hello64K(1), false, "", "no server name within the first 64 KiB", sni.InternalError)

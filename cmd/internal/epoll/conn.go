@@ -52,8 +52,7 @@ type conn struct {
 	proxy    uint8 // version of the PROXY header that the backend was sent
 	deaf     bool  // the backend does not read any more
 	cutWrite bool  // and it stopped in the middle of a write
-	moved    bool  // something moved since the last look for half-closed relays
-	quiet    uint8 // looks in a row at which nothing had moved
+	quiet    uint8 // looks for half-closed relays since something moved
 	active   int64 // the round of the loop in which something last happened to the relay
 	sample   int32 // of the loop's load when the relay began
 
@@ -100,7 +99,7 @@ type pending struct {
 	parser sni.Parser
 	name   []byte
 	hello  []byte // all bytes read so far, behind headroom
-	lookup *lookup
+	query  *query // that it waits for
 
 	conn *conn // nil when the relay has begun, or never will
 	line *line // that it waits in
@@ -124,8 +123,7 @@ func (c *conn) enter(p phase) {
 		l.counters.Waiting.Add(1)
 		l.hellos.push(c, c.accepted+int64(limits.Hello))
 	case relaying:
-		l.relays.Add(1)
-		c.tenant.Relays.Add(1)
+		l.engine.shares.CountRelays(c.tenant, 1)
 	case lingering:
 		c.closeBackend()
 		l.lingers.push(c, limits.Now()+int64(limits.Linger))
@@ -135,12 +133,10 @@ func (c *conn) enter(p phase) {
 		}
 		if fd := c.sockets[client].fd; fd != 0 { // otherwise another thread closes it
 			closeFd(fd)
-			if fd == l.shared {
-				l.shared = 0
-			}
 		}
+		l.shared = 0
 		c.closeBackend()
-		c.belongTo(nil)
+		shares.Hold(&c.tenant, nil)
 		l.open.Add(-1)
 		l.counters.Ended.Add(1)
 		l.conns.release(c)
@@ -150,7 +146,7 @@ func (c *conn) enter(p phase) {
 // acceptSome accepts connections after a full batch of events. As long as more is ready than fits
 // into one batch, the listening sockets take turns with all that: they are in one batch of many.
 func (l *loop) acceptSome() {
-	for _, from := range l.engine.listeners[:l.listening] {
+	for _, from := range l.engine.listeners {
 		for n := 0; n < acceptMost && l.accept(from); n++ {
 		}
 	}
@@ -171,64 +167,53 @@ func (l *loop) accept(from *inherit.Listener) bool {
 	case unix.EAGAIN, unix.EINTR, unix.ECONNABORTED:
 		// Somebody else was quicker, or the client is gone.
 	case unix.EMFILE, unix.ENFILE:
-		if l.runner.Load().dialer.Release() {
-			break // that descriptor was kept for nobody yet; the next wait says again that there is a client
+		if l.runner.Load().dialer.Release() || l.engine.shares.CloseIdle() {
+			break // those were kept for nobody yet; the next wait says again that there is a client
 		}
 		// accept(2) says so before it checks whether a client is waiting.
-		if l.engine.shares.Room.CloseIdle() {
-			break // those were kept for nobody
+		if from.StillListens() && (!from.Pending() || l.dropOldest(nil, 0)) {
+			break
 		}
-		if !from.StillListens() {
-			l.giveUp(from)
-		} else if from.Pending() && !l.dropOldest(nil, 0) {
-			l.pause(errno)
-		}
+		l.pause(from, errno)
 	default:
-		if from.StillListens() {
-			l.pause(errno)
-		} else {
-			l.giveUp(from)
-		}
+		l.pause(from, errno)
 	}
 	return false
 }
 
-// giveUp is for a listening socket that was shut down.
-func (l *loop) giveUp(from *inherit.Listener) {
-	l.rest = limits.Now() + int64(limits.AcceptPause)
-	l.engine.fail(from.ShutDown())
-}
-
 // pause stops accepting for limits.AcceptPause, after a failure that has a cause outside of the
-// connection. The clients wait in the backlog.
-func (l *loop) pause(errno unix.Errno) {
-	report.AcceptFailed(errno)
+// connection. The clients wait in the backlog. If the socket was shut down, that is the end.
+func (l *loop) pause(from *inherit.Listener, errno unix.Errno) {
 	l.rest = limits.Now() + int64(limits.AcceptPause)
+	if from.StillListens() {
+		report.AcceptFailed(errno)
+		return
+	}
+	select {
+	case l.engine.Failed <- from.ShutDown():
+	default: // there is a reason already
+	}
 }
 
 // listen adds the listening sockets to the poller, or takes them away. Of all loops that wait for
 // one, of this program and others, the kernel wakes up one for a client (EPOLLEXCLUSIVE).
 func (l *loop) listen(yes bool) {
-	for yes && l.listening < len(l.engine.listeners) {
-		if !l.listenTo(l.listening, unix.EPOLL_CTL_ADD, unix.EPOLLIN|unix.EPOLLEXCLUSIVE) {
+	if l.listening == yes {
+		return
+	}
+	op, events := unix.EPOLL_CTL_DEL, uint32(0)
+	if yes {
+		op, events = unix.EPOLL_CTL_ADD, unix.EPOLLIN|unix.EPOLLEXCLUSIVE
+	}
+	l.listening = true // to some at least
+	for i, from := range l.engine.listeners {
+		errno := l.poller.control(op, int32(from.FD), events, token{number: int32(listenerEvent - i)})
+		if errno != 0 && errno != unix.ENOENT { // the kernel is out of memory, or of what it grants a user
+			l.pause(from, errno)
 			return
 		}
-		l.listening++
 	}
-	for !yes && l.listening > 0 {
-		if !l.listenTo(l.listening-1, unix.EPOLL_CTL_DEL, 0) {
-			return
-		}
-		l.listening--
-	}
-}
-
-func (l *loop) listenTo(i, op int, events uint32) bool {
-	errno := l.poller.control(op, int32(l.engine.listeners[i].FD), events, token{number: int32(listenerEvent - i)})
-	if errno != 0 { // the kernel is out of memory, or of what it grants a user
-		l.pause(errno)
-	}
-	return errno == 0
+	l.listening = yes
 }
 
 // add makes a connection of the socket of a client.
@@ -328,7 +313,7 @@ func (c *conn) readHeader() bool {
 	case n == 0:
 		return true
 	case h.Client.IsValid():
-		p.from, c.peer = &h, socket.AddressOf(h.Client)
+		p.from, c.peer = &h, socket.AddressFrom(h.Client)
 	}
 	c.headed = false
 	p.hello = append(p.hello[:headroom], p.hello[headroom+n:]...)
@@ -357,14 +342,12 @@ func (c *conn) register(on side, events uint32) bool {
 	if errno := c.loop.poller.control(op, s.fd, all, tokenOf(c, on)); errno != 0 {
 		// The kernel is out of memory, or of what it grants a user.
 		logline.Rationed(func() string { return fmt.Sprintf("cannot watch a connection: %v", errno) })
-		c.printAccess(report.CutForMemory)
-		c.abort()
+		c.abort(report.CutForMemory)
 		return false
 	}
 	return true
 }
 
-// event deals with an event on a side.
 func (c *conn) event(on side, events uint32) {
 	s := &c.sockets[on]
 	if events&(unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
@@ -414,19 +397,11 @@ func (c *conn) wait(in phase, name, hello []byte) *pending {
 // dropPending is for a connection that waits no longer.
 func (c *conn) dropPending() {
 	if p := c.pending; p != nil {
-		if p.lookup != nil {
-			p.lookup.conn = nil
+		if p.query != nil {
+			p.query.conn = nil
 		}
 		p.conn, p.line, c.pending = nil, nil, nil
 	}
-}
-
-// belongTo says whose host c is for. It takes over the use of t.
-func (c *conn) belongTo(t *shares.Tenant) {
-	if c.tenant != nil {
-		c.tenant.Release()
-	}
-	c.tenant = t
 }
 
 // begin begins the relay: a header, if asked for, and all bytes read so far go to the backend in
@@ -450,8 +425,7 @@ func (c *conn) begin(b hostdir.Backend, name, hello []byte) {
 	if b.Proxy > 0 {
 		header, err := socket.Header(int(c.sockets[client].fd), from, b.Proxy, name)
 		if err != nil {
-			c.printAccess(report.ResetByClient)
-			c.abort()
+			c.abort(report.ResetByClient)
 			return
 		}
 		c.header = int32(len(header))
@@ -497,9 +471,7 @@ func (c *conn) handOver(entry []byte, b hostdir.Backend, name, hello []byte) {
 		l.poller.remove(s.fd)
 		s.registered = 0
 	}
-	shared := s.fd == l.shared
-	if shared {
-		l.shared = 0
+	if l.shared != 0 {
 		socket.SetPlain(int(s.fd))
 	} else {
 		setPlain(s.fd)
@@ -508,15 +480,10 @@ func (c *conn) handOver(entry []byte, b hostdir.Backend, name, hello []byte) {
 	l.engine.shares.Sent(c.tenant, b.FD, handed)
 	if !handed {
 		setNonblock(s.fd)
-		if shared {
-			l.shared = s.fd
+		if l.shared != 0 {
 			inherit.BoundWaits(int(s.fd))
 		}
-		if err == hostdir.BacklogFull {
-			c.redialLater(c.tenant.EntryKey(entry), err, name, hello, limits.RedialHandOver)
-		} else {
-			c.refuse(name, err)
-		}
+		c.dialled(entry, name, hello, hostdir.Backend{}, err)
 		return
 	}
 	sent := int64(len(hello) - headroom)
@@ -591,7 +558,6 @@ func (l *loop) expireHellos() {
 	}
 }
 
-// expireLingers closes those who have had limits.Linger.
 func (l *loop) expireLingers() {
 	now := limits.Now()
 	for c := l.lingers.first; c != nil && c.deadline <= now; c = l.lingers.first {
@@ -601,8 +567,19 @@ func (l *loop) expireLingers() {
 
 // abort closes both connections at once, that of the client with a reset, so that it does not
 // mistake what it has for all there is.
-func (c *conn) abort() {
+func (c *conn) abort(why string) {
+	c.printAccess(why)
 	unix.SetsockoptLinger(int(c.sockets[client].fd), unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1, Linger: 0})
+	c.close()
+}
+
+// cut ends c whatever it is doing. What its backend has passed on to the end needs no reset.
+func (c *conn) cut(why string) {
+	if c.phase == relaying && !c.flows[backend].done {
+		c.abort(why)
+		return
+	}
+	c.printAccess(why)
 	c.close()
 }
 
@@ -620,7 +597,6 @@ func (c *conn) printAccess(how string) {
 	}
 }
 
-// closeBackend closes the connection to the backend, if there is one.
 func (c *conn) closeBackend() {
 	l, s := c.loop, &c.sockets[backend]
 	if s.fd == 0 {
@@ -634,8 +610,7 @@ func (c *conn) closeBackend() {
 		}
 		c.tenant.CloseAway(l.engine.shares.Threads, int(s.fd))
 	}
-	l.relays.Add(-1)
-	c.tenant.Relays.Add(-1)
+	l.engine.shares.CountRelays(c.tenant, -1)
 	*s = endpoint{}
 	c.flows = [2]flow{}
 }

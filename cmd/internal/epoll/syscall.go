@@ -17,18 +17,13 @@ import (
 // descriptors that they are used with, so the scheduler is not told of them: that is what
 // RawSyscall saves. Those that are interrupted before they did anything are made again.
 
-func read(fd int32, b []byte) (int, unix.Errno) {
-	for {
-		n, _, errno := syscall.RawSyscall(unix.SYS_READ, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
-		if errno != unix.EINTR {
-			return int(n), errno
-		}
-	}
-}
+func read(fd int32, b []byte) (int, unix.Errno) { return transfer(unix.SYS_READ, fd, b) }
 
-func write(fd int32, b []byte) (int, unix.Errno) {
+func write(fd int32, b []byte) (int, unix.Errno) { return transfer(unix.SYS_WRITE, fd, b) }
+
+func transfer(call uintptr, fd int32, b []byte) (int, unix.Errno) {
 	for {
-		n, _, errno := syscall.RawSyscall(unix.SYS_WRITE, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
+		n, _, errno := syscall.RawSyscall(call, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
 		if errno != unix.EINTR {
 			return int(n), errno
 		}
@@ -145,7 +140,6 @@ func splice(from, to int32, size int) (int, unix.Errno) {
 	}
 }
 
-// setNonblock sets O_NONBLOCK of a socket.
 func setNonblock(fd int32) {
 	syscall.RawSyscall(unix.SYS_FCNTL, uintptr(fd), unix.F_SETFL, unix.O_RDWR|unix.O_NONBLOCK)
 }

@@ -19,7 +19,6 @@ func (t *table) find(k token) *conn {
 	return nil
 }
 
-// add returns a new connection.
 func (t *table) add() *conn {
 	if n := len(t.free); n > 0 {
 		c := t.free[n-1]

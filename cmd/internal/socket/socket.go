@@ -5,6 +5,7 @@ package socket
 import (
 	"encoding/binary"
 	"net/netip"
+	"os"
 
 	"golang.org/x/sys/unix"
 
@@ -32,8 +33,11 @@ type Address struct {
 	known bool
 }
 
-// AddressOf returns an address as it is kept.
-func AddressOf(addr netip.AddrPort) Address {
+// AddressOf returns the address in sa.
+func AddressOf(sa unix.Sockaddr) Address { return AddressFrom(AddrPort(sa)) }
+
+// AddressFrom returns an address as it is kept.
+func AddressFrom(addr netip.AddrPort) Address {
 	return Address{addr.Addr().As16(), addr.Port(), addr.IsValid()}
 }
 
@@ -61,7 +65,7 @@ func Peer(fd int) Address {
 	if err != nil {
 		return Address{}
 	}
-	return AddressOf(AddrPort(sa))
+	return AddressOf(sa)
 }
 
 // String returns the address as people read it.
@@ -144,11 +148,32 @@ func SetPlain(client int) {
 }
 
 // Events returns what poll(2) tells of a socket: POLLIN if there is something to read or to accept,
-// or an end; POLLHUP of a listening socket that was shut down.
+// or an end; POLLERR after a reset; POLLHUP after the end of both directions, and of a listening
+// socket that was shut down.
 func Events(fd int) int16 {
 	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
 	if _, err := unix.Poll(p, 0); err != nil {
 		return 0
 	}
 	return p[0].Revents
+}
+
+// EventsOf is Events for a file, 0 if it is closed.
+func EventsOf(f *os.File) (events int16) {
+	Control(f, func(fd int) { events = Events(fd) })
+	return events
+}
+
+// Shutdown ends a direction of a file. It fails only where there is nothing left to end.
+func Shutdown(f *os.File, how int) {
+	Control(f, func(fd int) { unix.Shutdown(fd, how) })
+}
+
+// Control calls do with the descriptor of a file, unless it is closed.
+func Control(f *os.File, do func(fd int)) error {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	return raw.Control(func(fd uintptr) { do(int(fd)) })
 }
