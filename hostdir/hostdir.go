@@ -148,6 +148,10 @@ type Error struct {
 	// Ignored is for NoDirectory: there is a wildcard for the name, which does not count, since it
 	// is not the administrator's.
 	Ignored bool
+
+	// Anew is for NobodyListens: somebody did when the socket was connected, so another may have
+	// taken its place by now. Find the host anew.
+	Anew bool
 }
 
 func (e *Error) Error() string {
@@ -165,6 +169,12 @@ func (e *Error) Error() string {
 }
 
 func (e *Error) Unwrap() error { return e.Errno }
+
+// FindAnew reports whether the host is to be found anew after an error: see [Error].
+func FindAnew(err error) bool {
+	e, ok := err.(*Error)
+	return ok && e.Anew
+}
 
 // A skip is why a look-up passes over an entry and goes on to the next candidate. It is an error
 // only inside this package.
@@ -300,7 +310,7 @@ func SendError(err unix.Errno) error {
 	case unix.EAGAIN, unix.ENOBUFS, unix.ETOOMANYREFS:
 		return BacklogFull
 	case unix.ECONNREFUSED, unix.ECONNRESET, unix.ENOTCONN:
-		return &Error{Problem: NobodyListens, Errno: err}
+		return &Error{Problem: NobodyListens, Errno: err, Anew: true}
 	case unix.EACCES, unix.EPERM:
 		return &Error{Problem: NotPermitted, Errno: err}
 	}

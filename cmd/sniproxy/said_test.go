@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -38,7 +39,7 @@ func TestLogForeign(t *testing.T) {
 	} {
 		for _, piece := range []int{100, 1} {
 			client := d.dial()
-			for _, b := range chunks([]byte(c.sent), piece) {
+			for b := range slices.Chunk([]byte(c.sent), piece) {
 				client.Write(b)
 			}
 			got, err := io.ReadAll(client)
@@ -50,16 +51,6 @@ func TestLogForeign(t *testing.T) {
 	if strings.Contains(d.err.String(), "forged") {
 		t.Error("what a client sent is in the log")
 	}
-}
-
-// chunks returns b in pieces.
-func chunks(b []byte, size int) (pieces [][]byte) {
-	for len(b) > 0 {
-		n := min(size, len(b))
-		pieces = append(pieces, b[:n])
-		b = b[n:]
-	}
-	return pieces
 }
 
 // Goal: programs that do not speak TLS are told apart.
@@ -156,7 +147,6 @@ func TestDotAtTheEnd(t *testing.T) {
 	_, port, _ := net.SplitHostPort(d.addr)
 	file := pemFile(t, ca.issue(t, "one.example"))
 	startBackend(t, d.hostPath("one.example", "tls-socket"), "openssl", "s_server", "-unix", "tls-socket", "-cert", file, "-key", file, "-www")
-	// Mode 0777 minus the umask: the daemon runs as this user.
 	t.Run("openssl", func(t *testing.T) {
 		out, status := execute(t, "openssl", "s_client", "-connect", d.addr, "-servername", "one.example.", "-CAfile", ca.file, "-verify_return_error")
 		if status != 0 || !strings.Contains(out, "200 ok") {
@@ -315,6 +305,7 @@ var unansweredLine = regexp.MustCompile(`^sniproxy: (?:the|a) backend of (\S+|ui
 func (d *daemon) unanswered() (lines [][]string) {
 	for line := range strings.Lines(d.err.String()) {
 		if m := unansweredLine.FindStringSubmatch(strings.TrimSuffix(line, "\n")); m != nil {
+			m[1] = strings.TrimPrefix(m[1], "the entry ") // of a relay that has moved to another loop
 			lines = append(lines, m[1:])
 		}
 	}

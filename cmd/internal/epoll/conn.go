@@ -3,6 +3,7 @@
 package epoll
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -477,6 +478,11 @@ func (c *conn) handOver(entry []byte, b hostdir.Backend, name, hello []byte) {
 		setPlain(s.fd)
 	}
 	handed, err := handOver(b.FD, first, s.fd)
+	if errors.Is(err, unix.EMSGSIZE) { // a sender with few descriptors has a small buffer
+		narrow := socket.Widen(b.FD, len(first))
+		handed, err = handOver(b.FD, first, s.fd)
+		narrow()
+	}
 	l.engine.shares.Sent(c.tenant, b.FD, handed)
 	if !handed {
 		setNonblock(s.fd)

@@ -262,7 +262,7 @@ func (c *conn) dialled(entry, name, hello []byte, b hostdir.Backend, err error) 
 		c.begin(b, name, hello)
 	case err == hostdir.Stream, err == hostdir.Datagram:
 		c.redialLater(hostdir.Exchanged, entry, name, hello)
-	case err == hostdir.NoRoom, err == hostdir.BacklogFull, err == hostdir.Exchanged:
+	case err == hostdir.NoRoom, err == hostdir.BacklogFull, err == hostdir.Exchanged, hostdir.FindAnew(err):
 		c.redialLater(err, entry, name, hello)
 	default:
 		c.refuse(name, err)

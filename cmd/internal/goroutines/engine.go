@@ -329,7 +329,7 @@ func (e *Engine) inTurn(ctx context.Context, key shares.Key, try func()) {
 
 // mayPass tells whether it is worth trying again.
 func mayPass(err error) bool {
-	return err == hostdir.NoRoom || err == hostdir.BacklogFull || err == hostdir.Exchanged
+	return err == hostdir.NoRoom || err == hostdir.BacklogFull || err == hostdir.Exchanged || hostdir.FindAnew(err)
 }
 
 // tryDial tries once to do so. The key is of the line to wait in.
@@ -362,41 +362,48 @@ var errGone = errors.New("the client is gone, or was dropped")
 // bytes read so far. Then it is no business of the program any more.
 func (c *conn) handOver(b hostdir.Backend, name, hello []byte) error {
 	e := c.engine
-	err := errGone
-	sent, lingers := false, false
-	socket.Control(c.client, func(fd int) {
-		var header []byte
-		_, gone := unix.Getpeername(fd)
-		if b.Proxy > 0 && gone == nil {
-			header, gone = socket.Header(fd, c.from, b.Proxy, name)
-		}
-		if gone != nil {
-			return
-		}
-		access := e.logAll.AccessLine(limits.Now(), c.peer, name, b.Log)
-		first := append(header, hello...)
-		e.mu.Lock()
-		defer e.mu.Unlock()
-		if c.queued == nil { // it was dropped to make room
-			return
-		}
-		socket.SetPlain(fd)
-		if sent, err = socket.HandOver(b.FD, first, fd); !sent {
-			unix.SetNonblock(fd, true)
-			return
-		}
-		e.leave(c)
-		lingers = socket.Lingers(fd)
-		e.counters.Handed.Add(1)
-		e.counters.Bytes[report.Up].Add(int64(len(hello)))
-		access.Print(report.Traffic{report.Up: int64(len(hello))}, time.Duration(limits.Now()-c.accepted), report.HandedOver)
-	})
+	sent, lingers, err := false, false, error(errGone)
+	// The lock comes before the use of the descriptor: whoever drops c has the lock, and closing waits
+	// for that use.
+	e.mu.Lock()
+	if c.queued != nil { // otherwise it was dropped to make room
+		socket.Control(c.client, func(fd int) {
+			if sent, err = c.handOverFD(fd, b, name, hello); sent {
+				lingers = socket.Lingers(fd)
+			}
+		})
+	}
+	e.mu.Unlock()
 	if lingers {
 		// The socket is the backend's as well by now. If he lets it linger, the last close waits.
 		c.closeAway(c.client)
 	}
 	e.shares.Sent(c.tenant, b.FD, sent)
 	return err
+}
+
+// handOverFD does so with the descriptor of the client. The caller has the engine's lock.
+func (c *conn) handOverFD(fd int, b hostdir.Backend, name, hello []byte) (sent bool, err error) {
+	e := c.engine
+	var header []byte
+	_, err = unix.Getpeername(fd)
+	if b.Proxy > 0 && err == nil {
+		header, err = socket.Header(fd, c.from, b.Proxy, name)
+	}
+	if err != nil {
+		return false, errGone
+	}
+	access := e.logAll.AccessLine(limits.Now(), c.peer, name, b.Log)
+	socket.SetPlain(fd)
+	if sent, err = socket.HandOver(b.FD, append(header, hello...), fd); !sent {
+		unix.SetNonblock(fd, true)
+		return false, err
+	}
+	e.leave(c)
+	e.counters.Handed.Add(1)
+	e.counters.Bytes[report.Up].Add(int64(len(hello)))
+	access.Print(report.Traffic{report.Up: int64(len(hello))}, time.Duration(limits.Now()-c.accepted), report.HandedOver)
+	return true, nil
 }
 
 // lookUp has a thread look the host up and connect to its backend. The thread may hang, so the

@@ -71,6 +71,8 @@ func (c *conn) forwardUp() {
 	c.ended[report.Up].Store(limits.Now())
 }
 
+// forwardDown sends the client what the backend sends. If that is nothing, the log says so, with the
+// name.
 func (c *conn) forwardDown(name []byte) {
 	down := func(b []byte) error { return c.send(report.Down, c.client, b) }
 	var err error

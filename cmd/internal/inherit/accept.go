@@ -33,8 +33,8 @@ func Pollable(fd *int) (*os.File, error) {
 }
 
 // Accept waits for a client at a listener that [Pollable] has returned, and accepts it. The address
-// of the client comes with it, also if the client is gone. The error
-// is [os.ErrClosed] once the listener was closed. EMFILE and ENFILE mean that a client waits.
+// of the client comes with it, also if the client is gone. The error is [os.ErrClosed] once the
+// listener was closed. EMFILE and ENFILE mean that a client waits.
 func Accept(listener *os.File) (client int, from socket.Address, err error) {
 	raw, err := listener.SyscallConn()
 	if err != nil {

@@ -31,11 +31,13 @@ const (
 
 	// AcceptPause is how long accept rests after a failure that does not pass by itself.
 	AcceptPause = 100 * time.Millisecond
+
+	halfClosed = time.Hour
 )
 
 // HalfClosed is how long a relay may be silent in one direction when the other has ended. Tests
 // shorten it.
-var HalfClosed = time.Hour
+var HalfClosed = halfClosed
 
 // Keepalive, which sniproxy-rs does not set, finds clients that vanished without a word: after
 // KeepaliveIdle of silence they are probed every KeepaliveInterval and given up after

@@ -51,7 +51,7 @@ func RationedFor(tenant string, line func() string) {
 	}
 }
 
-// Rations are those of tenants.
+// A rationsOf has the rations of tenants, by their names.
 type rationsOf struct {
 	mu    sync.Mutex
 	all   map[string]*ration

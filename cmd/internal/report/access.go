@@ -31,8 +31,8 @@ const (
 	HandedOver       = "handed over"
 )
 
-// AccessLine returns the line about a client, nil if there will be none. The
-// relay begins now, and marked tells whether the connections of its host are logged.
+// AccessLine returns the line about a client, nil if there will be none. The relay begins now, and
+// marked tells whether the connections of its host are logged.
 func (a *LogAll) AccessLine(now int64, client socket.Address, name []byte, marked bool) *AccessLine {
 	yes, maybe := a.logs(now)
 	if !marked && !yes && !maybe {

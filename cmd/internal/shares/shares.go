@@ -104,7 +104,7 @@ func (s *Shares) Settle(q *Query, by RoomMaker) {
 	if q.Err != nil || t.HasDatagram(entry) == datagram {
 		return
 	}
-	t.SetDatagram(entry, datagram)
+	q.whose().SetDatagram(entry, datagram) // the owner may be another one by now
 	if !datagram && !s.RoomForRelay(by, q.whose(), false) {
 		q.whose().CloseAway(s.Threads, q.Backend.FD)
 		q.Err = hostdir.NoRoom

@@ -120,16 +120,31 @@ func Passed(control []byte) (fds []int) {
 // HandOver sends b with a datagram socket that is connected, and with it the descriptor of a
 // client. It reports whether that was sent; the error is of package hostdir.
 func HandOver(to int, b []byte, client int) (sent bool, err error) {
-	for {
+	for wide := false; ; {
 		err := unix.Sendmsg(to, b, unix.UnixRights(client), nil, unix.MSG_DONTWAIT)
-		switch errno, _ := err.(unix.Errno); errno {
-		case 0:
+		switch errno, _ := err.(unix.Errno); {
+		case errno == 0:
 			return true, nil
-		case unix.EINTR:
+		case errno == unix.EINTR:
+		case errno == unix.EMSGSIZE && !wide:
+			wide = true
+			defer Widen(to, len(b))()
 		default:
 			return false, hostdir.SendError(errno)
 		}
 	}
+}
+
+// Widen lets a datagram socket send up to size bytes at once, although its buffer is for less, until
+// narrow is called. It still sends nothing while more than that is under way.
+func Widen(fd, size int) (narrow func()) {
+	was, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF)
+	if err != nil {
+		return func() {}
+	}
+	// Linux doubles what it is told. Elsewhere a socket sends once, so nobody needs it narrow.
+	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, size+1024)
+	return func() { unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, was/2) }
 }
 
 // Lingers tells whether closing a socket may wait (SO_LINGER).
