@@ -192,9 +192,8 @@ func canonical(authority string) (host string, ok bool) {
 		if i := strings.IndexByte(authority, ':'); i >= 0 {
 			host, port = authority[:i], authority[i:]
 		}
-		name := strings.TrimSuffix(host, ".")
-		b, err := sni.AppendCanonical(nil, []byte(name))
-		host, ok = string(b), err == nil && !strings.HasSuffix(name, ".")
+		b, err := sni.AppendCanonical(nil, []byte(host))
+		host, ok = string(b), err == nil
 	}
 	return host, ok && (port == "" || port[0] == ':' && isDigits(port[1:]))
 }
