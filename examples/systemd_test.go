@@ -49,6 +49,8 @@ const (
 	unitAddr = "127.0.0.1:443" // of the tests' own network
 	unitHost = "a.example"
 
+	unitHanded = "handed.example" // a host whose connections are handed over
+
 	severalDir = "/usr/share/doc/sniproxy/several/" // the drop-ins, which one test installs
 )
 
@@ -77,6 +79,7 @@ func awaitProperty(t *testing.T, unit, name, value string) {
 func startUnits(t *testing.T) []byte {
 	t.Helper()
 	serve(t, "/srv/sniproxy", unitHost)
+	serveHanded(t, "/srv/sniproxy", unitHanded)
 	command(t, "systemctl", "start", "sniproxy.socket")
 	t.Cleanup(func() {
 		command(t, "systemctl", "stop", "sniproxy.socket", "sniproxy.service", "sniproxy-next.service")
@@ -107,6 +110,7 @@ func testUnitsStartAndStop(t *testing.T) {
 	}
 	for _, addr := range []string{"[::1]:443", unitAddr} {
 		hostdirtest.Must(t, exchange(addr, hello))
+		hostdirtest.Must(t, exchange(addr, snitest.Hello(unitHanded)))
 	}
 	pid := mainPID(t, "sniproxy.service")
 	// systemd leaves the empty directory incoming in every root that it makes.
@@ -211,9 +215,17 @@ func testUnitsUpgrades(t *testing.T) {
 }
 
 // Goal: after kill -9 systemd starts the service again, and does so however often it happens: the
-// default limit is five starts in ten seconds.
+// default limit is five starts in ten seconds. A client that was handed over stays through all
+// that, and through the stop.
 func testUnitsKill(t *testing.T) {
 	hello := startUnits(t)
+	handed, err := connect(unitAddr, snitest.Hello(unitHanded))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(handed, make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
 	for range 7 {
 		hostdirtest.Must(t, exchange(unitAddr, hello))
 		killed := mainPID(t, "sniproxy.service")
@@ -221,6 +233,12 @@ func testUnitsKill(t *testing.T) {
 		hostdirtest.Await(t, "the end of the killed process", func() bool { return mainPID(t, "sniproxy.service") != killed })
 	}
 	hostdirtest.Must(t, exchange(unitAddr, hello))
+	command(t, "systemctl", "stop", "sniproxy.socket")
+	checkStopped(t, "sniproxy.service")
+	handed.hello = handed.hello[1:]
+	if err := handed.finish(); err != nil {
+		t.Errorf("a client that was handed over: %v", err)
+	}
 }
 
 // Goal: the drop-ins for several sockets can be added while the service runs; then one process serves
@@ -300,17 +318,19 @@ func testUnitsAccept(t *testing.T) {
 		})
 	}
 	serve(t, "/srv/sniproxy", unitHost)
+	serveHanded(t, "/srv/sniproxy", unitHanded)
 	command(t, "systemctl", "daemon-reload")
 	command(t, "systemctl", "start", socket)
 	t.Cleanup(func() { command(t, "systemctl", "stop", socket) })
-	hello := snitest.Hello(unitHost)
 	for range 5 {
-		if err := exchange("127.0.0.1:8444", hello); err != nil {
-			t.Error(err)
+		for _, host := range []string{unitHost, unitHanded} {
+			if err := exchange("127.0.0.1:8444", snitest.Hello(host)); err != nil {
+				t.Errorf("%s: %v", host, err)
+			}
 		}
 	}
 	awaitProperty(t, socket, "NConnections", "0")
-	if got := property(t, socket, "NAccepted"); got != "5" {
+	if got := property(t, socket, "NAccepted"); got != "10" {
 		t.Errorf("systemd has accepted %s connections", got)
 	}
 	// What fails stays in the list.

@@ -65,19 +65,17 @@ func explainProblem(hosts *hostdir.Hosts, entry string, passedOver []string, err
 			why = "make one, in which the backend listens on tls-socket"
 		}
 	case hostdir.NoSocket:
-		if _, err := os.Lstat(socket); err == nil {
-			why = lost(socket)
-			break
-		}
 		why = "let the backend listen on " + show(socket)
 		if other := closeTo(entry, "tls-socket"); other != "" {
 			why += ", not on " + show(other)
 		}
+	case hostdir.Dangling:
+		why = lost(socket)
 	case hostdir.NotPermitted:
 		why = closed(socket)
 	case hostdir.NobodyListens:
 		why = "start the backend, or start it again if it listens on a socket that was removed"
-	case hostdir.NotStream:
+	case hostdir.NotSocket, hostdir.NotStream:
 		why = "it is " + kind(socket)
 	case hostdir.PathTooLong:
 		if n := len(unix.RawSockaddrUnix{}.Path) - 1; len(socket) > n {
@@ -123,9 +121,6 @@ func closed(socket string) string {
 		return needs(unix.X_OK, at)
 	}
 	if err == nil && unix.Access(at, unix.W_OK) == unix.EACCES {
-		if info, err := os.Stat(at); err == nil && info.Mode()&fs.ModeSocket == 0 {
-			return "it is " + kind(at)
-		}
 		return needs(unix.W_OK, at)
 	}
 	if link := unprotected(socket); link != "" {

@@ -89,8 +89,10 @@ func (f finding) has(line string, names *strings.Replacer) bool {
 var (
 	noDirectory   = words(hostdir.NoDirectory)
 	noSocket      = words(hostdir.NoSocket)
+	dangling      = words(hostdir.Dangling)
 	notPermitted  = "permission denied for uid UID"
 	nobodyListens = words(hostdir.NobodyListens)
+	notSocket     = words(hostdir.NotSocket)
 	notStream     = words(hostdir.NotStream)
 	pathTooLong   = words(hostdir.PathTooLong)
 	notCounted    = (&hostdir.Error{Problem: hostdir.NoDirectory, Ignored: true}).Error()
@@ -229,22 +231,24 @@ func (z *zoo) addHosts() {
 			hostdirtest.Touch(t, filepath.Join(dir, "tls_socket"))
 		}, says: is(noSocket, "ENTRY/tls-socket", "ENTRY/tls_socket")},
 		animal{name: "dangling-socket.example", make: makeSocket(t, func(path string) error { return os.Symlink("nowhere", path) }),
-			says: is(noSocket, "ENTRY/nowhere")},
+			says: is(dangling, "ENTRY/nowhere")},
 		animal{name: "socket-loop.example", make: makeSocket(t, func(path string) error { return os.Symlink("tls-socket", path) }),
-			says: is(noSocket, "circles")},
+			says: is(dangling, "circles")},
 		animal{name: "impossible-socket.example", make: makeSocket(t, func(path string) error { return os.Symlink(strings.Repeat("a", 256), path) }),
 			says: is(pathTooLong)},
 		animal{name: "regular.example", make: makeSocket(t, func(path string) error {
 			return errors.Join(os.WriteFile(path, nil, 0), os.Chmod(path, 0o777))
-		}), says: is(notStream, "regular")},
+		}), says: is(notSocket, "regular")},
 		animal{name: "closed-regular.example", make: makeSocket(t, func(path string) error { return os.WriteFile(path, nil, 0o444) }),
-			says: is(notStream, "regular"), forbidden: is(notPermitted, "regular")},
+			says: is(notSocket, "regular")},
 		animal{name: "fifo.example", make: makeSocket(t, func(path string) error {
 			return errors.Join(unix.Mkfifo(path, 0o777), os.Chmod(path, 0o777))
-		}), says: is(notStream, "FIFO")},
+		}), says: is(notSocket, "FIFO")},
 		animal{name: "directory.example", make: makeSocket(t, func(path string) error {
 			return errors.Join(os.Mkdir(path, 0o777), os.Chmod(path, 0o777))
-		}), says: is(notStream, "directory")},
+		}), says: is(notSocket, "directory")},
+		animal{name: "packets.example", make: func(dir string) { hostdirtest.Bind(t, dir, unix.SOCK_SEQPACKET) },
+			says: is(notStream, "seqpacket")},
 		animal{name: "datagram.example", make: func(dir string) {
 			hostdirtest.ServeDatagram(t, dir, func(c *net.TCPConn, _ []byte) { fmt.Fprintf(c, "0 %s handed", filepath.Base(dir)) })
 		},
@@ -279,7 +283,7 @@ func (z *zoo) addEntries() {
 		{name: "*.Capital.Example", says: is(never, "*.capital.example")},
 		{name: "a..b", says: is(never, "empty")},
 		{name: "-a.example", says: is(never, "hyphen")},
-		{name: "a.*", says: is(never, "character")},
+		{name: "a.*", says: is(never, "asterisk")},
 		{name: "a b: ok", says: is(never, "character")},
 		{name: "a\nforged: ok", says: is(never, "character")},
 		{name: "\xff.example", says: is(never, "UTF-8")},
@@ -311,8 +315,10 @@ func (z *zoo) addNames() {
 		"a..b":                    "server name has an empty label",
 		"..":                      "server name has an empty label",
 		"a.-b":                    "a label of the server name begins with a hyphen",
-		"a/b":                     "server name has a character other than letters, digits, '-', '_' and '.'",
-		"a\nb: ok":                "server name has a character other than letters, digits, '-', '_' and '.'",
+		"a/b":                     "server name is a URL, or has a path behind it",
+		"a\nb: ok":                "server name has a space or a control character",
+		"a.example:443":           "server name has a port behind it",
+		"a@b":                     "server name has a character other than letters, digits, '-', '_' and '.'",
 	} {
 		z.add(animal{name: name, bad: true, says: is("not a host name: " + reason)})
 	}
@@ -482,10 +488,12 @@ func TestZoo(t *testing.T) {
 		"server name is empty",
 		"server name is longer than 254 bytes",
 		"server name has an empty label",
-		"server name ends with a dot",
+		"server name is a URL, or has a path behind it",
+		"server name has a space or a control character",
+		"server name has a port behind it",
 		"a label of the server name begins with a hyphen",
 		"server name has a character other than letters, digits, '-', '_' and '.'",
-		noDirectory, noSocket, strings.Replace(notPermitted, "UID", "65534", 1), nobodyListens, notStream, pathTooLong, notCounted, backlogFull)
+		noDirectory, noSocket, dangling, notSocket, strings.Replace(notPermitted, "UID", "65534", 1), nobodyListens, notStream, pathTooLong, notCounted, backlogFull)
 }
 
 // visitAll has each user visit each zoo, and returns all reasons for which sniproxy refused a

@@ -17,6 +17,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -25,9 +26,10 @@ import (
 	"sniproxy/cmd/internal/inherit"
 	"sniproxy/cmd/internal/logline"
 	"sniproxy/cmd/internal/socket"
+	"sniproxy/cmd/internal/usage"
 )
 
-const usage = `usage: sniproxy-redirect < listening TCP socket
+const usageText = `usage: sniproxy-redirect < listening TCP socket
 
 Answers every HTTP request with a redirect to the same address with https. It takes no
 arguments. Standard input is a listening TCP socket or a TCP connection, unless systemd
@@ -53,8 +55,12 @@ func run() int {
 		return printLast(few)
 	}
 	defer logline.Flush()
-	if len(os.Args) != 1 {
-		logline.Text(usage)
+	switch args := os.Args[1:]; {
+	case usage.Asked(args):
+		logline.Out("%s", strings.TrimSuffix(usage.Text(usageText), "\n"))
+		return 0
+	case len(args) > 0:
+		logline.Text(usage.Text(usageText))
 		return 2
 	}
 	if err != nil {

@@ -19,6 +19,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sniproxy/cmd/internal/usage"
 	"sniproxy/hostdir/hostdirtest"
 )
 
@@ -521,11 +522,16 @@ func TestTooFewDescriptors(t *testing.T) {
 	t.Error("19 descriptors are too few")
 }
 
-// Goal: any argument gives the usage and status 2.
+// Goal: -h gives the usage on standard output, and any other argument on standard error, with status 2.
 func TestArguments(t *testing.T) {
 	for _, arg := range []string{"-h", "--help", ":80", ""} {
 		cmd := hostdirtest.Command(t, impersonate+"=1", arg)
-		if stdout, stderr, status := hostdirtest.Run(t, cmd); status != 2 || stdout != "" || stderr != usage {
+		stdout, stderr, status := hostdirtest.Run(t, cmd)
+		wantOut, wantErr, want := "", usage.Text(usageText), 2
+		if arg == "-h" {
+			wantOut, wantErr, want = wantErr, "", 0
+		}
+		if stdout != wantOut || stderr != wantErr || status != want {
 			t.Errorf("%q: exit status %d, standard output %q, standard error %q", arg, status, stdout, stderr)
 		}
 	}

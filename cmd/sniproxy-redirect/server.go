@@ -15,6 +15,7 @@ import (
 	"sniproxy/cmd/internal/inherit"
 	"sniproxy/cmd/internal/limits"
 	"sniproxy/cmd/internal/report"
+	"sniproxy/cmd/internal/socket"
 )
 
 const (
@@ -69,11 +70,12 @@ func startServer(listeners []*inherit.Listener, clients []int) (*server, error) 
 		s.serving.Go(func() { s.http.Serve(l) }) // it ends with the listener
 	}
 	for _, fd := range clients {
+		peer := socket.Peer(fd)
 		f, err := inherit.Pollable(&fd)
 		if err != nil {
 			return nil, err
 		}
-		s.serving.Go(func() { s.http.Serve(&one{conn{f}}) })
+		s.serving.Go(func() { s.http.Serve(&one{conn{f, peer}}) })
 	}
 	go func() {
 		s.serving.Wait()
@@ -87,21 +89,18 @@ func startServer(listeners []*inherit.Listener, clients []int) (*server, error) 
 }
 
 // A conn is a client's connection. (Package net would want a descriptor more for a moment.)
-type conn struct{ *os.File }
+type conn struct {
+	*os.File
+	peer socket.Address
+}
 
 func (conn) LocalAddr() net.Addr  { return nil }
 func (conn) RemoteAddr() net.Addr { return &net.TCPAddr{} } // net/http prints it, and nobody reads that
 
 // CloseWrite has net/http wait until the answer has arrived.
-func (c conn) CloseWrite() (err error) {
-	c.control(func(fd int) { err = unix.Shutdown(fd, unix.SHUT_WR) })
-	return err
-}
-
-func (c conn) control(do func(fd int)) {
-	if raw, err := c.SyscallConn(); err == nil { // it is not closed
-		raw.Control(func(fd uintptr) { do(int(fd)) })
-	}
+func (c conn) CloseWrite() error {
+	socket.Shutdown(c.File, unix.SHUT_WR)
+	return nil
 }
 
 // A listener is an inherited listening socket.
@@ -117,10 +116,10 @@ func (l *listener) Addr() net.Addr { return net.TCPAddrFromAddrPort(l.Listener.A
 // Accept accepts a client. It fails only when the listener was closed.
 func (l *listener) Accept() (net.Conn, error) {
 	for {
-		fd, err := inherit.Accept(l.file)
+		fd, peer, err := inherit.Accept(l.file)
 		switch err {
 		case nil:
-			return conn{os.NewFile(uintptr(fd), "client")}, nil
+			return conn{os.NewFile(uintptr(fd), "client"), peer}, nil
 		case os.ErrClosed:
 			return nil, net.ErrClosed
 		case unix.ECONNABORTED: // only that client is gone
@@ -188,7 +187,7 @@ func (s *server) dropOldest() bool {
 		return false
 	}
 	c := first.Value.(conn)
-	c.control(report.Dropped)
+	report.Dropped(c.peer)
 	c.Close()
 	s.forget(c)
 	return true

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sniproxy/cmd/internal/limits"
 	"sniproxy/hostdir/hostdirtest"
 	"sniproxy/sni/snitest"
 )
@@ -201,9 +202,13 @@ func TestListening(t *testing.T) {
 	}
 }
 
-// Goal: SIGHUP and SIGTERM stop an idle daemon with status 0 and one line, and the port is free.
+// The signals that stop a daemon, those with the ten seconds first.
+var stopSignals = []syscall.Signal{syscall.SIGHUP, syscall.SIGTERM, syscall.SIGINT, syscall.SIGQUIT}
+
+// Goal: each of the four signals stops an idle daemon with status 0 and one line, and the port is
+// free.
 func TestStopSignals(t *testing.T) {
-	for _, s := range []syscall.Signal{syscall.SIGHUP, syscall.SIGTERM} {
+	for _, s := range stopSignals {
 		t.Run(unix.SignalName(s), func(t *testing.T) {
 			d := start(t)
 			d.serve("a.example", hostdirtest.Greet)
@@ -256,7 +261,7 @@ func (c openRelay) works() {
 // Goal: after a signal the port can be bound at once, an open connection goes on, the daemon exits
 // when it ends, and no line speaks of cut connections.
 func TestStopGraceful(t *testing.T) {
-	for _, s := range []syscall.Signal{syscall.SIGHUP, syscall.SIGTERM} {
+	for _, s := range stopSignals {
 		t.Run(unix.SignalName(s), func(t *testing.T) {
 			d := start(t)
 			d.serve("a.example", hostdirtest.Echo)
@@ -295,6 +300,8 @@ func TestSecondSignal(t *testing.T) {
 		{syscall.SIGHUP, syscall.SIGTERM},
 		{syscall.SIGTERM, syscall.SIGHUP},
 		{syscall.SIGTERM, syscall.SIGTERM},
+		{syscall.SIGTERM, syscall.SIGINT},
+		{syscall.SIGINT, syscall.SIGINT},
 	} {
 		t.Run(unix.SignalName(s[0])+" "+unix.SignalName(s[1]), func(t *testing.T) {
 			d := start(t)
@@ -314,7 +321,7 @@ func TestSecondSignal(t *testing.T) {
 }
 
 // Goal: ten seconds after the signal, not before, the daemon cuts the connections that are still
-// open, says how many, and ends with status 0.
+// open, says how many, and ends with status 0. SIGQUIT does not take the ten seconds back.
 func TestStopCutsAfterTenSeconds(t *testing.T) {
 	t.Parallel()
 	d := start(t)
@@ -324,6 +331,7 @@ func TestStopCutsAfterTenSeconds(t *testing.T) {
 	begin := time.Now()
 	d.signal(syscall.SIGHUP)
 	d.out.Await(t, "got SIGHUP, shutting down")
+	d.signal(syscall.SIGQUIT)
 	c.works()
 	if n, err := c.Read(make([]byte, 1)); n > 0 || err == nil {
 		t.Errorf("read %d bytes", n)
@@ -335,6 +343,57 @@ func TestStopCutsAfterTenSeconds(t *testing.T) {
 		t.Errorf("cut after %v", waited)
 	}
 	expectComplaint(t, d, "2 connections")
+}
+
+// Goal: after SIGQUIT the daemon does not cut what is open, however long that takes and whoever sends
+// it again, and prints no stacks. Another of the signals begins the ten seconds, and one more ends
+// it at once.
+func TestStopQuit(t *testing.T) {
+	t.Parallel()
+	quit := func() (*daemon, openRelay) {
+		d := start(t)
+		d.serve("a.example", hostdirtest.Echo)
+		c := openEcho(t, d, "a.example")
+		d.signal(syscall.SIGQUIT)
+		d.out.Await(t, "got SIGQUIT, shutting down")
+		d.awaitRefused()
+		return d, c
+	}
+	waits, waiting := quit()
+	late, cut := quit()
+	<-time.After(limits.Drain + time.Second)
+	waits.signal(syscall.SIGQUIT)
+	waiting.works()
+	waiting.Close()
+	waits.expectExit(0)
+	if got := waits.err.String(); got != "" {
+		t.Errorf("standard error has %q", got)
+	}
+
+	begin := time.Now()
+	late.signal(syscall.SIGTERM)
+	late.out.Await(t, "got SIGTERM, shutting down")
+	cut.works()
+	if n, err := cut.Read(make([]byte, 1)); n > 0 || err == nil {
+		t.Errorf("read %d bytes", n)
+	}
+	if status := late.wait(); status != 0 {
+		t.Errorf("status %d, want 0", status)
+	}
+	if waited := time.Since(begin); waited < limits.Drain {
+		t.Errorf("cut %v after the second signal", waited)
+	}
+	expectComplaint(t, late, "cut what was still open", "1 connection")
+
+	again, c := quit()
+	again.signal(syscall.SIGINT)
+	again.out.Await(t, "got SIGINT, shutting down")
+	c.works()
+	again.signal(syscall.SIGHUP)
+	if status := again.wait(); status != 0 {
+		t.Errorf("status %d, want 0", status)
+	}
+	expectComplaint(t, again, "got SIGHUP again", "1 connection")
 }
 
 // expectComplaint fails the test unless standard error is one line, which has all parts.

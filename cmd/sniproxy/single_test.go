@@ -143,12 +143,13 @@ func TestSingleRefused(t *testing.T) {
 	}{
 		"unknown host": {snitest.Hello("unknown.example"), 112},
 		"no TLS":       {[]byte("GET / HTTP/1.1\r\n\r\n"), 10},
-		"end":          {nil, 50},
+		"end":          {snitest.Hello("")[:9], 50},
+		"end at once":  {nil, 50},
 	} {
 		t.Run(name, func(t *testing.T) {
 			d, client := startSingle(t, hostdirtest.Dir(t))
 			say(t, client, tt.hello)
-			if tt.hello == nil {
+			if strings.HasPrefix(name, "end") {
 				client.CloseWrite()
 			}
 			if got := readAll(t, client); alert([]byte(got)) != tt.want {
@@ -156,6 +157,12 @@ func TestSingleRefused(t *testing.T) {
 			}
 			client.Close()
 			d.expectExit(0)
+			if tt.hello == nil { // a health check
+				if got := d.err.String(); got != "" {
+					t.Errorf("standard error has %q", got)
+				}
+				return
+			}
 			expectComplaint(t, d, "refused "+client.LocalAddr().String(), fmt.Sprintf("(alert %d,", tt.want))
 			if got := d.out.String(); got != "" {
 				t.Errorf("standard output has %q", got)
@@ -293,7 +300,7 @@ func TestSingleStop(t *testing.T) {
 	hosts := hostdirtest.Dir(t)
 	hostdirtest.Serve(t, hostDir(hosts, "a.example"), hostdirtest.Greet)
 	l := hostdirtest.Listen(t, hostDir(hosts, "live.example"))
-	for _, s := range []syscall.Signal{syscall.SIGHUP, syscall.SIGTERM} {
+	for _, s := range stopSignals[:3] {
 		told := "got " + unix.SignalName(s) + ", shutting down"
 		t.Run(unix.SignalName(s), func(t *testing.T) {
 			d, client := startSingle(t, hosts)

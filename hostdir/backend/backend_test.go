@@ -21,6 +21,7 @@ import (
 
 	"sniproxy/hostdir/backend"
 	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/proxyproto"
 )
 
 // serveHTTP serves pages with the version of HTTP and the client's address.
@@ -96,7 +97,7 @@ func TestHeader(t *testing.T) {
 func TestSizes(t *testing.T) {
 	dir := hostDir(t)
 	l := listen(t, dir)
-	for _, size := range []int{0, 1, 2048, 64 << 10, backend.DataMost} {
+	for _, size := range []int{0, 1, 2048, 64 << 10, 64<<10 + proxyproto.MaxParse} {
 		first := strings.Repeat("0123456789abcdef", size/16+1)[:size]
 		client := handOver(t, dir, first)
 		io.WriteString(client, " and more")

@@ -10,28 +10,39 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sniproxy/cmd/internal/socket"
+	"sniproxy/hostdir"
 )
 
 // The system calls that a connection is made of. They never block, on the non-blocking
 // descriptors that they are used with, so the scheduler is not told of them: that is what
 // RawSyscall saves. Those that are interrupted before they did anything are made again.
 
-func read(fd int32, b []byte) (int, unix.Errno) {
+func read(fd int32, b []byte) (int, unix.Errno) { return transfer(unix.SYS_READ, fd, b) }
+
+func write(fd int32, b []byte) (int, unix.Errno) { return transfer(unix.SYS_WRITE, fd, b) }
+
+func transfer(call uintptr, fd int32, b []byte) (int, unix.Errno) {
 	for {
-		n, _, errno := syscall.RawSyscall(unix.SYS_READ, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
+		n, _, errno := syscall.RawSyscall(call, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
 		if errno != unix.EINTR {
 			return int(n), errno
 		}
 	}
 }
 
-func write(fd int32, b []byte) (int, unix.Errno) {
-	for {
-		n, _, errno := syscall.RawSyscall(unix.SYS_WRITE, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
-		if errno != unix.EINTR {
-			return int(n), errno
-		}
+// acceptFrom is accept4(2). The address of the client comes with it, and costs no call.
+func acceptFrom(fd int) (client int32, from socket.Address, errno unix.Errno) {
+	var sa unix.RawSockaddrInet6 // the longest
+	size := uint32(unsafe.Sizeof(sa))
+	n, _, errno := syscall.RawSyscall6(unix.SYS_ACCEPT4, uintptr(fd), uintptr(unsafe.Pointer(&sa)), uintptr(unsafe.Pointer(&size)), unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0, 0)
+	switch {
+	case errno != 0:
+	case sa.Family == unix.AF_INET:
+		from = socket.Address4((*unix.RawSockaddrInet4)(unsafe.Pointer(&sa)))
+	case sa.Family == unix.AF_INET6:
+		from = socket.Address6(&sa)
 	}
+	return int32(n), from, errno
 }
 
 // recv is read, with flags.
@@ -67,6 +78,41 @@ func setPlain(fd int32) {
 	syscall.RawSyscall6(unix.SYS_SETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, unix.SO_RCVTIMEO, uintptr(unsafe.Pointer(&never)), unsafe.Sizeof(never), 0)
 }
 
+// lingers is like [socket.Lingers].
+func lingers(fd int32) bool {
+	var l unix.Linger
+	size := uint32(unsafe.Sizeof(l))
+	_, _, errno := syscall.RawSyscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, unix.SO_LINGER, uintptr(unsafe.Pointer(&l)), uintptr(unsafe.Pointer(&size)), 0)
+	return errno != 0 || l.Onoff != 0
+}
+
+// rights is a control message that passes one descriptor (SCM_RIGHTS).
+type rights struct {
+	header unix.Cmsghdr
+	fd     int32
+	_      int32
+}
+
+// handOver is like [socket.HandOver], without anything that the scheduler or the allocator must know.
+func handOver(to int, b []byte, client int32) (sent bool, err error) {
+	r := rights{header: unix.Cmsghdr{Level: unix.SOL_SOCKET, Type: unix.SCM_RIGHTS}, fd: client}
+	r.header.SetLen(unix.CmsgLen(4))
+	iov := unix.Iovec{Base: unsafe.SliceData(b)}
+	iov.SetLen(len(b))
+	msg := unix.Msghdr{Iov: &iov, Iovlen: 1, Control: (*byte)(unsafe.Pointer(&r))}
+	msg.SetControllen(unix.CmsgSpace(4))
+	for {
+		_, _, errno := syscall.RawSyscall(unix.SYS_SENDMSG, uintptr(to), uintptr(unsafe.Pointer(&msg)), unix.MSG_DONTWAIT)
+		switch errno {
+		case 0:
+			return true, nil
+		case unix.EINTR:
+		default:
+			return false, hostdir.SendError(errno)
+		}
+	}
+}
+
 // sendBuffer returns how much a Unix socket takes that its peer does not read.
 func sendBuffer() (int32, error) {
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
@@ -94,7 +140,6 @@ func splice(from, to int32, size int) (int, unix.Errno) {
 	}
 }
 
-// setNonblock sets O_NONBLOCK of a socket.
 func setNonblock(fd int32) {
 	syscall.RawSyscall(unix.SYS_FCNTL, uintptr(fd), unix.F_SETFL, unix.O_RDWR|unix.O_NONBLOCK)
 }
