@@ -158,7 +158,7 @@ func (e *Error) Error() string {
 	text := problems[e.Problem]
 	switch e.Problem {
 	case NotPermitted:
-		text = fmt.Sprintf("%s for uid %d", text, unix.Geteuid())
+		text = DeniedTo(uint32(unix.Geteuid()))
 	case Other:
 		text = fmt.Sprintf("%s: %v", text, e.Errno)
 	}
@@ -169,6 +169,9 @@ func (e *Error) Error() string {
 }
 
 func (e *Error) Unwrap() error { return e.Errno }
+
+// DeniedTo is the text of the error NotPermitted for a user.
+func DeniedTo(uid uint32) string { return fmt.Sprintf("%s for uid %d", problems[NotPermitted], uid) }
 
 // FindAnew reports whether the host is to be found anew after an error: see [Error].
 func FindAnew(err error) bool {

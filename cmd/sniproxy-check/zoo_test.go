@@ -63,15 +63,19 @@ type animal struct {
 type finding struct {
 	what     string   // what comes first: the problem in the words of sniproxy, or "ok" and the facts
 	mentions []string // words that must follow, in this order: paths, users, modes
+	unsaid   string   // what must not follow, if it is not empty
 }
 
-func is(what string, mentions ...string) finding { return finding{what, mentions} }
+func is(what string, mentions ...string) finding { return finding{what: what, mentions: mentions} }
 
 // has reports whether a line, without its label, is the finding. Behind "ok" nothing may follow if
 // there is nothing to mention.
 func (f finding) has(line string, names *strings.Replacer) bool {
 	rest, ok := strings.CutPrefix(line, names.Replace(f.what))
 	if !ok || rest != "" && !strings.HasPrefix(rest, ": ") && !strings.HasPrefix(rest, "; ") {
+		return false
+	}
+	if f.unsaid != "" && strings.Contains(rest, f.unsaid) {
 		return false
 	}
 	words := strings.FieldsFunc(rest, func(r rune) bool { return strings.ContainsRune(" ,;:()", r) })
@@ -207,10 +211,12 @@ func (z *zoo) addHosts() {
 			good(t, "send-proxy-v1")(dir)
 			must(t, os.Chmod(dir, 0o711))
 		}, says: is("ok, PROXY v1")},
-		animal{name: "linked.example", make: symlink(t, elsewhere), says: is("ok")},
+		animal{name: "linked.example", make: symlink(t, elsewhere), says: is("ok", "ENTRY", elsewhere+"/tls-socket", "chroot")},
 		animal{name: "switched.example", make: makeSocket(t, func(path string) error {
 			return os.Symlink(filepath.Join(elsewhere, "tls-socket"), path)
-		}), says: is("ok")},
+		}), says: is("ok", "ENTRY/tls-socket", elsewhere+"/tls-socket", "chroot")},
+		animal{name: "leaving.example", make: symlink(t, "../others/elsewhere"), says: is("ok", "ENTRY", "../others/elsewhere/tls-socket", "chroot")},
+		animal{name: "staying.example", make: symlink(t, entryOf("good.example")), says: is("ok")},
 
 		animal{name: "absent.example", says: is(noDirectory)},
 		animal{name: "file.example", make: func(dir string) { hostdirtest.Touch(t, dir) }, says: is(noDirectory, "regular")},
@@ -257,7 +263,7 @@ func (z *zoo) addHosts() {
 		animal{name: "abandoned.example", make: func(dir string) { hostdirtest.Abandon(t, dir) }, says: is(nobodyListens)},
 		animal{name: "deaf.example", make: func(dir string) { hostdirtest.FillBacklog(t, dir) },
 			says: is(backlogFull, "ten")},
-		animal{name: long, make: symlink(t, elsewhere), says: is("ok")},
+		animal{name: long, make: symlink(t, "../others/elsewhere"), says: is("ok", "ENTRY", "chroot")},
 
 		animal{name: "closed.example", make: func(dir string) {
 			good(t)(dir)
@@ -267,7 +273,7 @@ func (z *zoo) addHosts() {
 			good(t)(dir)
 			must(t, os.Chmod(dir+"/tls-socket", 0o555))
 		}, says: is("ok"), forbidden: is(notPermitted, "w", "ENTRY/tls-socket", "0555", "OWNER")},
-		animal{name: "closed-on-the-way.example", make: symlink(t, filepath.Join(locked, "inner")), says: is("ok"),
+		animal{name: "closed-on-the-way.example", make: symlink(t, filepath.Join(locked, "inner")), says: is("ok", "ENTRY", "chroot"),
 			forbidden: is(notPermitted, "x", locked, "0600", "OWNER")},
 		absent,
 	)
@@ -560,7 +566,7 @@ func (z *zoo) visit(engine string, u user) *visit {
 		out  *bytes.Buffer
 		args []string
 	}{{&v.listed, []string{z.hosts}}, {&v.named, append([]string{z.hosts}, names...)}} {
-		cmd := u.command(checker, c.args...)
+		cmd := u.command(checker, u.forItself(c.args...)...)
 		cmd.Stdout, cmd.Stderr = c.out, os.Stderr
 		must(t, cmd.Start())
 		v.done.Go(func() { cmd.Wait() })

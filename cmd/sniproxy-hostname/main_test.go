@@ -92,7 +92,7 @@ var refused = []struct{ arg, reason string }{
 	{".a", "empty label"},
 	{"a..", "ends with two dots"},
 	{"a.。", "ends with two dots"},
-	{"-h", "begins with a hyphen"},
+	{"-x", "begins with a hyphen"},
 	{"--", "begins with a hyphen"},
 	{"--help", "begins with a hyphen"},
 	{"a℀b.com", "URL"}, // U+2100 stands for a/c
@@ -170,10 +170,14 @@ func TestSeveral(t *testing.T) {
 }
 
 // Goal: without a name there is the usage on stderr, and exit status 2. Only a hashed build says
-// that it is one.
+// that it is one. With -h the usage is on stdout, and the exit status 0. Both have the version.
 func TestUsage(t *testing.T) {
+	asked, messages, status := runProgram(t, "-h", "a.example")
+	if messages != "" || status != 0 || !strings.Contains(asked, "\nThis is version ") {
+		t.Errorf("-h: stdout %q, stderr %q, exit status %d; want the usage and 0", asked, messages, status)
+	}
 	stdout, stderr, status := runProgram(t)
-	if stdout != "" || status != 2 || !strings.HasPrefix(stderr, "usage: sniproxy-hostname NAME") {
+	if stdout != "" || status != 2 || !strings.HasPrefix(stderr, "usage: sniproxy-hostname NAME") || stderr != asked {
 		t.Errorf("stdout %q, stderr %q, exit status %d; want the usage and 2", stdout, stderr, status)
 	}
 	if got := strings.Contains(stderr, "hashed build"); got != hostdir.Hashed {

@@ -19,20 +19,25 @@ import (
 	"sniproxy/sni/snitest"
 )
 
-// Goal: any argument gives the usage and status 2, even if the socket is right.
+// Goal: any argument but -h gives the usage on standard error and status 2, even if the socket is
+// right. -h gives it on standard output, and status 0. Both have the version.
 func TestArguments(t *testing.T) {
-	for _, args := range [][]string{{"-h"}, {"--help"}, {"-version"}, {"8443"}, {""}, {"--"}, {"a", "b"}} {
+	for _, args := range [][]string{{"-h"}, {"-h", "x"}, {"--help"}, {"-version"}, {"8443"}, {""}, {"--"}, {"a", "b"}} {
 		t.Run(strings.Join(args, " "), func(t *testing.T) {
 			f := socketFile(t, hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0"))
 			d := launch(t, f, hostdirtest.Dir(t), func(cmd *exec.Cmd) { cmd.Args = append(cmd.Args, args...) })
-			if status := d.wait(); status != 2 {
-				t.Errorf("status %d, want 2", status)
+			want, text, other := 2, d.err, d.out
+			if args[0] == "-h" {
+				want, text, other = 0, d.out, d.err
 			}
-			if got := d.err.String(); !strings.HasPrefix(got, "usage: sniproxy") {
-				t.Errorf("no usage on standard error: %q", got)
+			if status := d.wait(); status != want {
+				t.Errorf("status %d, want %d", status, want)
 			}
-			if got := d.out.String(); got != "" {
-				t.Errorf("standard output has %q", got)
+			if got := text.String(); !strings.HasPrefix(got, "usage: sniproxy") || !strings.Contains(got, "\nThis is version ") {
+				t.Errorf("no usage: %q", got)
+			}
+			if got := other.String(); got != "" {
+				t.Errorf("besides it says %q", got)
 			}
 		})
 	}

@@ -2,10 +2,10 @@
 // each connection, connects to the Unix socket of the host with that name, and forwards the bytes,
 // unchanged, both ways. It decrypts nothing.
 //
-// There are no arguments and no configuration file. The sockets are inherited, and the working
-// directory is the hosts directory. The manual pages beside this file are its interface:
-// sniproxy(8) has sockets, output, alerts, signals, counters and exit status, sniproxy-hosts(5) has
-// the hosts directory and what each owner of hosts may use.
+// There are no arguments but -h, which prints the usage, and no configuration file. The sockets are
+// inherited, and the working directory is the hosts directory. The manual pages beside this file are
+// its interface: sniproxy(8) has sockets, output, alerts, signals, counters and exit status,
+// sniproxy-hosts(5) has the hosts directory and what each owner of hosts may use.
 //
 // # Packages
 //
@@ -21,6 +21,7 @@
 //	cmd/internal/socket         a socket's addresses, its PROXY header, and descriptors that it passes
 //	cmd/internal/descriptors    how many are in use, and their limit
 //	cmd/internal/limits         what a connection may take
+//	cmd/internal/usage          the usage, with the version
 //	hostdir                     from a name to its directory, its backend and its markers
 //	sni                         the name in a ClientHello
 //	proxyproto                  PROXY protocol headers
@@ -35,6 +36,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"strings"
 	"syscall"
 	"time"
 
@@ -45,14 +47,16 @@ import (
 	"sniproxy/cmd/internal/limits"
 	"sniproxy/cmd/internal/logline"
 	"sniproxy/cmd/internal/socket"
+	"sniproxy/cmd/internal/usage"
 	"sniproxy/hostdir"
 )
 
-const usage = `usage: sniproxy < listening TCP socket
+const usageText = `usage: sniproxy < listening TCP socket
 
-It takes no arguments. Standard input is a listening TCP socket or a TCP connection,
-unless systemd has passed sockets (LISTEN_FDS), and the working directory holds a
-directory NAME, with the Unix socket tls-socket in it, for each host.
+It takes no arguments but -h, which prints this. Standard input is a listening
+TCP socket or a TCP connection, unless systemd has passed sockets (LISTEN_FDS),
+and the working directory holds a directory NAME, with the Unix socket
+tls-socket in it, for each host.
 `
 
 // Keep the main thread for the main goroutine: the kernel prefers it for signals, and a thread
@@ -86,8 +90,12 @@ func run() int {
 	}
 	defer logline.Flush()
 	// sniproxy-rs ignores arguments.
-	if len(os.Args) != 1 {
-		logline.Text(usage)
+	switch args := os.Args[1:]; {
+	case usage.Asked(args):
+		logline.Out("%s", strings.TrimSuffix(usage.Text(usageText), "\n"))
+		return 0
+	case len(args) > 0:
+		logline.Text(usage.Text(usageText))
 		return 2
 	}
 	if err != nil {

@@ -257,15 +257,17 @@ func TestSingleOnAll(t *testing.T) {
 			t.Errorf("the client got %q", got)
 		}
 	})
-	t.Run("usage", func(t *testing.T) {
-		d, client := startSingle(t, hosts, onAll, func(cmd *exec.Cmd) { cmd.Args = append(cmd.Args, "-h") })
-		if status := d.wait(); status != 2 {
-			t.Errorf("status %d, want 2", status)
-		}
-		if got := readAll(t, client); got != "" {
-			t.Errorf("the client got %q", got)
-		}
-	})
+	for arg, want := range map[string]int{"-h": 0, "-v": 2} {
+		t.Run("usage "+arg, func(t *testing.T) {
+			d, client := startSingle(t, hosts, onAll, func(cmd *exec.Cmd) { cmd.Args = append(cmd.Args, arg) })
+			if status := d.wait(); status != want {
+				t.Errorf("status %d, want %d", status, want)
+			}
+			if got := readAll(t, client); got != "" {
+				t.Errorf("the client got %q", got)
+			}
+		})
+	}
 	t.Run("no engine", func(t *testing.T) {
 		d, client := startSingle(t, hosts, onAll, limitFiles(8))
 		if status := d.wait(); status <= 0 { // Go's runtime may end it, with a message of its own

@@ -602,7 +602,7 @@ func TestLogLate(t *testing.T) {
 		sent []byte
 		want notice
 	}{
-		{nil, notice{"", "", "nothing within the time limit: it may wait for the server to speak first, as SMTP, IMAP and MySQL clients do", sni.UserCanceled}},
+		{nil, notice{"", "", "sent nothing within the time limit; it may wait for the server to speak first, as SMTP, IMAP and MySQL clients do", sni.UserCanceled}},
 		{[]byte("PROX"), notice{"", "", "neither TLS nor anything else that is known here", sni.UnexpectedMessage}},
 		{snitest.Record(22, nameless[:len(nameless)-1]...), notice{"", "", "no complete server name within the time limit", sni.UserCanceled}},
 		{snitest.Hello("deaf.example")[:60], notice{"", "", "no complete server name within the time limit", sni.UserCanceled}},

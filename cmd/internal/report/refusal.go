@@ -17,7 +17,7 @@ import (
 var (
 	ErrEmpty   = sni.Alert{Description: sni.DecodeError, Reason: "the client ended the connection before its first byte"}
 	ErrEOF     = sni.Alert{Description: sni.DecodeError, Reason: "the client ended the connection before the server name"}
-	ErrSilent  = sni.Alert{Description: sni.UserCanceled, Reason: "nothing within the time limit: it may wait for the server to speak first, as SMTP, IMAP and MySQL clients do"}
+	ErrSilent  = sni.Alert{Description: sni.UserCanceled, Reason: "sent nothing within the time limit; it may wait for the server to speak first, as SMTP, IMAP and MySQL clients do"}
 	ErrTimeout = sni.Alert{Description: sni.UserCanceled, Reason: "no complete server name within the time limit"}
 
 	ErrClogged       = sni.Alert{Description: sni.InternalError, Reason: "too many descriptors that backends of this tenant have passed wait to be closed"}
