@@ -572,7 +572,8 @@ func TestTooFewDescriptors(t *testing.T) {
 	t.Error("19 descriptors are too few")
 }
 
-// Goal: -h gives the usage on standard output, and any other argument on standard error, with status 2.
+// Goal: -h gives the usage on standard output, and any other argument on standard error, with
+// status 2.
 func TestArguments(t *testing.T) {
 	for _, arg := range []string{"-h", "--help", ":80", ""} {
 		cmd := hostdirtest.Command(t, impersonate+"=1", arg)
@@ -587,7 +588,7 @@ func TestArguments(t *testing.T) {
 	}
 }
 
-// Goal: curl follows the redirect, with and without content, HTTP/1.0 included, and keeps the method.
+// Goal: curl understands the redirect, with and without content, HTTP/1.0 included.
 func TestCurl(t *testing.T) {
 	curl := hostdirtest.Need(t, "curl")
 	d := start(t)
