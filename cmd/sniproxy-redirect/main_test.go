@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -29,6 +30,11 @@ const impersonate = "SNIPROXY_REDIRECT_RUN_MAIN"
 func TestMain(m *testing.M) {
 	if os.Getenv(impersonate) != "" {
 		os.Exit(run())
+	}
+	// Tests that run in parallel wait for time limits, not for processors.
+	flag.Parse()
+	if parallel := flag.Lookup("test.parallel"); parallel.Value.String() == parallel.DefValue {
+		flag.Set("test.parallel", "16")
 	}
 	os.Exit(m.Run())
 }
