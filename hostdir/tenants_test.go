@@ -164,8 +164,8 @@ func acceptProxy(t *testing.T, h *hostdir.Hosts, want bool, wantIgnored string) 
 }
 
 // Goal: PROXY headers are expected if there is an .accept-proxy of the administrator's, whatever it
-// is and wherever it leads. One of somebody else does not count, and it is said why. No descriptor is
-// needed.
+// is and wherever it leads. One of somebody else does not count, and it is said why. No descriptor
+// is needed.
 func TestAcceptProxy(t *testing.T) {
 	chdir(t)
 	h := open(t)

@@ -35,6 +35,7 @@ const pebbleModule = "github.com/letsencrypt/pebble/v2/cmd/pebble@v2.10.1"
 // Goal: a real CA issues a certificate by the challenge http-01: on port 80 it is sent to HTTPS, and
 // there the host's own server behind sniproxy, with whatever certificate it has, has the answer.
 func TestACME(t *testing.T) {
+	t.Parallel()
 	const host = "one.example"
 	// The CA follows the redirect to port 443 of what the name means, which is an address of the
 	// loopback interface that nobody else uses.

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -29,6 +30,11 @@ const impersonate = "SNIPROXY_REDIRECT_RUN_MAIN"
 func TestMain(m *testing.M) {
 	if os.Getenv(impersonate) != "" {
 		os.Exit(run())
+	}
+	// Tests that run in parallel wait for time limits, not for processors.
+	flag.Parse()
+	if parallel := flag.Lookup("test.parallel"); parallel.Value.String() == parallel.DefValue {
+		flag.Set("test.parallel", "16")
 	}
 	os.Exit(m.Run())
 }
@@ -522,7 +528,8 @@ func TestTooFewDescriptors(t *testing.T) {
 	t.Error("19 descriptors are too few")
 }
 
-// Goal: -h gives the usage on standard output, and any other argument on standard error, with status 2.
+// Goal: -h gives the usage on standard output, and any other argument on standard error, with
+// status 2.
 func TestArguments(t *testing.T) {
 	for _, arg := range []string{"-h", "--help", ":80", ""} {
 		cmd := hostdirtest.Command(t, impersonate+"=1", arg)
@@ -537,7 +544,7 @@ func TestArguments(t *testing.T) {
 	}
 }
 
-// Goal: curl follows the redirect, with and without content, HTTP/1.0 included, and keeps the method.
+// Goal: curl understands the redirect, with and without content, HTTP/1.0 included.
 func TestCurl(t *testing.T) {
 	curl := hostdirtest.Need(t, "curl")
 	d := start(t)

@@ -105,8 +105,8 @@ func (n *Counters) Refuse(client socket.Address, name []byte, alert sni.Alert) {
 	})
 }
 
-// CloseUnheaded counts a connection that does not begin with a PROXY header and must, and logs why it
-// is closed. What sends no header is no client of the balancer's that waits for an alert.
+// CloseUnheaded counts a connection that does not begin with a PROXY header and must, and logs why
+// it is closed. What sends no header is no client of the balancer's that waits for an alert.
 func (n *Counters) CloseUnheaded(peer socket.Address, why error) {
 	n.Shut.Add(1)
 	logline.Rationed(func() string {
