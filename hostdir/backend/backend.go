@@ -263,15 +263,9 @@ func (l *Listener) Close() error {
 func (l *Listener) close() error {
 	l.mu.Lock()
 	close(l.closing)
-	stopped := l.stopped
 	l.mu.Unlock()
 	// The socket must be open until its file is gone: no other file can have the inode until then.
-	// After Stop another one can.
-	var replaced bool
-	var err error
-	if !stopped {
-		replaced, err = l.dir.remove(l.own)
-	}
+	replaced, err := l.dir.remove(l.own)
 	if replaced {
 		l.raw.Control(func(fd uintptr) { l.handOn(int(fd)) })
 	}

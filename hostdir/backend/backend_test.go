@@ -524,7 +524,7 @@ func TestMoved(t *testing.T) {
 }
 
 // Goal: Stop removes the socket at once; Accept returns what had come before, and then fails, also where it has
-// waited; Close leaves the socket of another backend alone, although it may have the same inode.
+// waited; Close leaves the socket of another backend alone.
 func TestStop(t *testing.T) {
 	dir := hostDir(t)
 	for _, waiting := range []int{0, 1, 5} {
