@@ -23,6 +23,7 @@ func TestChroot(t *testing.T) {
 	root, hosts := chroot(t)
 	uid, gid := nobody(t)
 	serve(t, hosts, "a.example")
+	serveHanded(t, hosts, "handed.example")
 
 	l := hostdirtest.ListenTCP(t, "tcp", "127.0.0.1:0")
 	socket, err := l.File()
@@ -55,9 +56,11 @@ func TestChroot(t *testing.T) {
 		}
 	}
 	expect("listening on " + addr)
-	served := startLoad(t, addr, snitest.Hello("a.example"))
-	served.more(500)
-	served.end()
+	for _, name := range []string{"a.example", "handed.example"} {
+		served := startLoad(t, addr, snitest.Hello(name))
+		served.more(500)
+		served.end()
+	}
 
 	hostdirtest.Must(t, cmd.Process.Signal(syscall.SIGHUP))
 	expect("got SIGHUP, shutting down")

@@ -130,6 +130,17 @@ func serve(t *testing.T, hosts, name string) *atomic.Int64 {
 	return count
 }
 
+// serveHanded makes a host whose connections are handed over, with a backend that does the same.
+func serveHanded(t *testing.T, hosts, name string) {
+	t.Helper()
+	dir := filepath.Join(hosts, hostdirtest.Entry(name))
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	hostdirtest.ServeDatagram(t, dir, func(c *net.TCPConn, first []byte) {
+		c.Write(first)
+		io.Copy(c, c)
+	})
+}
+
 // A client is a connection that has sent its hello and was not answered yet.
 type client struct {
 	*net.TCPConn

@@ -51,9 +51,12 @@ func testInetd(t *testing.T, cmd *exec.Cmd, hosts, addr string) {
 	start(t, cmd)
 	hostdirtest.Await(t, "a listening socket", func() bool { return canConnect(addr) })
 	first := onlyChild(t, cmd.Process.Pid) // that connection has started it
-	served := startLoad(t, addr, hello)
-	served.more(500)
-	served.end()
+	serveHanded(t, hosts, "handed.example")
+	for _, h := range [][]byte{hello, snitest.Hello("handed.example")} {
+		served := startLoad(t, addr, h)
+		served.more(500)
+		served.end()
+	}
 
 	signalAndAwait(t, first, syscall.SIGHUP)
 	hostdirtest.Must(t, exchange(addr, hello))
@@ -63,7 +66,7 @@ func testInetd(t *testing.T, cmd *exec.Cmd, hosts, addr string) {
 	}
 
 	// Clients wait in the backlog until the next program serves them.
-	served = startLoad(t, addr, hello)
+	served := startLoad(t, addr, hello)
 	served.more(500)
 	for range 5 {
 		first = second
@@ -159,12 +162,29 @@ func TestS6Tcpserver(t *testing.T) {
 // testSingle tests a supervisor that accepts, and starts a daemon for each connection.
 func testSingle(t *testing.T, cmd *exec.Cmd, hosts, addr string) {
 	serve(t, hosts, "a.example")
+	serveHanded(t, hosts, "handed.example")
 	known, unknown := snitest.Hello("a.example"), snitest.Hello("unknown.example")
 	start(t, cmd)
 	hostdirtest.Await(t, "a listening socket", func() bool { return canConnect(addr) })
-	served := startLoad(t, addr, known)
-	served.more(100)
-	served.end()
+	for _, hello := range [][]byte{known, snitest.Hello("handed.example")} {
+		served := startLoad(t, addr, hello)
+		served.more(100)
+		served.end()
+	}
+
+	// A daemon that has handed its client over ends, and the client stays.
+	handed, err := connect(addr, snitest.Hello("handed.example"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(handed, make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
+	hostdirtest.Await(t, "the end of all processes", func() bool { return len(children(cmd.Process.Pid)) == 0 })
+	handed.hello = handed.hello[1:]
+	if err := handed.finish(); err != nil {
+		t.Errorf("a client that was handed over: %v", err)
+	}
 
 	refused, err := connect(addr, unknown)
 	if err != nil {

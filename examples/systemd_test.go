@@ -1,8 +1,10 @@
 package examples_test
 
 import (
+	"crypto/tls"
 	"io"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -12,6 +14,7 @@ import (
 	"syscall"
 	"testing"
 
+	"sniproxy/hostdir/backend"
 	"sniproxy/hostdir/hostdirtest"
 	"sniproxy/sni/snitest"
 )
@@ -31,17 +34,35 @@ func TestSystemd(t *testing.T) {
 		t.Run("kill", testUnitsKill)
 		t.Run("several sockets", testUnitsSeveral)
 		t.Run("accept", testUnitsAccept)
+		t.Run("check", testUnitsCheck)
 		return
 	}
 	t.Parallel()
+	hostdirtest.InSystemd(t, "..", inside+"=1", installed(t)...)
+}
+
+// installed returns the arguments with which systemd-run.sh installs the programs and the units.
+func installed(t *testing.T) (args []string) {
+	t.Helper()
 	units, err := filepath.Abs("systemd")
-	if err != nil {
-		t.Fatal(err)
+	hostdirtest.Must(t, err)
+	for from, to := range map[string]string{
+		daemon(t):                             binary + ":755",
+		build(t, "sniproxy-check"):            binary + "-check:755",
+		build(t, "sniproxy-tls"):              binary + "-tls:755",
+		units + "/several/socket.conf":        severalDir + "socket.conf:644",
+		units + "/several/service.conf":       severalDir + "service.conf:644",
+		units + "/user/sniproxy-tls@.service": userUnit + ":644",
+	} {
+		args = append(args, "-f", from+":"+to)
 	}
-	dropIn := func(file string) string {
-		return filepath.Join(units, "several", file) + ":" + severalDir + file + ":644"
+	// The units of users are not for the system.
+	for _, pattern := range []string{"*.socket", "*.service", "*.timer", "*.d/*.conf"} {
+		files, err := filepath.Glob(filepath.Join(units, pattern))
+		hostdirtest.Must(t, err)
+		args = append(args, files...)
 	}
-	hostdirtest.InSystemd(t, "..", inside+"=1", "-f", daemon(t)+":"+binary, "-f", dropIn("socket.conf"), "-f", dropIn("service.conf"), units)
+	return args
 }
 
 const (
@@ -49,7 +70,11 @@ const (
 	unitAddr = "127.0.0.1:443" // of the tests' own network
 	unitHost = "a.example"
 
+	unitHanded = "handed.example" // a host whose connections are handed over
+
 	severalDir = "/usr/share/doc/sniproxy/several/" // the drop-ins, which one test installs
+
+	userUnit = "/usr/share/doc/sniproxy/user/sniproxy-tls@.service" // which one test installs for a user
 )
 
 func mainPID(t *testing.T, unit string) int {
@@ -77,6 +102,7 @@ func awaitProperty(t *testing.T, unit, name, value string) {
 func startUnits(t *testing.T) []byte {
 	t.Helper()
 	serve(t, "/srv/sniproxy", unitHost)
+	serveHanded(t, "/srv/sniproxy", unitHanded)
 	command(t, "systemctl", "start", "sniproxy.socket")
 	t.Cleanup(func() {
 		command(t, "systemctl", "stop", "sniproxy.socket", "sniproxy.service", "sniproxy-next.service")
@@ -107,6 +133,7 @@ func testUnitsStartAndStop(t *testing.T) {
 	}
 	for _, addr := range []string{"[::1]:443", unitAddr} {
 		hostdirtest.Must(t, exchange(addr, hello))
+		hostdirtest.Must(t, exchange(addr, snitest.Hello(unitHanded)))
 	}
 	pid := mainPID(t, "sniproxy.service")
 	// systemd leaves the empty directory incoming in every root that it makes.
@@ -211,9 +238,17 @@ func testUnitsUpgrades(t *testing.T) {
 }
 
 // Goal: after kill -9 systemd starts the service again, and does so however often it happens: the
-// default limit is five starts in ten seconds.
+// default limit is five starts in ten seconds. A client that was handed over stays through all
+// that, and through the stop.
 func testUnitsKill(t *testing.T) {
 	hello := startUnits(t)
+	handed, err := connect(unitAddr, snitest.Hello(unitHanded))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(handed, make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
 	for range 7 {
 		hostdirtest.Must(t, exchange(unitAddr, hello))
 		killed := mainPID(t, "sniproxy.service")
@@ -221,6 +256,12 @@ func testUnitsKill(t *testing.T) {
 		hostdirtest.Await(t, "the end of the killed process", func() bool { return mainPID(t, "sniproxy.service") != killed })
 	}
 	hostdirtest.Must(t, exchange(unitAddr, hello))
+	command(t, "systemctl", "stop", "sniproxy.socket")
+	checkStopped(t, "sniproxy.service")
+	handed.hello = handed.hello[1:]
+	if err := handed.finish(); err != nil {
+		t.Errorf("a client that was handed over: %v", err)
+	}
 }
 
 // Goal: the drop-ins for several sockets can be added while the service runs; then one process serves
@@ -300,22 +341,134 @@ func testUnitsAccept(t *testing.T) {
 		})
 	}
 	serve(t, "/srv/sniproxy", unitHost)
+	serveHanded(t, "/srv/sniproxy", unitHanded)
 	command(t, "systemctl", "daemon-reload")
 	command(t, "systemctl", "start", socket)
 	t.Cleanup(func() { command(t, "systemctl", "stop", socket) })
-	hello := snitest.Hello(unitHost)
 	for range 5 {
-		if err := exchange("127.0.0.1:8444", hello); err != nil {
-			t.Error(err)
+		for _, host := range []string{unitHost, unitHanded} {
+			if err := exchange("127.0.0.1:8444", snitest.Hello(host)); err != nil {
+				t.Errorf("%s: %v", host, err)
+			}
 		}
 	}
 	awaitProperty(t, socket, "NConnections", "0")
-	if got := property(t, socket, "NAccepted"); got != "5" {
+	if got := property(t, socket, "NAccepted"); got != "10" {
 		t.Errorf("systemd has accepted %s connections", got)
 	}
 	// What fails stays in the list.
 	if got := command(t, "systemctl", "list-units", "--all", "--plain", "--no-legend", "sniproxy-accept@*"); got != "" {
 		t.Errorf("left of the services: %s", got)
+	}
+}
+
+// Goal: sniproxy-check.service tells of each host what sniproxy does in its sandbox, also with a
+// drop-in, which is made once for both; makes handshakes, also with backends that are handed their
+// connections; and leaves a report that everybody may read and only root may exchange. A host that
+// cannot be served is no failure of the service.
+func testUnitsCheck(t *testing.T) {
+	const hosts, units = "/srv/sniproxy/", "/etc/systemd/system/"
+	hello := startUnits(t)
+	const dropIns = units + "sniproxy.service.d"
+	t.Cleanup(func() {
+		os.RemoveAll(dropIns)
+		os.RemoveAll(units + "sniproxy-.service.d")
+		command(t, "systemctl", "daemon-reload")
+	})
+	// As sniproxy.socket says.
+	command(t, "mkdir", "-p", units+"sniproxy-.service.d")
+	command(t, "ln", "-sf", "../sniproxy.service.d/override.conf", units+"sniproxy-.service.d/")
+	command(t, "systemctl", "daemon-reload")
+
+	cert := certificate(t, "tls.example", "taken.example", "outside.example")
+	config := &tls.Config{Certificates: []tls.Certificate{cert}}
+	for _, dir := range []string{hosts + "tls.example", hosts + "closed.example", "/run/backends/outside"} {
+		hostdirtest.Serve(t, dir, func(c *net.UnixConn) { tls.Server(c, config).Handshake() })
+		t.Cleanup(func() { os.RemoveAll(dir) })
+	}
+	hostdirtest.Must(t, os.Chmod(hosts+"closed.example", 0o700))
+	hostdirtest.Must(t, os.Symlink("/run/backends/outside", hosts+"outside.example"))
+	t.Cleanup(func() { os.Remove(hosts + "outside.example") })
+	hostdirtest.Must(t, os.Mkdir(hosts+"taken.example", 0o755))
+	t.Cleanup(func() { os.RemoveAll(hosts + "taken.example") })
+	l, err := backend.Listen(hosts + "taken.example")
+	hostdirtest.Must(t, err)
+	go http.Serve(tls.NewListener(l, config), http.NotFoundHandler())
+	t.Cleanup(func() { l.Close() })
+
+	uid := strings.TrimSpace(command(t, "id", "-u", "sniproxy"))
+	report := func(want map[string]string) {
+		t.Helper()
+		command(t, "systemctl", "start", "sniproxy-check.service")
+		for name, value := range map[string]string{"ActiveState": "inactive", "Result": "success"} {
+			if got := property(t, "sniproxy-check.service", name); got != value {
+				t.Errorf("sniproxy-check.service has %s=%s, want %s", name, got, value)
+			}
+		}
+		text := command(t, "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "cat", "/run/sniproxy/check")
+		for name, begins := range want {
+			if !strings.Contains("\n"+text, "\n"+name+": "+begins) {
+				t.Errorf("the report has no line %s: %s, but\n%s", name, begins, text)
+			}
+		}
+		if n := strings.Count(text, "\n") + 1; n != len(want) {
+			t.Errorf("the report has %d lines, want %d:\n%s", n, len(want), text)
+		}
+		if got := command(t, "stat", "-c", "%U %a", "/run/sniproxy", "/run/sniproxy/check"); got != "root 755\nroot 644" {
+			t.Errorf("owners and modes of the report: %q", got)
+		}
+	}
+	const certified = "TLS 1.3, with a certificate for tls.example, taken.example, outside.example until "
+	want := map[string]string{
+		unitHost:          "no handshake can be made: ", // the backend sends back what it gets
+		unitHanded:        "no handshake can be made: ",
+		"tls.example":     "ok; " + certified,
+		"taken.example":   "ok, handed over; " + certified,
+		"closed.example":  "permission denied for uid " + uid + ": x is missing on the directory closed.example (mode 0700, uid 0): ",
+		"outside.example": "no directory: the symlink leads nowhere, there is no /run/backends",
+	}
+	report(want)
+	outside := snitest.Hello("outside.example")
+	if err := exchange(unitAddr, outside); err == nil {
+		t.Error("sniproxy serves what its sandbox does not show")
+	}
+	command(t, "mkdir", "-p", dropIns)
+	hostdirtest.Must(t, os.WriteFile(dropIns+"/override.conf", []byte("[Service]\nBindReadOnlyPaths=/run/backends\n"), 0o644))
+	command(t, "systemctl", "daemon-reload")
+	command(t, "systemctl", "restart", "sniproxy.service")
+	hostdirtest.Must(t, exchange(unitAddr, hello))
+	want["outside.example"] = "ok; " + certified
+	report(want)
+	for _, unit := range []string{"sniproxy.service", "sniproxy-next.service", "sniproxy-check.service"} {
+		if got := property(t, unit, "BindReadOnlyPaths"); !strings.Contains(got, "/run/backends") {
+			t.Errorf("%s shows %s", unit, got)
+		}
+	}
+	command(t, "systemctl", "start", "sniproxy-check.timer")
+	t.Cleanup(func() { command(t, "systemctl", "stop", "sniproxy-check.timer") })
+	if got := property(t, "sniproxy-check.timer", "Triggers"); got != "sniproxy-check.service" {
+		t.Errorf("the timer triggers %s", got)
+	}
+	for _, name := range []string{"NextElapseUSecRealtime", "NextElapseUSecMonotonic"} {
+		if got := property(t, "sniproxy-check.timer", name); got == "" || got == "0" || got == "infinity" {
+			t.Errorf("the timer has %s=%s", name, got)
+		}
+	}
+}
+
+// Goal: sniproxy-check.service has the sandbox of sniproxy.service, but for what it needs besides.
+func TestCheckService(t *testing.T) {
+	sandbox := func(file string) []string {
+		_, text, ok := strings.Cut(fileText(t, file), "\nTemporaryFileSystem=")
+		if !ok {
+			t.Fatalf("%s has no sandbox", file)
+		}
+		text = strings.NewReplacer("/usr/bin/sniproxy-check /srv/sniproxy /etc/passwd /etc/group\n", "/usr/bin/sniproxy /srv/sniproxy\n",
+			"AF_UNIX AF_INET\n", "AF_UNIX\n", "UMask=0022", "UMask=0077").Replace(text)
+		return slices.DeleteFunc(strings.Split(text, "\n"), func(line string) bool { return line == "" || line[0] == '#' })
+	}
+	if proxy, check := sandbox("systemd/sniproxy.service"), sandbox("systemd/sniproxy-check.service"); !slices.Equal(proxy, check) {
+		t.Errorf("sniproxy.service:\n%q\nsniproxy-check.service:\n%q", proxy, check)
 	}
 }
 

@@ -2,7 +2,6 @@ package hostdir
 
 import (
 	"bytes"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -23,7 +22,9 @@ type workdir struct {
 	buf     [nameMax + 1]byte
 	inode   inode
 	changed unix.StatxTimestamp // its ctime at the last look
-	known   bool                // markers holds what is in it since then
+	same    bool                // it was the same at the look before
+	known   bool                // plain and markers tell what is in it, for as long as it is the same
+	plain   bool                // tls-socket is itself a socket, neither a symlink nor a mount
 	markers markers
 }
 
@@ -44,7 +45,7 @@ func (d *Dialer) Release() bool {
 		return false
 	}
 	closeRaw(w.dir)
-	w.kept, w.entry, w.known = false, nil, false
+	w.kept, w.entry, w.same, w.known = false, nil, false, false
 	return true
 }
 
@@ -90,7 +91,8 @@ func (d *Dialer) isOpen(wildcard bool) (bool, error) {
 	if errno != 0 || inodeOf(&st) != w.inode {
 		return false, nil
 	}
-	w.known = w.known && st.Ctime == w.changed
+	w.same = st.Ctime == w.changed
+	w.known = w.known && w.same
 	w.changed = st.Ctime
 	return true, d.countsDirectory(&st, wildcard)
 }
@@ -262,8 +264,11 @@ func (d *Dialer) connectInside(datagram int, wait bool) (Backend, error) {
 }
 
 func (d *Dialer) connectOnce(datagram int, wait bool) (Backend, error) {
-	d.workdir.slow = d.workdir.slow || wait
-	if !wait {
+	// Whoever may read and change a directory can keep it locked, and then a look into it waits.
+	d.workdir.slow = d.workdir.slow || wait || d.found.Foreign
+	w := &d.workdir
+	sure := w.known && w.plain
+	if !wait && !sure {
 		if err := d.checkSocket(); err != nil {
 			return none, err
 		}
@@ -276,7 +281,8 @@ func (d *Dialer) connectOnce(datagram int, wait bool) (Backend, error) {
 		}
 	}
 	var err error
-	if errno := connectSocket(uintptr(b.FD)); errno != 0 {
+	// Only if nobody but the administrator can exchange the socket just now does this surely not wait.
+	if errno := connectSocket(uintptr(b.FD), !sure || w.slow); errno != 0 {
 		err = connectError(".", errno)
 	} else if errno = d.readMarkers(&b); errno != 0 {
 		err = lookError(errno)
@@ -314,34 +320,77 @@ func (d *Dialer) checkSocket() error {
 			return connectError(".", errno)
 		}
 		// This brings tls-socket into the cache, though not what it leads to if it is a symlink.
-		var link [1]byte
-		if _, errno := readlink(here, tlsSocket, link[:], d.workdir.slow); errno != 0 && errno != unix.EINVAL {
+		if _, errno := readlink(here, tlsSocket, make([]byte, 1), d.workdir.slow); errno != 0 && errno != unix.EINVAL {
 			return connectError(".", errno)
 		}
 	}
 	return MayWait
 }
 
-// readMarkers finds out what the markers say. Which ones exist is known from the look-up before, if
-// the directory has not changed since. The kernel proves that: it notes each change by a clock, and
-// that clock had ticked before the markers were looked at. A new owner of a marker is no change of
-// the directory, so it is asked for each time.
-func (d *Dialer) readMarkers(b *Backend) unix.Errno {
+// readMarkers finds out what the markers say. A new owner of a marker is no change of the directory,
+// so it is asked for each time.
+func (d *Dialer) readMarkers(b *Backend) (errno unix.Errno) {
 	w := &d.workdir
+	is := w.markers
 	if !w.known {
-		settled := w.kept && !w.slow && time.Since(time.Unix(w.changed.Sec, int64(w.changed.Nsec))) > clockTick
-		var errno unix.Errno
-		if w.markers, errno = d.lookForMarkers(); errno != 0 {
+		lasts := d.whatIsSeenLasts()
+		if is, errno = d.lookForMarkers(); errno != 0 {
 			return errno
 		}
-		w.known = settled
+		if lasts {
+			d.rely(is)
+		}
 	}
-	b.Proxy = w.markers.proxy
-	if w.markers.log {
+	b.Proxy = is.proxy
+	if is.log {
 		st, errno := stat(here, logConnections, w.slow)
 		b.Log = errno == 0 && d.hosts.isAdministrator(st.Uid)
 	}
 	return 0
+}
+
+// whatIsSeenLasts reports whether what is in the working directory from now on stays there for as
+// long as the ctime of the directory is the same. It costs some calls, so it never does at the first
+// look-up.
+//
+// A change writes the ctime down first, and then makes the change itself. So there are two ways in
+// which the ctime could be that of the last look although something has changed since. The clock may
+// not have moved on since that ctime: then the next change can have the same. And the change that
+// wrote it down may not be done yet: but that locks the directory, so whoever has had that lock has
+// waited for it.
+func (d *Dialer) whatIsSeenLasts() bool {
+	w := &d.workdir
+	if !w.same || !d.hosts.dated || !clockAfter(w.changed) {
+		return false
+	}
+	// The file system is asked for a name that is not in the kernel's cache, for which it takes the
+	// lock. No name can be so long.
+	_, errno := readlink(here, tooLong, make([]byte, 1), w.slow)
+	return errno == unix.ENAMETOOLONG
+}
+
+// clockAfter reports whether the next change of a file gets a later time. The clock that files are
+// dated by moves on with a timer, which a virtual machine may get late, so another clock does not
+// tell. A file system that has no nanoseconds dates by seconds.
+func clockAfter(t unix.StatxTimestamp) bool {
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_REALTIME_COARSE, &now); err != nil {
+		return false
+	}
+	if t.Nsec == 0 {
+		return now.Sec > t.Sec
+	}
+	return now.Sec > t.Sec || now.Sec == t.Sec && now.Nsec > int64(t.Nsec)
+}
+
+// rely has later look-ups of this directory rely on the markers that were found, and on tls-socket
+// if that is itself a socket. Only root can mount something on a socket later: fusermount(1) takes
+// directories and files.
+func (d *Dialer) rely(on markers) {
+	w := &d.workdir
+	st, errno := stat(here, tlsSocket, w.slow)
+	w.known, w.markers = errno == 0, on
+	w.plain = st.Mode&unix.S_IFMT == unix.S_IFSOCK && st.Attributes&unix.STATX_ATTR_MOUNT_ROOT == 0 && deviceOf(&st) == d.hosts.device
 }
 
 func (d *Dialer) lookForMarkers() (m markers, errno unix.Errno) {
@@ -362,8 +411,7 @@ func (d *Dialer) lookForMarkers() (m markers, errno unix.Errno) {
 // has reports whether the working directory has something with that name. A symlink counts as it
 // is.
 func (d *Dialer) has(name []byte) (bool, unix.Errno) {
-	var link [1]byte
-	switch _, errno := readlink(here, name, link[:], d.workdir.slow); errno {
+	switch _, errno := readlink(here, name, make([]byte, 1), d.workdir.slow); errno {
 	case 0, unix.EINVAL:
 		return true, 0
 	case unix.ENOENT:

@@ -2,6 +2,7 @@ package hostdir_test
 
 import (
 	"os"
+	"os/exec"
 	"strings"
 	"testing"
 	"time"
@@ -23,21 +24,29 @@ func ownDirectories(t testing.TB) *hostdir.Hosts {
 	return h
 }
 
-// Goal: with wait false, hosts on the file system of the hosts directory are connected to. For a
-// symlink to a file system that is not on a block device, the error is MayWait. With wait true all
-// are connected to. No descriptor is left.
-func TestDialNow(t *testing.T) {
-	chdir(t)
+// otherFileSystem returns a new directory on another file system, which is on no block device.
+func otherFileSystem(t *testing.T) string {
+	t.Helper()
 	var here, there unix.Stat_t
 	must(t, unix.Stat(".", &here))
 	if unix.Stat("/dev/shm", &there) != nil || unix.Major(there.Dev) != 0 || there.Dev == here.Dev {
 		t.Skip("/dev/shm is no file system of its own")
 	}
-	elsewhere, err := os.MkdirTemp("/dev/shm", "hostdir")
+	dir, err := os.MkdirTemp("/dev/shm", "hostdir")
 	if err != nil {
 		t.Skip(err)
 	}
-	t.Cleanup(func() { os.RemoveAll(elsewhere) })
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	must(t, os.Chmod(dir, 0o755))
+	return dir
+}
+
+// Goal: with wait false, hosts on the file system of the hosts directory are connected to. For a
+// symlink to a file system that is not on a block device, the error is MayWait. With wait true all
+// are connected to. No descriptor is left.
+func TestDialNow(t *testing.T) {
+	chdir(t)
+	elsewhere := otherFileSystem(t)
 	listen(t, "plain", 100)
 	must(t, os.Symlink(dirName("plain"), dirName("link")))
 	must(t, os.Mkdir(dirName("socket-link"), 0o755))
@@ -238,49 +247,128 @@ func TestDialNowAgain(t *testing.T) {
 	}
 }
 
-// Goal: a marker that was made, removed, replaced or given away a moment ago counts at the next
-// look-up, even if the directory had not changed for so long that its markers were no longer looked
-// for.
-func TestMarkersAtOnce(t *testing.T) {
+// Goal: what has changed in the host's directory a moment ago counts at the next look-up, even if
+// nothing had changed for so long that look-ups relied on what they had seen: a marker that was
+// made, removed, replaced or given away, a socket that was replaced, exchanged for a symlink, closed
+// to this user or got another name, and another directory in place of this one.
+func TestChangesAtOnce(t *testing.T) {
 	chdir(t)
-	unix.Close(listen(t, "b", 8)) // another host
-	l := listen(t, "a", 4096)
+	changesAtOnce(t, 2000)
+}
+
+// Goal: the same on a file system that dates changes by seconds.
+func TestChangesAtOnceSeconds(t *testing.T) {
+	hostdirtest.NeedRoot(t)
+	mke2fs, mount, umount := hostdirtest.Need(t, "mke2fs"), hostdirtest.Need(t, "mount"), hostdirtest.Need(t, "umount")
+	dir := t.TempDir()
+	image, hosts := dir+"/image", dir+"/hosts"
+	must(t, os.Mkdir(hosts, 0o755))
+	if out, err := exec.Command(mke2fs, "-q", "-t", "ext4", "-I", "128", image, "4m").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if out, err := exec.Command(mount, "-o", "loop", image, hosts).CombinedOutput(); err != nil {
+		t.Skipf("no loop device: %v: %s", err, out)
+	}
+	t.Cleanup(func() { must(t, exec.Command(umount, "-l", hosts).Run()) })
+	t.Chdir(hosts)
+	changesAtOnce(t, 600)
+}
+
+// changesAtOnce changes a host in the working directory so many times.
+func changesAtOnce(t *testing.T, times int) {
+	elsewhere := otherFileSystem(t)
+	unix.Close(listen(t, "other", 8)) // another host
+	listeners := map[string]int{"a": listen(t, "a", 4096), "b": listen(t, "b", 4096), "second": listen(t, "c", 4096)}
 	h := ownDirectories(t)
 	hosts, err := os.Getwd() // the thread will be elsewhere
 	must(t, err)
-	path := func(marker string) string { return hosts + "/" + dirName("a") + "/" + marker }
+	path := func(file string) string { return hosts + "/" + dirName("a") + "/" + file }
+	must(t, os.Rename(dirName("c")+"/tls-socket", path("second")))
+	must(t, os.Symlink(elsewhere+"/tls-socket", path("link")))
+	must(t, os.Symlink(elsewhere+"/tls-socket", dirName("c")+"/away"))
+	must(t, os.Symlink("../"+dirName("b")+"/tls-socket", dirName("c")+"/near"))
+	must(t, os.Symlink("../"+dirName("c")+"/near", path("by way of c")))
+	must(t, os.WriteFile(dirName("b")+"/send-proxy-v2", nil, 0o644))
+	must(t, unix.Listen(hostdirtest.Bind(t, elsewhere, unix.SOCK_STREAM), 4096))
+	// Other users than root, if we may become one.
+	asUser, asRoot := func() {}, func() {}
+	if os.Geteuid() == 0 {
+		asUser = func() { unix.Setfsuid(12345) }
+		asRoot = func() { unix.Setfsuid(0) }
+	}
+
 	var want hostdir.Backend
+	problemWanted, at := failure(0), "a"
+	exchange := func(a, b string) error {
+		return unix.Renameat2(unix.AT_FDCWD, a, unix.AT_FDCWD, b, unix.RENAME_EXCHANGE)
+	}
+	exchangeFar := func() error {
+		return exchange(hosts+"/"+dirName("c")+"/near", hosts+"/"+dirName("c")+"/away")
+	}
 	changes := []func() error{
 		func() error { want.Proxy = 1; return os.WriteFile(path("send-proxy-v1"), nil, 0o644) },
+		func() error { problemWanted = mayWait; return exchange(path("tls-socket"), path("link")) },
+		func() error { problemWanted = 0; return exchange(path("tls-socket"), path("link")) },
 		func() error { want.Proxy = 2; return os.Mkdir(path("send-proxy-v2"), 0o755) },
 		func() error { return os.Remove(path("send-proxy-v1")) },
+		func() error { at = "second"; return exchange(path("tls-socket"), path("second")) },
 		func() error { want.Proxy = 1; return os.Rename(path("send-proxy-v2"), path("send-proxy-v1")) },
 		func() error { want.Log = true; return os.WriteFile(path("log-connections"), nil, 0o644) },
 		func() error { want.Proxy = 0; return os.Remove(path("send-proxy-v1")) },
 		func() error { want.Log = os.Geteuid() != 0; return chownFile(path("log-connections"), 12345) },
 		func() error { want.Log = true; return chownFile(path("log-connections"), 0) },
+		func() error { at = "a"; return exchange(path("tls-socket"), path("second")) },
+		func() error {
+			want, at = hostdir.Backend{Proxy: 2}, "b"
+			return exchange(hosts+"/"+dirName("a"), hosts+"/"+dirName("b"))
+		},
+		func() error {
+			want, at = hostdir.Backend{Log: true}, "a"
+			return exchange(hosts+"/"+dirName("a"), hosts+"/"+dirName("b"))
+		},
+		func() error { at = "b"; return exchange(path("tls-socket"), path("by way of c")) },
+		func() error { problemWanted = mayWait; return exchangeFar() },
+		func() error { problemWanted = 0; return exchangeFar() },
+		func() error { at = "a"; return exchange(path("tls-socket"), path("by way of c")) },
+		func() error { problemWanted = notPermitted; return os.Chmod(path("tls-socket"), 0) },
+		func() error { problemWanted = 0; return os.Chmod(path("tls-socket"), 0o777) },
 		func() error { want.Log = false; return os.Remove(path("log-connections")) },
+		func() error { return os.Link(path("tls-socket"), path("linked")) },
+		func() error { problemWanted = noSocket; return os.Remove(path("tls-socket")) },
+		func() error { problemWanted = mayWait; return os.Link(path("link"), path("tls-socket")) },
+		func() error { problemWanted = 0; return os.Rename(path("linked"), path("tls-socket")) },
 	}
 	withDialer(t, h, func(d *hostdir.Dialer) {
 		defer d.Leave()
 		expect := func(what string, i int) bool {
+			asUser()
 			b, err := dial(d, "a", false)
-			if err != nil {
-				t.Errorf("%s, change %d: %v", what, i, err)
+			if problem(err) == mayWait && problemWanted == 0 { // a symlink that is followed for the first time
+				b, err = dial(d, "a", true)
+			}
+			asRoot()
+			if problem(err) != problemWanted {
+				t.Errorf("%s, change %d: %v, want problem %d", what, i, err, problemWanted)
 				return false
 			}
-			unix.Close(b.FD)
-			if c, _, err := unix.Accept(l); err == nil {
-				unix.Close(c)
+			if err != nil {
+				return true
 			}
+			unix.Close(b.FD)
+			c, _, err := unix.Accept(listeners[at])
+			if err != nil {
+				t.Errorf("%s, change %d: %s was not connected to: %v", what, i, at, err)
+				return false
+			}
+			unix.Close(c)
 			if marks(b) != want {
 				t.Errorf("%s, change %d: got %+v, want %+v", what, i, marks(b), want)
 				return false
 			}
 			return true
 		}
-		for i := range 2000 {
-			if i%20 == 0 { // long enough that the look-up is sure of what there is
+		for i := range times {
+			if i%23 == 0 { // long enough that the look-up relies on what it sees
 				for begin := time.Now(); time.Since(begin) < 25*time.Millisecond; {
 					if !expect("unchanged", i) {
 						return
@@ -291,8 +379,10 @@ func TestMarkersAtOnce(t *testing.T) {
 				t.Error(err)
 				return
 			}
-			if !expect("changed", i) {
-				return
+			for range 1 + i%3 { // at the third it would rely on what it has seen
+				if !expect("changed", i) {
+					return
+				}
 			}
 		}
 	})

@@ -3,6 +3,7 @@ package hostdir
 import (
 	"bytes"
 	"runtime"
+	"slices"
 	"strconv"
 
 	"golang.org/x/sys/unix"
@@ -14,6 +15,7 @@ type directory struct {
 	device device
 	cached bool // openat2(2) has RESOLVE_CACHED: the kernel can tell whether a look-up may wait
 	local  bool // the hosts directory is in memory or on a disk: it keeps nobody waiting for long
+	dated  bool // its file system dates changes by this machine's clock: see [Dialer.whatIsSeenLasts]
 }
 
 // A device is what a file system is on. Its major number is 0 unless it is a block device.
@@ -50,7 +52,10 @@ func (h *Hosts) probe() (err error) {
 		return errno
 	}
 	h.device = deviceOf(&st)
-	h.local = h.device.major != 0 || inMemory(h.fd)
+	kind := fileSystem(h.fd)
+	h.local = h.device.major != 0 || kind == unix.TMPFS_MAGIC || kind == unix.RAMFS_MAGIC
+	// Others on block devices may be those of a cluster, or a FUSE.
+	h.dated = h.local && slices.Contains([]uint32{unix.EXT4_SUPER_MAGIC, unix.XFS_SUPER_MAGIC, unix.F2FS_SUPER_MAGIC, unix.TMPFS_MAGIC, unix.RAMFS_MAGIC}, kind)
 	// Linux has openat2(2) since 5.6, RESOLVE_CACHED since 5.12.
 	fd, errno := openat2(h.fd, &dot[0], &cachedDirectory, true)
 	switch errno {
@@ -90,11 +95,13 @@ func overflowUID() (uint32, error) {
 	return uint32(uid), nil
 }
 
-// inMemory reports whether a directory is on a file system that exists only in memory.
-func inMemory(dir uintptr) bool {
+// fileSystem returns the kind of file system that something open is on, 0 if that is not known.
+func fileSystem(fd uintptr) uint32 {
 	var fs unix.Statfs_t
-	err := unix.Fstatfs(int(dir), &fs)
-	return err == nil && (uint32(fs.Type) == unix.TMPFS_MAGIC || uint32(fs.Type) == unix.RAMFS_MAGIC)
+	if err := unix.Fstatfs(int(fd), &fs); err != nil {
+		return 0
+	}
+	return uint32(fs.Type)
 }
 
 // onOwnThread calls do on a thread that ends afterwards. That is never the main thread, which would
@@ -125,13 +132,9 @@ func (h *Hosts) askOwner() (uint32, error) {
 
 // lstat tells about an entry of the hosts directory, whose name ends in a zero.
 func (h *Hosts) lstat(entry []byte, wait bool) (status, error) {
-	st, errno := stat(h.fd, entry, wait || !h.local)
-	if errno != 0 {
-		return status{}, errno
-	}
-	is := h.status(&st)
-	if !is.unsure || !wait {
-		return is, nil
+	is, err := h.look(entry, wait || !h.local)
+	if err != nil || !is.unsure || !wait {
+		return is, err
 	}
 	fd, errno := openat(h.fd, &entry[0], unix.O_NOFOLLOW)
 	if errno != 0 {
@@ -139,6 +142,15 @@ func (h *Hosts) lstat(entry []byte, wait bool) (status, error) {
 	}
 	defer closeRaw(fd)
 	return h.fstat(fd, true)
+}
+
+// look tells about an entry as far as the kernel knows it.
+func (h *Hosts) look(entry []byte, slow bool) (status, error) {
+	st, errno := stat(h.fd, entry, slow)
+	if errno != 0 {
+		return status{}, errno
+	}
+	return h.status(&st), nil
 }
 
 // fstat tells about an entry that is open. If there is time to wait, the file system itself says
@@ -150,9 +162,8 @@ func (h *Hosts) fstat(fd uintptr, wait bool) (status, error) {
 	}
 	is := h.status(&st)
 	if is.unsure && wait {
-		var fs unix.Statfs_t
 		is.unsure = false
-		if err := unix.Fstatfs(int(fd), &fs); err == nil && uint32(fs.Type) != unix.FUSE_SUPER_MAGIC {
+		if kind := fileSystem(fd); kind != 0 && kind != unix.FUSE_SUPER_MAGIC {
 			is.owner = st.Uid
 		}
 	}

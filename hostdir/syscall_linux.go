@@ -1,6 +1,7 @@
 package hostdir
 
 import (
+	"bytes"
 	"syscall"
 	"unsafe"
 
@@ -20,6 +21,7 @@ var (
 	logConnections = []byte("log-connections\x00")
 	dot            = []byte(".\x00")
 	empty          = []byte("\x00")
+	tooLong        = append(bytes.Repeat([]byte{'x'}, nameMax+1), 0)
 
 	tlsSocketAddr = struct {
 		family uint16
@@ -141,8 +143,12 @@ func shutdown(s uintptr) unix.Errno {
 	return errno
 }
 
-// connectSocket connects a socket to the tls-socket in the working directory.
-func connectSocket(s uintptr) unix.Errno {
+// connectSocket connects a socket, which is non-blocking, to the tls-socket in the working directory.
+func connectSocket(s uintptr, slow bool) unix.Errno {
+	if !slow {
+		_, _, errno := syscall.RawSyscall(unix.SYS_CONNECT, s, uintptr(unsafe.Pointer(&tlsSocketAddr)), unsafe.Sizeof(tlsSocketAddr))
+		return errno
+	}
 	for {
 		_, _, errno := syscall.Syscall(unix.SYS_CONNECT, s, uintptr(unsafe.Pointer(&tlsSocketAddr)), unsafe.Sizeof(tlsSocketAddr))
 		if errno != unix.EINTR {

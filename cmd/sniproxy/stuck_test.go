@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -226,6 +227,52 @@ func TestStuckExchange(t *testing.T) {
 	tenant.Wait()
 	stop()
 	fs.Abort()
+	d.awaitFds(base)
+}
+
+// Goal: a tenant gains nothing by locking its directory for ever, either. Go's
+// garbage collector must know of each thread that waits.
+func TestStuckLocked(t *testing.T) {
+	t.Parallel()
+	hostdirtest.NeedRoot(t)
+	d := start(t, oneLoop, func(cmd *exec.Cmd) { cmd.Env = append(cmd.Environ(), "GOGC=1", "GODEBUG=gctrace=1") })
+	d.serve("good.example", hostdirtest.Greet)
+	d.serve("locked.example", hostdirtest.Greet)
+	d.serve("next.example", hostdirtest.Greet)
+	dir, next := d.hostDir("locked.example"), d.hostDir("next.example")
+	hostdirtest.Must(t, os.Chown(dir, 12345, 12345))
+	hostdirtest.Must(t, os.Chown(next, 12345, 12345))
+	base := d.fds()
+	// Then the loop looks the host up itself.
+	for range 10 {
+		if got := <-d.ask(1, "locked.example"); got != `"this is locked.example"` {
+			t.Fatalf("a client got %s", got)
+		}
+	}
+	unlock := hostdirtest.LockDirectory(t, next)
+	hostdirtest.Must(t, unix.Renameat2(unix.AT_FDCWD, dir, unix.AT_FDCWD, next, unix.RENAME_EXCHANGE))
+	locked := make(chan string)
+	for range 8 {
+		go func() { locked <- <-d.ask(1, "locked.example") }()
+	}
+	stop := d.steady("good.example")
+	collected := func() int { return strings.Count(d.err.String(), "gc ") }
+	before := collected()
+	hostdirtest.Await(t, "the daemon to collect its garbage", func() bool {
+		c := d.dial() // what is kept for it, and then garbage, is some KiB
+		defer c.Close()
+		c.Write([]byte{22})
+		c.CloseWrite()
+		io.ReadAll(c)
+		return collected() > before
+	})
+	for range 8 {
+		if got := <-locked; got != "alert 80" && got != "alert 90" {
+			t.Errorf("a client of the locked directory got %s", got)
+		}
+	}
+	stop()
+	unlock()
 	d.awaitFds(base)
 }
 

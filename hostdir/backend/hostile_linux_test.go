@@ -1,6 +1,8 @@
 package backend_test
 
 import (
+	"bytes"
+	"encoding/binary"
 	"errors"
 	"net"
 	"os"
@@ -120,5 +122,57 @@ func TestNoDescriptors(t *testing.T) {
 	}
 	for _, fd := range fds {
 		unix.Close(fd)
+	}
+}
+
+// Goal: there is no moment in which a program that is started could inherit a connection.
+func TestCloseOnExecAtOnce(t *testing.T) {
+	dir := hostDir(t)
+	l := listen(t, dir)
+	looked := 0
+	backend.Recvmsg(t, func(fd int, data, control []byte, flags int) (int, int, int, unix.Sockaddr, error) {
+		n, controls, received, from, err := unix.Recvmsg(fd, data, control, flags)
+		if messages, bad := unix.ParseSocketControlMessage(control[:max(0, controls)]); err == nil && bad == nil && len(messages) == 1 {
+			fds, err := unix.ParseUnixRights(&messages[0])
+			must(t, err)
+			if flags, err := unix.FcntlInt(uintptr(fds[0]), unix.F_GETFD, 0); err != nil || flags&unix.FD_CLOEXEC == 0 {
+				t.Errorf("the descriptor has flags %#x, error %v", flags, err)
+			}
+			looked++
+		}
+		return n, controls, received, from, err
+	})
+	handOver(t, dir, "hello")
+	accept(t, l)
+	if looked == 0 {
+		t.Error("no descriptor was received")
+	}
+}
+
+// Goal: one backend replaces another without a moment in which there is no socket, or one that nobody
+// may use, as the system tells of the directory.
+func TestReplaceAtOnce(t *testing.T) {
+	dir := hostDir(t)
+	listen(t, dir)
+	watch, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+	must(t, err)
+	defer unix.Close(watch)
+	_, err = unix.InotifyAddWatch(watch, dir, unix.IN_CREATE|unix.IN_DELETE|unix.IN_MOVED_FROM|unix.IN_MOVED_TO|unix.IN_ATTRIB)
+	must(t, err)
+	listen(t, dir)
+	b := make([]byte, 4096)
+	n, err := unix.Read(watch, b)
+	must(t, err)
+	var events []uint32 // of tls-socket
+	for b = b[:n]; len(b) > 0; {
+		mask, size := binary.NativeEndian.Uint32(b[4:]), binary.NativeEndian.Uint32(b[12:])
+		name := b[unix.SizeofInotifyEvent:][:size]
+		b = b[unix.SizeofInotifyEvent+size:]
+		if string(bytes.TrimRight(name, "\x00")) == "tls-socket" {
+			events = append(events, mask)
+		}
+	}
+	if len(events) != 1 || events[0] != unix.IN_MOVED_TO {
+		t.Errorf("events %#x, want one, %#x", events, unix.IN_MOVED_TO)
 	}
 }

@@ -43,7 +43,8 @@ func ServeDatagram(t testing.TB, dir string, handle func(c *net.TCPConn, first [
 }
 
 // Receive takes a connection that was handed over, and the bytes that came with it. It fails unless
-// exactly one descriptor of a TCP connection came with the datagram, and nothing was cut off.
+// exactly one descriptor of a TCP connection came with the datagram, which is as accept(2) returns it,
+// and nothing was cut off.
 func Receive(l *net.UnixConn) (c *net.TCPConn, first []byte, err error) {
 	b, control := make([]byte, 70_000), make([]byte, 1000)
 	n, size, flags, _, err := l.ReadMsgUnix(b, control)
@@ -60,6 +61,9 @@ func Receive(l *net.UnixConn) (c *net.TCPConn, first []byte, err error) {
 	}
 	f := os.NewFile(uintptr(fds[0]), "client")
 	defer f.Close()
+	if err := plain(fds[0]); err != nil {
+		return nil, nil, err
+	}
 	conn, err := net.FileConn(f)
 	if err != nil {
 		return nil, nil, err
@@ -71,4 +75,18 @@ func Receive(l *net.UnixConn) (c *net.TCPConn, first []byte, err error) {
 	}
 	tcp.SetDeadline(time.Now().Add(4 * Patience))
 	return tcp, b[:n], nil
+}
+
+// plain reports why a socket is not as accept(2) returns it: blocking, without time limits.
+func plain(fd int) error {
+	flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
+	if err != nil || flags&unix.O_NONBLOCK != 0 {
+		return fmt.Errorf("flags %#x, error %v, want a blocking socket", flags, err)
+	}
+	for _, name := range []int{unix.SO_RCVTIMEO, unix.SO_SNDTIMEO} {
+		if v, err := unix.GetsockoptTimeval(fd, unix.SOL_SOCKET, name); err != nil || *v != (unix.Timeval{}) {
+			return fmt.Errorf("socket option %d is %v, error %v, want none", name, v, err)
+		}
+	}
+	return nil
 }

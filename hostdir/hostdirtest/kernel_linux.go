@@ -1,8 +1,11 @@
 package hostdirtest
 
 import (
+	"bytes"
 	"fmt"
+	"os"
 	"runtime"
+	"sync"
 	"testing"
 	"unsafe"
 
@@ -66,4 +69,59 @@ func Mount(t testing.TB, source, path, kind string, flags uintptr, options strin
 		t.Skipf("mount of %s on %s: %v", source, path, err)
 	}
 	t.Cleanup(func() { unix.Unmount(path, unix.MNT_DETACH|unix.MNT_FORCE) })
+}
+
+// LockDirectory has a directory locked, as any user can who may read it and change it: somebody
+// reads it into memory that is not there yet, and meanwhile something is to be removed from it. Until
+// unlock is called, which also happens at the end of the test, looking for a name that the kernel
+// does not know already waits, and nothing interrupts that.
+func LockDirectory(t testing.TB, dir string) (unlock func()) {
+	t.Helper()
+	NeedRoot(t)
+	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	Must(t, err)
+	memory, err := unix.Mmap(-1, 0, unix.Getpagesize(), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	Must(t, err)
+	faults, _, errno := unix.Syscall(unix.SYS_USERFAULTFD, unix.O_CLOEXEC, 0, 0)
+	if errno != 0 {
+		t.Skipf("userfaultfd: %v", errno)
+	}
+	// See ioctl_userfaultfd(2).
+	const uffdioAPI, uffdioRegister, registerMissing = 0xc018aa3f, 0xc020aa00, 1
+	api := struct{ api, features, ioctls uint64 }{api: 0xaa}
+	register := struct{ start, length, mode, ioctls uint64 }{
+		start: uint64(uintptr(unsafe.Pointer(&memory[0]))), length: uint64(len(memory)), mode: registerMissing,
+	}
+	_, _, errno = unix.Syscall(unix.SYS_IOCTL, faults, uffdioAPI, uintptr(unsafe.Pointer(&api)))
+	if errno == 0 {
+		_, _, errno = unix.Syscall(unix.SYS_IOCTL, faults, uffdioRegister, uintptr(unsafe.Pointer(&register)))
+	}
+	if errno != 0 {
+		t.Fatalf("userfaultfd: %v", errno)
+	}
+	var users sync.WaitGroup
+	unlock = sync.OnceFunc(func() {
+		unix.Close(int(faults)) // then there is memory
+		users.Wait()
+		unix.Munmap(memory)
+		unix.Close(fd)
+	})
+	t.Cleanup(unlock)
+	asleep := func(use func()) {
+		id := make(chan int)
+		users.Go(func() {
+			runtime.LockOSThread()
+			id <- unix.Gettid()
+			use()
+		})
+		stat := fmt.Sprintf("/proc/self/task/%d/stat", <-id)
+		Await(t, "a thread to wait for "+dir, func() bool {
+			text, _ := os.ReadFile(stat)
+			_, state, _ := bytes.Cut(text, []byte(") "))
+			return bytes.HasPrefix(state, []byte("D")) || bytes.HasPrefix(state, []byte("S"))
+		})
+	}
+	asleep(func() { unix.Getdents(fd, memory) })
+	asleep(func() { unix.Rmdir(dir + "/absent") })
+	return unlock
 }

@@ -3,9 +3,9 @@
 package epoll
 
 import (
+	"errors"
 	"fmt"
 	"slices"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -17,6 +17,7 @@ import (
 	"sniproxy/cmd/internal/shares"
 	"sniproxy/cmd/internal/socket"
 	"sniproxy/hostdir"
+	"sniproxy/proxyproto"
 	"sniproxy/sni"
 )
 
@@ -38,6 +39,7 @@ type conn struct {
 	sockets    [2]endpoint
 	flows      [2]flow
 	accepted   int64 // when
+	peer       socket.Address
 
 	pending *pending // in phases before relaying: nil if the hello came in one piece and nothing is waited for
 
@@ -46,10 +48,12 @@ type conn struct {
 	header int32 // bytes of the PROXY header that are not sent yet
 	sent   report.Traffic
 
+	headed   bool  // a PROXY header must come before the hello, and is not complete yet
+	address  bool  // the client has sent an IPv6 address in place of a server name
+	proxy    uint8 // version of the PROXY header that the backend was sent
 	deaf     bool  // the backend does not read any more
 	cutWrite bool  // and it stopped in the middle of a write
-	moved    bool  // something moved since the last look for half-closed relays
-	quiet    uint8 // looks in a row at which nothing had moved
+	quiet    uint8 // looks for half-closed relays since something moved
 	active   int64 // the round of the loop in which something last happened to the relay
 	sample   int32 // of the loop's load when the relay began
 
@@ -89,13 +93,14 @@ type endpoint struct {
 	urgent     bool   // there is, or was, urgent data: a short read may end before it
 }
 
-// Pending is what a connection needs before its relay, if the ClientHello did not come in one piece
-// or the backend is not ready.
+// Pending is what a connection needs before its relay, if the ClientHello did not come in one piece,
+// or behind a PROXY header, or the backend is not ready.
 type pending struct {
+	from   *proxyproto.Header // what a balancer has sent of the client's addresses, if anything
 	parser sni.Parser
 	name   []byte
 	hello  []byte // all bytes read so far, behind headroom
-	lookup *lookup
+	query  *query // that it waits for
 
 	conn *conn // nil when the relay has begun, or never will
 	line *line // that it waits in
@@ -119,8 +124,7 @@ func (c *conn) enter(p phase) {
 		l.counters.Waiting.Add(1)
 		l.hellos.push(c, c.accepted+int64(limits.Hello))
 	case relaying:
-		l.relays.Add(1)
-		c.tenant.Relays.Add(1)
+		l.engine.shares.CountRelays(c.tenant, 1)
 	case lingering:
 		c.closeBackend()
 		l.lingers.push(c, limits.Now()+int64(limits.Linger))
@@ -130,12 +134,10 @@ func (c *conn) enter(p phase) {
 		}
 		if fd := c.sockets[client].fd; fd != 0 { // otherwise another thread closes it
 			closeFd(fd)
-			if fd == l.shared {
-				l.shared = 0
-			}
 		}
+		l.shared = 0
 		c.closeBackend()
-		c.belongTo(nil)
+		shares.Hold(&c.tenant, nil)
 		l.open.Add(-1)
 		l.counters.Ended.Add(1)
 		l.conns.release(c)
@@ -145,7 +147,7 @@ func (c *conn) enter(p phase) {
 // acceptSome accepts connections after a full batch of events. As long as more is ready than fits
 // into one batch, the listening sockets take turns with all that: they are in one batch of many.
 func (l *loop) acceptSome() {
-	for _, from := range l.engine.listeners[:l.listening] {
+	for _, from := range l.engine.listeners {
 		for n := 0; n < acceptMost && l.accept(from); n++ {
 		}
 	}
@@ -158,77 +160,68 @@ func (l *loop) accept(from *inherit.Listener) bool {
 	// something with it. So the flag is set anew each time, and should it be gone again before the
 	// next instruction, SO_RCVTIMEO bounds the wait.
 	setNonblock(int32(from.FD))
-	fd, _, errno := syscall.RawSyscall6(unix.SYS_ACCEPT4, uintptr(from.FD), 0, 0, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0, 0)
+	fd, peer, errno := acceptFrom(from.FD)
 	switch errno {
 	case 0:
-		l.add(int32(fd)).readHello()
+		l.add(fd, peer).readHello()
 		return true
 	case unix.EAGAIN, unix.EINTR, unix.ECONNABORTED:
 		// Somebody else was quicker, or the client is gone.
 	case unix.EMFILE, unix.ENFILE:
-		if l.runner.Load().dialer.Release() {
-			break // that descriptor was kept for nobody yet; the next wait says again that there is a client
+		if l.runner.Load().dialer.Release() || l.engine.shares.CloseIdle() {
+			break // those were kept for nobody yet; the next wait says again that there is a client
 		}
 		// accept(2) says so before it checks whether a client is waiting.
-		if l.engine.shares.Room.CloseIdle() {
-			break // those were kept for nobody
+		if from.StillListens() && (!from.Pending() || l.dropOldest(nil, 0)) {
+			break
 		}
-		if !from.StillListens() {
-			l.giveUp(from)
-		} else if from.Pending() && !l.dropOldest(nil, 0) {
-			l.pause(errno)
-		}
+		l.pause(from, errno)
 	default:
-		if from.StillListens() {
-			l.pause(errno)
-		} else {
-			l.giveUp(from)
-		}
+		l.pause(from, errno)
 	}
 	return false
 }
 
-// giveUp is for a listening socket that was shut down.
-func (l *loop) giveUp(from *inherit.Listener) {
-	l.rest = limits.Now() + int64(limits.AcceptPause)
-	l.engine.fail(from.ShutDown())
-}
-
 // pause stops accepting for limits.AcceptPause, after a failure that has a cause outside of the
-// connection. The clients wait in the backlog.
-func (l *loop) pause(errno unix.Errno) {
-	report.AcceptFailed(errno)
+// connection. The clients wait in the backlog. If the socket was shut down, that is the end.
+func (l *loop) pause(from *inherit.Listener, errno unix.Errno) {
 	l.rest = limits.Now() + int64(limits.AcceptPause)
+	if from.StillListens() {
+		report.AcceptFailed(errno)
+		return
+	}
+	select {
+	case l.engine.Failed <- from.ShutDown():
+	default: // there is a reason already
+	}
 }
 
 // listen adds the listening sockets to the poller, or takes them away. Of all loops that wait for
 // one, of this program and others, the kernel wakes up one for a client (EPOLLEXCLUSIVE).
 func (l *loop) listen(yes bool) {
-	for yes && l.listening < len(l.engine.listeners) {
-		if !l.listenTo(l.listening, unix.EPOLL_CTL_ADD, unix.EPOLLIN|unix.EPOLLEXCLUSIVE) {
+	if l.listening == yes {
+		return
+	}
+	op, events := unix.EPOLL_CTL_DEL, uint32(0)
+	if yes {
+		op, events = unix.EPOLL_CTL_ADD, unix.EPOLLIN|unix.EPOLLEXCLUSIVE
+	}
+	l.listening = true // to some at least
+	for i, from := range l.engine.listeners {
+		errno := l.poller.control(op, int32(from.FD), events, token{number: int32(listenerEvent - i)})
+		if errno != 0 && errno != unix.ENOENT { // the kernel is out of memory, or of what it grants a user
+			l.pause(from, errno)
 			return
 		}
-		l.listening++
 	}
-	for !yes && l.listening > 0 {
-		if !l.listenTo(l.listening-1, unix.EPOLL_CTL_DEL, 0) {
-			return
-		}
-		l.listening--
-	}
-}
-
-func (l *loop) listenTo(i, op int, events uint32) bool {
-	errno := l.poller.control(op, int32(l.engine.listeners[i].FD), events, token{number: int32(listenerEvent - i)})
-	if errno != 0 { // the kernel is out of memory, or of what it grants a user
-		l.pause(errno)
-	}
-	return errno == 0
+	l.listening = yes
 }
 
 // add makes a connection of the socket of a client.
-func (l *loop) add(fd int32) *conn {
+func (l *loop) add(fd int32, peer socket.Address) *conn {
 	c := l.conns.add()
+	c.peer = peer
+	c.headed = l.engine.front.Yes()
 	c.loop = l
 	c.sockets[client].fd = fd
 	c.accepted = l.now()
@@ -254,24 +247,43 @@ func (c *conn) readHello() {
 		case errno == unix.EAGAIN:
 			c.register(client, unix.EPOLLIN)
 			return
-		case errno != 0:
-			c.close() // the client is gone
+		case errno != 0: // the client is gone
+			if c.silent() {
+				l.counters.Empty.Add(1)
+			}
+			c.close()
+			return
+		case n == 0 && c.silent():
+			c.refuse(nil, report.Ended(nil))
+			return
+		case n == 0 && c.headed:
+			c.closeUnheaded(report.ErrHeaderEnded)
 			return
 		case n == 0:
-			c.refuse(nil, report.ErrEOF)
+			c.refuse(nil, report.Ended(parser))
 			return
 		}
-		name, done, err := parser.Parse(space[:n])
-		hello := l.buffer[:headroom+n]
-		if p != nil {
-			p.hello = append(p.hello, space[:n]...)
-			hello = p.hello
+		b, hello := space[:n], l.buffer[:headroom+n]
+		switch {
+		case c.headed:
+			p = c.keepMore(hello)
+			if !c.readHeader() {
+				return
+			}
+			b, hello, parser = p.hello[headroom:], p.hello, &p.parser
+			if c.headed {
+				b = nil
+			}
+		case p != nil:
+			hello = c.keepMore(hello).hello
 		}
+		name, done, err := parser.Parse(b)
 		switch {
 		case err != nil:
 			c.refuse(nil, err)
 			return
 		case done:
+			c.address = parser.Address()
 			c.dial(name, hello)
 			return
 		}
@@ -283,6 +295,36 @@ func (c *conn) readHello() {
 			return
 		}
 	}
+}
+
+// silent tells whether nothing has come, or nothing behind a PROXY header.
+func (c *conn) silent() bool {
+	return c.pending == nil || !c.headed && len(c.pending.hello) == headroom
+}
+
+// readHeader reads the PROXY header at the beginning of what is kept, and takes it away once it is
+// complete. It fails if that is not a header.
+func (c *conn) readHeader() bool {
+	p := c.pending
+	h, n, err := proxyproto.Parse(p.hello[headroom:])
+	switch {
+	case err != nil:
+		c.closeUnheaded(err)
+		return false
+	case n == 0:
+		return true
+	case h.Client.IsValid():
+		p.from, c.peer = &h, socket.AddressFrom(h.Client)
+	}
+	c.headed = false
+	p.hello = append(p.hello[:headroom], p.hello[headroom+n:]...)
+	return true
+}
+
+// closeUnheaded ends a connection without the PROXY header that it must have.
+func (c *conn) closeUnheaded(why error) {
+	c.loop.counters.CloseUnheaded(c.peer, why)
+	c.close()
 }
 
 // register has the poller tell of events on a side, as soon as there are any and then whenever
@@ -301,14 +343,12 @@ func (c *conn) register(on side, events uint32) bool {
 	if errno := c.loop.poller.control(op, s.fd, all, tokenOf(c, on)); errno != 0 {
 		// The kernel is out of memory, or of what it grants a user.
 		logline.Rationed(func() string { return fmt.Sprintf("cannot watch a connection: %v", errno) })
-		c.printAccess(report.CutForMemory)
-		c.abort()
+		c.abort(report.CutForMemory)
 		return false
 	}
 	return true
 }
 
-// event deals with an event on a side.
 func (c *conn) event(on side, events uint32) {
 	s := &c.sockets[on]
 	if events&(unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
@@ -336,6 +376,15 @@ func (c *conn) keep(hello []byte) *pending {
 	return c.pending
 }
 
+// keepMore is keep for what was read just now, behind headroom.
+func (c *conn) keepMore(b []byte) *pending {
+	if c.pending == nil {
+		return c.keep(b)
+	}
+	c.pending.hello = append(c.pending.hello, b[headroom:]...)
+	return c.pending
+}
+
 // wait has a connection wait in a phase, for the backend of a name.
 func (c *conn) wait(in phase, name, hello []byte) *pending {
 	c.enter(in)
@@ -349,38 +398,35 @@ func (c *conn) wait(in phase, name, hello []byte) *pending {
 // dropPending is for a connection that waits no longer.
 func (c *conn) dropPending() {
 	if p := c.pending; p != nil {
-		if p.lookup != nil {
-			p.lookup.conn = nil
+		if p.query != nil {
+			p.query.conn = nil
 		}
 		p.conn, p.line, c.pending = nil, nil, nil
 	}
-}
-
-// belongTo says whose host c is for. It takes over the use of t.
-func (c *conn) belongTo(t *shares.Tenant) {
-	if c.tenant != nil {
-		c.tenant.Release()
-	}
-	c.tenant = t
 }
 
 // begin begins the relay: a header, if asked for, and all bytes read so far go to the backend in
 // one write.
 func (c *conn) begin(b hostdir.Backend, name, hello []byte) {
 	l := c.loop
+	var from *proxyproto.Header
+	if c.pending != nil {
+		from = c.pending.from
+	}
 	c.enter(relaying)
 	c.active, c.sample = l.rounds, l.load.samples
 	c.sockets[backend].fd = int32(b.FD)
-	c.access = l.engine.logAll.AccessLine(l.now(), int(c.sockets[client].fd), name, b.Log)
+	c.proxy = b.Proxy
+	l.recent.put(c, name)
+	c.access = l.engine.logAll.AccessLine(l.now(), c.peer, name, b.Log)
 	for i := range c.flows {
 		c.flows[i] = flow{conn: c, from: side(i), size: readMin}
 	}
 	first := hello[headroom:]
 	if b.Proxy > 0 {
-		header, err := socket.Header(int(c.sockets[client].fd), b.Proxy, name)
+		header, err := socket.Header(int(c.sockets[client].fd), from, b.Proxy, name)
 		if err != nil {
-			c.printAccess(report.ResetByClient)
-			c.abort()
+			c.abort(report.ResetByClient)
 			return
 		}
 		c.header = int32(len(header))
@@ -406,7 +452,11 @@ func (c *conn) handOver(entry []byte, b hostdir.Backend, name, hello []byte) {
 	var header []byte
 	var gone error
 	if b.Proxy > 0 {
-		header, gone = socket.Header(int(s.fd), b.Proxy, name)
+		var from *proxyproto.Header
+		if c.pending != nil {
+			from = c.pending.from
+		}
+		header, gone = socket.Header(int(s.fd), from, b.Proxy, name)
 	} else if c.pending != nil || s.eof { // it may have ended since it was read from
 		_, gone = unix.Getpeername(int(s.fd))
 	}
@@ -415,33 +465,31 @@ func (c *conn) handOver(entry []byte, b hostdir.Backend, name, hello []byte) {
 		c.close()
 		return
 	}
-	access := l.engine.logAll.AccessLine(l.now(), int(s.fd), name, b.Log)
+	access := l.engine.logAll.AccessLine(l.now(), c.peer, name, b.Log)
 	first := hello[headroom-len(header):]
 	copy(first, header)
 	if s.registered != 0 { // closing it does not take it out of the poller
 		l.poller.remove(s.fd)
 		s.registered = 0
 	}
-	shared := s.fd == l.shared
-	if shared {
-		l.shared = 0
+	if l.shared != 0 {
 		socket.SetPlain(int(s.fd))
 	} else {
 		setPlain(s.fd)
 	}
 	handed, err := handOver(b.FD, first, s.fd)
+	if errors.Is(err, unix.EMSGSIZE) { // a sender with few descriptors has a small buffer
+		narrow := socket.Widen(b.FD, len(first))
+		handed, err = handOver(b.FD, first, s.fd)
+		narrow()
+	}
 	l.engine.shares.Sent(c.tenant, b.FD, handed)
 	if !handed {
 		setNonblock(s.fd)
-		if shared {
-			l.shared = s.fd
+		if l.shared != 0 {
 			inherit.BoundWaits(int(s.fd))
 		}
-		if err == hostdir.BacklogFull {
-			c.redialLater(c.tenant.EntryKey(entry), err, name, hello, limits.RedialHandOver)
-		} else {
-			c.refuse(name, err)
-		}
+		c.dialled(entry, name, hello, hostdir.Backend{}, err)
 		return
 	}
 	sent := int64(len(hello) - headroom)
@@ -460,9 +508,8 @@ func (c *conn) handOver(entry []byte, b hostdir.Backend, name, hello []byte) {
 // refuse tells the client with an alert why it is not served, and sees to it that the alert
 // arrives.
 func (c *conn) refuse(name []byte, err error) {
-	alert := report.Alert(name, err)
-	report.Refused(int(c.sockets[client].fd), name, alert)
-	c.loop.counters.Refused[alert.Description].Add(1)
+	alert := report.Alert(name, c.address, err)
+	c.loop.counters.Refuse(c.peer, name, alert)
 	record := alert.Description.Record()
 	if _, errno := write(c.sockets[client].fd, record[:]); errno != 0 {
 		c.close()
@@ -503,8 +550,12 @@ func (l *loop) expireHellos() {
 	now := limits.Now()
 	for c := l.hellos.first; c != nil && c.deadline <= now; c = l.hellos.first {
 		switch {
+		case c.phase == greeting && c.headed:
+			c.closeUnheaded(report.ErrHeaderLate)
+		case c.phase == greeting && c.silent():
+			c.refuse(nil, report.Late(nil))
 		case c.phase == greeting:
-			c.refuse(nil, report.ErrTimeout)
+			c.refuse(nil, report.Late(&c.pending.parser))
 		case c.pending.err != nil: // what was in the way at the last try
 			c.refuse(c.pending.name, c.pending.err)
 		default:
@@ -513,7 +564,6 @@ func (l *loop) expireHellos() {
 	}
 }
 
-// expireLingers closes those who have had limits.Linger.
 func (l *loop) expireLingers() {
 	now := limits.Now()
 	for c := l.lingers.first; c != nil && c.deadline <= now; c = l.lingers.first {
@@ -523,8 +573,19 @@ func (l *loop) expireLingers() {
 
 // abort closes both connections at once, that of the client with a reset, so that it does not
 // mistake what it has for all there is.
-func (c *conn) abort() {
+func (c *conn) abort(why string) {
+	c.printAccess(why)
 	unix.SetsockoptLinger(int(c.sockets[client].fd), unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1, Linger: 0})
+	c.close()
+}
+
+// cut ends c whatever it is doing. What its backend has passed on to the end needs no reset.
+func (c *conn) cut(why string) {
+	if c.phase == relaying && !c.flows[backend].done {
+		c.abort(why)
+		return
+	}
+	c.printAccess(why)
 	c.close()
 }
 
@@ -542,7 +603,6 @@ func (c *conn) printAccess(how string) {
 	}
 }
 
-// closeBackend closes the connection to the backend, if there is one.
 func (c *conn) closeBackend() {
 	l, s := c.loop, &c.sockets[backend]
 	if s.fd == 0 {
@@ -556,8 +616,7 @@ func (c *conn) closeBackend() {
 		}
 		c.tenant.CloseAway(l.engine.shares.Threads, int(s.fd))
 	}
-	l.relays.Add(-1)
-	c.tenant.Relays.Add(-1)
+	l.engine.shares.CountRelays(c.tenant, -1)
 	*s = endpoint{}
 	c.flows = [2]flow{}
 }

@@ -10,10 +10,10 @@
 //	relay.go     bytes both ways
 //
 // Beside these, each alone: poller.go waits, table.go has the connections by number, inbox.go has
-// what others give a loop, load.go measures how busy it is and move.go gives work to the next
-// loop. watch.go frees a loop from a look-up that hangs, redial.go has those who wait for room, and
-// room.go ends connections to make room. limits.go says how much of everything, syscall.go has the
-// raw calls. README.md has what this costs, and what it survives.
+// what others give a loop, and share.go measures how busy it is and gives work to the next one.
+// watch.go frees a loop from a look-up that hangs. room.go has those who wait for room, and ends
+// connections to make some. limits.go says how much of everything, syscall.go has the raw calls.
+// README.md has what this costs, and what it survives.
 //
 // Some words: a runner is the goroutine, with a thread of its own, that runs a loop; a standby is
 // ready to take its place. A flow is one direction of a relay, and takes a turn when there is more

@@ -5,14 +5,13 @@ package epoll
 import (
 	"runtime"
 	"sync"
-	"time"
 
 	"golang.org/x/sys/unix"
 
 	"sniproxy/cmd/internal/inherit"
-	"sniproxy/cmd/internal/limits"
 	"sniproxy/cmd/internal/report"
 	"sniproxy/cmd/internal/shares"
+	"sniproxy/cmd/internal/socket"
 	"sniproxy/hostdir"
 )
 
@@ -26,13 +25,15 @@ type Engine struct {
 	listeners []*inherit.Listener
 	loops     []*loop
 	shares    *shares.Shares
-	watch     *watch
+	watch     watch
 	logAll    *report.LogAll
+	front     *report.AcceptProxy
 
 	bulkBuffer int32 // how much a backend's socket takes of a bulk upload that is not read
 
-	failed  chan error
-	drained chan struct{}
+	Counters report.All    // of all loops
+	Failed   chan error    // gets the reason if the engine cannot go on
+	Drained  chan struct{} // closed when the last connection has ended after Stop
 
 	accepting, running sync.WaitGroup // loops that are not stopped, and loops that run
 }
@@ -45,10 +46,10 @@ func Start(hosts *hostdir.Hosts, listeners []*inherit.Listener, clients []int, o
 		hosts:     hosts,
 		listeners: listeners,
 		logAll:    report.NewLogAll(hosts),
-		failed:    make(chan error, 1),
-		drained:   make(chan struct{}),
+		front:     report.NewAcceptProxy(hosts),
+		Failed:    make(chan error, 1),
+		Drained:   make(chan struct{}),
 	}
-	e.shares = shares.New(hosts, own, len(listeners) == 0, e)
 	if e.bulkBuffer, err = sendBuffer(); err != nil {
 		return nil, err
 	}
@@ -62,8 +63,10 @@ func Start(hosts *hostdir.Hosts, listeners []*inherit.Listener, clients []int, o
 			return nil, err
 		}
 		e.loops = append(e.loops, l)
+		e.Counters = append(e.Counters, &l.counters)
 	}
-	e.watch = newWatch(e.loops)
+	e.shares = shares.New(hosts, own, len(listeners) == 0, e.Counters)
+	e.watch.loops = e.loops
 	for i, l := range e.loops {
 		l.next = e.loops[(i+1)%n]
 	}
@@ -74,7 +77,7 @@ func Start(hosts *hostdir.Hosts, listeners []*inherit.Listener, clients []int, o
 	}
 	for _, fd := range clients {
 		first.shared = int32(fd)
-		c := first.add(first.shared)
+		c := first.add(first.shared, socket.Peer(fd))
 		c.register(client, unix.EPOLLIN)
 	}
 	started := make(chan error, n)
@@ -114,21 +117,8 @@ func (e *Engine) Stop() {
 	}
 	go func() {
 		e.running.Wait()
-		close(e.drained)
+		close(e.Drained)
 	}()
-}
-
-// Drained is closed when the last connection has ended after Stop.
-func (e *Engine) Drained() <-chan struct{} { return e.drained }
-
-// Failed gets the reason if the engine cannot go on.
-func (e *Engine) Failed() <-chan error { return e.failed }
-
-func (e *Engine) fail(reason error) {
-	select {
-	case e.failed <- reason:
-	default: // there is one already
-	}
 }
 
 // Cut ends all connections, as far as that is possible at once.
@@ -137,32 +127,4 @@ func (e *Engine) Cut() {
 		l.cutting.Store(true)
 		l.poller.wakeUp()
 	}
-	select {
-	case <-e.drained:
-	case <-time.After(limits.Cut):
-	}
-}
-
-// Counters returns those of all loops.
-func (e *Engine) Counters() (all report.All) {
-	for _, l := range e.loops {
-		all = append(all, &l.counters)
-	}
-	return all
-}
-
-// RelayDescriptors returns how many descriptors relays have.
-func (e *Engine) RelayDescriptors() (n int64) {
-	for _, l := range e.loops {
-		n += 2 * l.relays.Load()
-	}
-	return n
-}
-
-// NotRelays returns how many connections are no relays.
-func (e *Engine) NotRelays() (n int64) {
-	for _, l := range e.loops {
-		n += l.open.Load() - l.relays.Load()
-	}
-	return n
 }

@@ -11,9 +11,9 @@ import (
 // An inbox has what other threads give a loop.
 type inbox struct {
 	mu      sync.Mutex
-	closed  bool      // the loop has ended
-	relays  []*conn   // that another loop has moved here
-	lookups []*lookup // that have ended
+	closed  bool     // the loop has ended
+	relays  []*conn  // that another loop has moved here
+	queries []*query // that were answered
 	loss    loss
 }
 
@@ -39,14 +39,14 @@ func (l *loop) give(put func(*inbox)) bool {
 	return !closed
 }
 
-// emptyInbox takes what the loop was given. Look-ups wait in the loop until found has dealt with
+// emptyInbox takes what the loop was given. Queries wait in the loop until found has dealt with
 // each: it may end this goroutine.
 func (l *loop) emptyInbox() {
 	b := &l.inbox
 	b.mu.Lock()
 	relays, loss := b.relays, b.loss
-	l.lookups = append(l.lookups, b.lookups...)
-	b.relays, b.lookups, b.loss.rich = nil, nil, nil
+	l.queries = append(l.queries, b.queries...)
+	b.relays, b.queries, b.loss.rich = nil, nil, nil
 	b.mu.Unlock()
 	for _, c := range relays {
 		l.adopt(c)
@@ -57,19 +57,16 @@ func (l *loop) emptyInbox() {
 }
 
 // closeIfEmpty reports whether the last connection has ended. Then the loop gets nothing any more,
-// and nobody waits for the look-ups that it has.
+// and nobody waits for the queries that it has.
 func (l *loop) closeIfEmpty() bool {
 	b := &l.inbox
 	b.mu.Lock()
-	b.closed = l.open.Load() == 0
-	closed, lookups := b.closed, b.lookups
-	if closed {
-		b.lookups = nil
-	}
+	closed := l.open.Load() == 0
+	b.closed = closed
 	b.mu.Unlock() // before others are locked: those who give hold them
 	if closed {
-		for _, k := range lookups {
-			k.discard()
+		for _, q := range b.queries {
+			l.engine.shares.Discard(&q.Query)
 		}
 	}
 	return closed

@@ -7,7 +7,6 @@ import (
 	"slices"
 	"sync/atomic"
 
-	"sniproxy/cmd/internal/limits"
 	"sniproxy/cmd/internal/report"
 	"sniproxy/cmd/internal/shares"
 	"sniproxy/hostdir"
@@ -23,7 +22,7 @@ type runner struct {
 
 	// Odd during a look-up. Whoever moves it from odd to even owns the loop.
 	lookups atomic.Uint64
-	left    chan *lookup // gets the look-up, if the loop went on without this runner
+	left    chan *query // gets the look-up, if the loop went on without this runner
 
 	name   []byte
 	entry  []byte         // that serves it, once it is found
@@ -42,19 +41,14 @@ func newRunner(hosts *hostdir.Hosts) (*runner, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &runner{dialer: dialer, sender: -1, left: make(chan *lookup, 1)}, nil
+	return &runner{dialer: dialer, sender: -1, left: make(chan *query, 1)}, nil
 }
 
-// A lookup is one that another thread makes for a connection of a loop.
-type lookup struct {
-	task shares.Task
+// A query is one that another thread answers for a connection of a loop.
+type query struct {
+	shares.Query
 	loop *loop
 	conn *conn // the loop's; nil if it has ended
-	name []byte
-
-	backend hostdir.Backend
-	tenant  *shares.Tenant // whose entry served the name
-	err     error
 }
 
 // dial tries once to begin the relay. It finds the entry for the name, and so the tenant, makes
@@ -77,8 +71,8 @@ func (c *conn) dial(name, hello []byte) {
 			return
 		}
 		t = s.Tenants.Of(entry)
-		c.belongTo(t)
-		if err != hostdir.NoRoom || !s.Room.ForRelay(l, t, true) {
+		shares.Hold(&c.tenant, t)
+		if err != hostdir.NoRoom || !s.RoomForRelay(c, t, true) {
 			break
 		}
 		entry, err = l.find(r)
@@ -88,11 +82,11 @@ func (c *conn) dial(name, hello []byte) {
 	case t.Clogged():
 		c.refuse(name, report.ErrClogged)
 		return
-	case err == hostdir.NoRoom, !datagram && !s.Room.ForRelay(l, t, false):
-		c.redialLater(t.Key(), hostdir.NoRoom, name, hello, limits.Redial)
+	case err == hostdir.NoRoom, !datagram && !s.RoomForRelay(c, t, false):
+		c.redialLater(hostdir.NoRoom, nil, name, hello)
 		return
 	case datagram && !l.redials.turn(t, entry.Name, c):
-		c.redialLater(t.EntryKey(entry.Name), hostdir.BacklogFull, name, hello, limits.RedialHandOver)
+		c.redialLater(hostdir.BacklogFull, entry.Name, name, hello)
 		return
 	case err == hostdir.MayWait, !l.mayConnect(t, entry):
 		c.lookUp(t, entry.Name, name, hello)
@@ -102,13 +96,13 @@ func (c *conn) dial(name, hello []byte) {
 	r.entry, r.tenant = entry.Name, t
 	b, err := l.connect(r, datagram)
 	if err == hostdir.Stream { // it is one now, which takes room
-		if !s.Room.ForRelay(l, t, false) {
-			c.redialLater(t.Key(), hostdir.NoRoom, name, hello, limits.Redial)
+		if !s.RoomForRelay(c, t, false) {
+			c.redialLater(hostdir.NoRoom, nil, name, hello)
 			return
 		}
 		b, err = l.connect(r, false)
 	}
-	for err == hostdir.NoRoom && s.Room.ForRelay(l, t, true) {
+	for err == hostdir.NoRoom && s.RoomForRelay(c, t, true) {
 		b, err = l.connect(r, t.HasDatagram(entry.Name))
 	}
 	if err == hostdir.MayWait {
@@ -121,7 +115,8 @@ func (c *conn) dial(name, hello []byte) {
 // find finds the entry for the name of the runner. Like connect it does not return if the loop goes
 // on with another runner meanwhile.
 func (l *loop) find(r *runner) (hostdir.Entry, error) {
-	this := l.beginLookup(r)
+	this := r.lookups.Add(1)
+	l.engine.watch.wakeUp()
 	entry, err := r.dialer.Find(r.name, false)
 	if !r.lookups.CompareAndSwap(this, this+1) {
 		r.finish(entry, hostdir.Backend{}, err)
@@ -163,7 +158,8 @@ func (l *loop) connect(r *runner, was bool) (b hostdir.Backend, err error) {
 // connectWith connects a datagram socket, or a new stream socket if there is none.
 func (l *loop) connectWith(r *runner, sender int) (b hostdir.Backend, err error) {
 	r.sender = sender
-	this := l.beginLookup(r)
+	this := r.lookups.Add(1)
+	l.engine.watch.wakeUp()
 	if sender < 0 {
 		b, err = r.dialer.Connect(false)
 	} else {
@@ -176,33 +172,27 @@ func (l *loop) connectWith(r *runner, sender int) (b hostdir.Backend, err error)
 	return b, err
 }
 
-func (l *loop) beginLookup(r *runner) uint64 {
-	this := r.lookups.Add(1)
-	l.engine.watch.wakeUp()
-	return this
-}
-
 // finish is for a runner that was left behind in a look-up, and does not return. What came of the
 // look-up are entry and err, or b and err.
 func (r *runner) finish(entry hostdir.Entry, b hostdir.Backend, err error) {
-	k := <-r.left
-	s := k.loop.engine.shares
+	q := <-r.left
+	s := q.loop.engine.shares
 	if r.sender >= 0 && err != nil {
 		s.Sent(r.tenant, r.sender, false)
 	}
 	switch {
 	case r.tenant == nil && err == nil: // it has found the entry
-		k.tenant = s.Tenants.Of(entry)
-		k.backend, k.err = s.Connect(r.dialer, k.tenant)
+		q.Owner = s.Tenants.Of(entry)
+		q.Backend, q.Err = s.Connect(r.dialer, q.Owner)
 	case err == hostdir.MayWait:
-		k.reach(r.dialer)
+		s.Answer(&q.Query, r.dialer)
 	case err == hostdir.Datagram:
-		k.backend, k.err = s.Connect(r.dialer, r.tenant)
+		q.Backend, q.Err = s.Connect(r.dialer, r.tenant)
 	default: // it has connected, or failed
-		k.backend, k.err = b, err
+		q.Backend, q.Err = b, err
 	}
-	s.Threads.ComeBack(&k.task)
-	k.deliver()
+	s.Threads.ComeBack(&q.Task)
+	q.deliver()
 	runtime.Goexit()
 }
 
@@ -220,82 +210,45 @@ func (l *loop) mayConnect(t *shares.Tenant, entry hostdir.Entry) bool {
 
 // lookUp gives the look-up to a thread that may wait.
 func (c *conn) lookUp(t *shares.Tenant, entry, name, hello []byte) {
+	q := c.ask(name, hello, t, string(entry))
+	c.loop.engine.shares.Ask(&q.Query, q.deliver)
+}
+
+// ask has a connection wait for another thread, which looks the name up.
+func (c *conn) ask(name, hello []byte, t *shares.Tenant, entry string) *query {
 	p := c.wait(lookingUp, name, hello)
-	k := &lookup{loop: c.loop, conn: c, name: slices.Clone(name)}
-	k.task = shares.Task{
-		Tenant: t,
-		Entry:  string(entry),
-		Do: func(d *hostdir.Dialer) {
-			k.reach(d)
-			k.deliver()
-		},
-		GiveUp: func() {
-			k.err = report.ErrLookups
-			k.deliver()
-		},
-	}
-	p.lookup = k
-	c.loop.engine.shares.Threads.Start(&k.task)
+	p.query = &query{loop: c.loop, conn: c}
+	p.query.Query = shares.Query{Task: shares.Task{Tenant: t, Entry: entry}, Name: slices.Clone(name)}
+	return p.query
 }
 
-// reach makes the look-up, and waits for whatever there is to wait for.
-func (k *lookup) reach(d *hostdir.Dialer) {
-	k.backend, k.tenant, k.err = k.loop.engine.shares.Reach(d, k.name)
-}
-
-// deliver gives a look-up that has ended to its loop.
-func (k *lookup) deliver() {
-	if !k.loop.give(func(b *inbox) { b.lookups = append(b.lookups, k) }) {
-		k.discard()
+// deliver gives a query that was answered to its loop.
+func (q *query) deliver() {
+	if !q.loop.give(func(b *inbox) { b.queries = append(b.queries, q) }) {
+		q.loop.engine.shares.Discard(&q.Query)
 	}
 }
 
-// discard is for a look-up that nobody waits for any more.
-func (k *lookup) discard() {
-	t, s := k.tenant, k.loop.engine.shares
-	if t == nil {
-		t = k.task.Tenant
-	}
-	switch {
-	case k.err != nil:
-	case k.backend.Datagram:
-		s.Sent(t, k.backend.FD, false)
-	default:
-		t.CloseAway(s.Threads, k.backend.FD)
-	}
-	if k.tenant != nil {
-		k.tenant.Release()
-	}
-}
-
-// found goes on with the connection that a look-up was for.
-func (l *loop) found(k *lookup) {
-	c := k.conn
+// found goes on with the connection that a query was for.
+func (l *loop) found(q *query) {
+	c, s := q.conn, l.engine.shares
 	if c == nil {
-		k.discard()
+		s.Discard(&q.Query)
 		return
 	}
-	p, s := c.pending, l.engine.shares
-	p.lookup = nil
-	if k.tenant != nil {
-		c.belongTo(k.tenant)
+	p := c.pending
+	p.query = nil
+	if q.Owner != nil {
+		shares.Hold(&c.tenant, q.Owner)
 	}
-	t, entry := k.task.Tenant, []byte(k.task.Entry)
-	if was := t.HasDatagram(entry); k.err == nil && was != k.backend.Datagram {
-		t.SetDatagram(entry, !was)
-		// A relay takes room, which nobody has made if none was expected.
-		if was && !s.Room.ForRelay(roomFor{l, c}, c.tenant, false) {
-			c.tenant.CloseAway(s.Threads, k.backend.FD)
-			k.err = hostdir.NoRoom
-		}
-	}
-	q := p.line
-	c.dialled(entry, p.name, p.hello, k.backend, k.err)
+	s.Settle(&q.Query, c)
+	line := p.line
+	c.dialled([]byte(q.Entry), p.name, p.hello, q.Backend, q.Err)
 	// It may have made room for the next one in its line.
-	if q == nil {
+	if line == nil {
 		return
 	}
-	if next := q.first(); next != nil && next != p && next.conn.phase == redialing {
+	if next := line.first(); next != nil && next != p && next.conn.phase == redialing {
 		next.conn.dial(next.name, next.hello)
 	}
 }
@@ -308,11 +261,9 @@ func (c *conn) dialled(entry, name, hello []byte, b hostdir.Backend, err error) 
 	case err == nil:
 		c.begin(b, name, hello)
 	case err == hostdir.Stream, err == hostdir.Datagram:
-		c.redialLater(c.tenant.EntryKey(entry), hostdir.Exchanged, name, hello, limits.Redial)
-	case err == hostdir.BacklogFull && c.tenant.HasDatagrams():
-		c.redialLater(c.tenant.EntryKey(entry), err, name, hello, limits.RedialHandOver)
-	case err == hostdir.NoRoom, err == hostdir.BacklogFull, err == hostdir.Exchanged:
-		c.redialLater(c.tenant.EntryKey(entry), err, name, hello, limits.Redial)
+		c.redialLater(hostdir.Exchanged, entry, name, hello)
+	case err == hostdir.NoRoom, err == hostdir.BacklogFull, err == hostdir.Exchanged, hostdir.FindAnew(err):
+		c.redialLater(err, entry, name, hello)
 	default:
 		c.refuse(name, err)
 	}

@@ -23,7 +23,7 @@ import (
 //   - events: their generation must be that of the number in the table.
 //   - lines of redials: an entry counts only while its pending.line is that line.
 //   - turns: an entry counts only while its flow.turn is set.
-//   - a lookup of another thread: [conn.enter] removes it there.
+//   - a query: [conn.enter] removes it there.
 //   - runner.conn: counts only while that runner is in a look-up.
 //
 // While it is in the inbox of the next loop it is in no table.
@@ -36,10 +36,7 @@ type loop struct {
 	stopping atomic.Bool
 	cutting  atomic.Bool
 
-	// For others to read.
-	open   atomic.Int64 // connections
-	relays atomic.Int64
-
+	open    atomic.Int64 // connections
 	runner  atomic.Pointer[runner]
 	standby atomic.Pointer[standby] // nil if there is none
 	hiring  atomic.Bool             // one is being made
@@ -50,19 +47,20 @@ type loop struct {
 	stopped   bool
 	invited   atomic.Bool // by the loop before
 	rest      int64       // until when, after a failure; 0 if there was none
-	listening int         // how many of the listening sockets the poller has
+	listening bool        // the poller has the listening sockets
 
-	next    *loop     // the one that takes work from this one
-	lookups []*lookup // from the inbox, not dealt with yet
+	next    *loop    // the one that takes work from this one
+	queries []*query // from the inbox, not dealt with yet
 
 	rounds int64
 	clock  int64 // when the round began, for what needs no better; 0 if nobody has asked for it yet
 
-	shared int32 // the connection that was inherited, which others may have too; 0 if there is none
+	shared int32 // the one connection, if it was inherited, as others may have it too; otherwise 0
 
 	conns   table
 	hellos  queue // those without a backend yet, until limits.Hello
 	lingers queue // those refused, until limits.Linger
+	recent  names
 	redials redials
 
 	halfClosed int64 // when to look for half-closed relays that do nothing, 0 if there was none
@@ -110,14 +108,10 @@ func newLoop(e *Engine) (*loop, error) {
 // start runs the loop in the calling goroutine, and says whether it can.
 func (l *loop) start(started chan<- error) {
 	r, err := newRunner(l.engine.hosts)
-	if err == nil {
-		l.runner.Store(r)
-	}
 	started <- err
-	if err != nil {
-		return
+	if err == nil {
+		l.run(r)
 	}
-	l.run(r)
 }
 
 // run runs the loop in the goroutine of r, for as long as there is something to do.
@@ -133,12 +127,12 @@ func (l *loop) run(r *runner) {
 		for event := l.poller.next(); event != nil; event = l.poller.next() {
 			l.dispatch(event)
 		}
-		for len(l.lookups) > 0 {
-			k := l.lookups[0]
-			l.lookups = l.lookups[1:]
-			l.found(k)
+		for len(l.queries) > 0 {
+			q := l.queries[0]
+			l.queries = l.queries[1:]
+			l.found(q)
 		}
-		if l.poller.full() {
+		if l.poller.full() && l.listening {
 			l.acceptSome()
 		}
 		if !l.stopped && l.stopping.Load() {
@@ -157,7 +151,7 @@ func (l *loop) run(r *runner) {
 		}
 		if !l.stopped {
 			invited := l.invited.Load()
-			if !invited && l.listening > 0 {
+			if !invited && l.listening {
 				l.invite(false) // it may sleep from now on, and not notice that it is not busy
 			}
 			l.listen(invited && l.rest == 0)
@@ -213,7 +207,6 @@ func (l *loop) timeout() int {
 	return int(max(0, first-limits.Now()+int64(time.Millisecond)-1) / int64(time.Millisecond))
 }
 
-// fireTimers does what is due.
 func (l *loop) fireTimers() {
 	now := int64(0)
 	for i := range l.timers {
@@ -239,18 +232,10 @@ func (l *loop) now() int64 {
 	return l.clock
 }
 
-// cut ends all connections. A client whose backend has not ended gets a reset: it must not mistake
-// what it has for all there is.
 func (l *loop) cut() {
 	for _, c := range l.conns.all {
-		if c.phase == free {
-			continue
-		}
-		c.printAccess(report.CutAtStop)
-		if c.phase == relaying && !c.flows[backend].done {
-			c.abort()
-		} else {
-			c.close()
+		if c.phase != free {
+			c.cut(report.CutAtStop)
 		}
 	}
 }

@@ -54,7 +54,6 @@ func newPoller() (p poller, err error) {
 	return p, nil
 }
 
-// control is epoll_ctl(2).
 func (p *poller) control(op int, fd int32, events uint32, t token) unix.Errno {
 	return epollCtl(p.fd, op, fd, &unix.EpollEvent{Events: events, Fd: t.number, Pad: t.detail})
 }

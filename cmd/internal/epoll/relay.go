@@ -57,8 +57,7 @@ func (l *loop) takeTurns() {
 // relay deals with an event on a side of a relay.
 func (c *conn) relay(on side, events uint32) {
 	if on == client && events&unix.EPOLLERR != 0 {
-		c.printAccess(report.ResetByClient)
-		c.abort() // whatever else there is to read or send
+		c.abort(report.ResetByClient) // whatever else there is to read or send
 		return
 	}
 	in, out := &c.flows[on], &c.flows[1-on] // from this side, and to it
@@ -196,8 +195,7 @@ func (c *conn) receive(b []byte) (int, unix.Errno) {
 	if len(passed) > 0 {
 		report.Passed(len(passed), c.tenant)
 		c.tenant.CloseAway(l.engine.shares.Threads, passed...)
-		c.printAccess(report.PassedByBackend)
-		c.abort()
+		c.abort(report.PassedByBackend)
 	}
 	return n, errno
 }
@@ -210,8 +208,10 @@ func (f *flow) got(n int, errno unix.Errno) bool {
 	switch {
 	case errno == unix.EAGAIN:
 	case errno != 0:
-		f.conn.printAccess(resetBy[f.from])
-		f.conn.abort()
+		if f.from == backend {
+			f.conn.checkAnswered()
+		}
+		f.conn.abort(resetBy[f.from])
 	case n == 0:
 		f.finish()
 	default:
@@ -245,7 +245,9 @@ func (f *flow) send(b []byte) bool {
 // sent counts n bytes that were sent on. The PROXY header is not the client's.
 func (f *flow) sent(n int) {
 	c := f.conn
-	c.moved = c.moved || n > 0
+	if n > 0 {
+		c.quiet = 0
+	}
 	if c.header > 0 && f.from == client {
 		header := min(n, int(c.header))
 		c.header -= int32(header)
@@ -270,8 +272,7 @@ func (f *flow) resume() {
 func (f *flow) unsendable(errno unix.Errno) {
 	c := f.conn
 	if f.from != client || errno != unix.EPIPE {
-		c.printAccess(resetBy[f.dstSide()])
-		c.abort()
+		c.abort(resetBy[f.dstSide()])
 		return
 	}
 	f.done = true
@@ -292,6 +293,9 @@ func (f *flow) unsendable(errno unix.Errno) {
 // finish passes the end of a flow on, or ends the connection if there is nothing more to come.
 func (f *flow) finish() {
 	c := f.conn
+	if f.from == backend {
+		c.checkAnswered()
+	}
 	f.done = true
 	switch {
 	case f.other().done:
@@ -305,6 +309,16 @@ func (f *flow) finish() {
 		unix.Shutdown(int(f.dst().fd), unix.SHUT_WR)
 		c.loop.checkHalfClosed()
 	}
+}
+
+// checkAnswered is for a backend that ends: it logs if the backend has sent nothing, and the client
+// did not end before.
+func (c *conn) checkAnswered() {
+	up, down := &c.flows[client], &c.flows[backend]
+	if c.sent[backend] > 0 || down.done || down.stalled() || up.done && !c.deaf {
+		return
+	}
+	report.Unanswered(c.peer, c.tenant, c.loop.recent.of(c), c.proxy)
 }
 
 // settled tells whether the client has acknowledged all that was sent to it, and has sent nothing
@@ -322,8 +336,7 @@ func (c *conn) settled() bool {
 func (c *conn) end() {
 	switch {
 	case c.cutWrite:
-		c.printAccess(report.ResetByBackend)
-		c.abort()
+		c.abort(report.ResetByBackend)
 	case c.deaf:
 		c.printAccess(report.ClosedByBackend)
 		c.linger()
@@ -339,30 +352,20 @@ func (l *loop) checkHalfClosed() {
 	}
 }
 
-// endHalfClosed ends relays of which one half has ended, and the other has not moved a byte at
-// quietChecks checks in a row: with a reset if the backend has not ended, so that the client does
-// not mistake what it has for all there is.
+// endHalfClosed ends relays of which one half has ended, and the other has not moved a byte since
+// quietChecks checks.
 func (l *loop) endHalfClosed() {
 	l.halfClosed = 0
 	for _, c := range l.conns.all {
 		if c.phase != relaying || c.flows[client].done == c.flows[backend].done {
 			continue
 		}
-		switch {
-		case c.moved:
-			c.moved, c.quiet = false, 0
-		case c.quiet < quietChecks-1:
+		if c.quiet < quietChecks {
 			c.quiet++
-		default:
-			c.printAccess(report.SilentHalfClosed)
-			if c.flows[backend].done {
-				c.close()
-			} else {
-				c.abort()
-			}
+			l.checkHalfClosed()
 			continue
 		}
-		l.checkHalfClosed()
+		c.cut(report.SilentHalfClosed)
 	}
 }
 

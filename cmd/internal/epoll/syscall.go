@@ -17,22 +17,32 @@ import (
 // descriptors that they are used with, so the scheduler is not told of them: that is what
 // RawSyscall saves. Those that are interrupted before they did anything are made again.
 
-func read(fd int32, b []byte) (int, unix.Errno) {
+func read(fd int32, b []byte) (int, unix.Errno) { return transfer(unix.SYS_READ, fd, b) }
+
+func write(fd int32, b []byte) (int, unix.Errno) { return transfer(unix.SYS_WRITE, fd, b) }
+
+func transfer(call uintptr, fd int32, b []byte) (int, unix.Errno) {
 	for {
-		n, _, errno := syscall.RawSyscall(unix.SYS_READ, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
+		n, _, errno := syscall.RawSyscall(call, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
 		if errno != unix.EINTR {
 			return int(n), errno
 		}
 	}
 }
 
-func write(fd int32, b []byte) (int, unix.Errno) {
-	for {
-		n, _, errno := syscall.RawSyscall(unix.SYS_WRITE, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
-		if errno != unix.EINTR {
-			return int(n), errno
-		}
+// acceptFrom is accept4(2). The address of the client comes with it, and costs no call.
+func acceptFrom(fd int) (client int32, from socket.Address, errno unix.Errno) {
+	var sa unix.RawSockaddrInet6 // the longest
+	size := uint32(unsafe.Sizeof(sa))
+	n, _, errno := syscall.RawSyscall6(unix.SYS_ACCEPT4, uintptr(fd), uintptr(unsafe.Pointer(&sa)), uintptr(unsafe.Pointer(&size)), unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0, 0)
+	switch {
+	case errno != 0:
+	case sa.Family == unix.AF_INET:
+		from = socket.Address4((*unix.RawSockaddrInet4)(unsafe.Pointer(&sa)))
+	case sa.Family == unix.AF_INET6:
+		from = socket.Address6(&sa)
 	}
+	return int32(n), from, errno
 }
 
 // recv is read, with flags.
@@ -130,7 +140,6 @@ func splice(from, to int32, size int) (int, unix.Errno) {
 	}
 }
 
-// setNonblock sets O_NONBLOCK of a socket.
 func setNonblock(fd int32) {
 	syscall.RawSyscall(unix.SYS_FCNTL, uintptr(fd), unix.F_SETFL, unix.O_RDWR|unix.O_NONBLOCK)
 }

@@ -3,7 +3,6 @@
 package epoll
 
 import (
-	"slices"
 	"sync/atomic"
 	"time"
 
@@ -15,37 +14,28 @@ import (
 type watch struct {
 	loops []*loop
 	awake atomic.Bool
-	start chan struct{}
-}
-
-func newWatch(loops []*loop) *watch {
-	w := &watch{loops: loops, start: make(chan struct{}, 1)}
-	go w.run()
-	return w
 }
 
 // wakeUp is called with each look-up.
 func (w *watch) wakeUp() {
 	if !w.awake.Load() && !w.awake.Swap(true) {
-		w.start <- struct{}{}
+		go w.run()
 	}
 }
 
 func (w *watch) run() {
 	seen := make([]check, len(w.loops))
-	for range w.start {
-		tick := time.NewTicker(watchPeriod)
-		for idle := 0; idle < watchIdle; {
-			<-tick.C
-			if idle++; w.look(seen) {
-				idle = 0
-			}
+	tick := time.NewTicker(watchPeriod)
+	defer tick.Stop()
+	for idle := 0; idle < watchIdle; {
+		<-tick.C
+		if idle++; w.look(seen) {
+			idle = 0
 		}
-		tick.Stop()
-		w.awake.Store(false)
-		if w.look(seen) {
-			w.wakeUp() // one has begun just now
-		}
+	}
+	w.awake.Store(false)
+	if w.look(seen) {
+		w.wakeUp() // one has begun just now
 	}
 }
 
@@ -124,18 +114,16 @@ func (l *loop) replace(r *runner, lookup uint64) {
 
 // rescue goes on with the loop in place of stuck, in the middle of a round.
 func (l *loop) rescue(stuck, r *runner) {
-	s, c := l.engine.shares, stuck.conn
-	k := &lookup{loop: l, conn: c, name: slices.Clone(stuck.name)}
-	if stuck.tenant != nil {
-		k.task = shares.Task{Tenant: stuck.tenant, Entry: string(stuck.entry)}
-		s.Threads.LeaveBehind(&k.task)
-	} else { // it does not know yet whose the host is
-		t := s.Tenants.Unknown(stuck.name)
-		k.task = shares.Task{Tenant: t, Entry: string(stuck.name)}
-		s.Threads.LeaveBehind(&k.task)
+	s := l.engine.shares
+	t, entry := stuck.tenant, stuck.entry
+	if t == nil { // it does not know yet whose the host is
+		t, entry = s.Tenants.Unknown(stuck.name), stuck.name
+	}
+	q := stuck.conn.ask(stuck.name, stuck.hello, t, string(entry))
+	s.Threads.LeaveBehind(&q.Task)
+	if stuck.tenant == nil {
 		t.Release()
 	}
-	c.wait(lookingUp, stuck.name, stuck.hello).lookup = k
-	stuck.left <- k
+	stuck.left <- q
 	l.run(r)
 }

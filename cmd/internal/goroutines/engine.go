@@ -31,6 +31,7 @@ import (
 	"sniproxy/cmd/internal/shares"
 	"sniproxy/cmd/internal/socket"
 	"sniproxy/hostdir"
+	"sniproxy/proxyproto"
 	"sniproxy/sni"
 )
 
@@ -39,28 +40,37 @@ type Engine struct {
 	hosts     *hostdir.Hosts
 	shares    *shares.Shares
 	logAll    *report.LogAll
+	front     *report.AcceptProxy
 	counters  report.Counters
 	listeners []*os.File
 	running   sync.WaitGroup // goroutines that accept, and one for each client
-	drained   chan struct{}
-	failed    chan error
 
-	// A client waits, then has a relay, or is refused. It is in none of these once it was dropped.
-	mu      sync.Mutex
-	waiting list.List // of *conn: those that were refused, then the others in order of arrival
-	relays  map[*conn]struct{}
-	lines   map[shares.Key]*line
+	Counters report.All
+	Failed   chan error    // gets the reason if the engine cannot go on
+	Drained  chan struct{} // closed when the last connection has ended after Stop
+
+	// A client is first queued, then has a relay, or is refused and queued again. It is in none of
+	// these once it was dropped.
+	mu     sync.Mutex
+	queue  list.List // of *conn: those that were refused, then the others in order of arrival
+	relays map[*conn]struct{}
+	lines  map[shares.Key]*line
 }
 
 // A conn is a client's connection, and from the relay on the one to its backend.
 type conn struct {
 	engine   *Engine
 	client   *os.File
-	accepted int64              // by the clock of limits
+	accepted int64 // by the clock of limits
+	peer     socket.Address
+	headed   bool               // a PROXY header must come before the hello, and is not complete yet
+	from     *proxyproto.Header // what a balancer has sent of the client's addresses, if anything
+	address  bool               // it has sent an IPv6 address in place of a server name
 	cancel   context.CancelFunc // ends all that it waits for before its relay
 	tenant   *shares.Tenant     // whose host it is for, once that is known
-	queued   *list.Element      // in the engine's list, under its lock; nil if it is not there
+	queued   *list.Element      // in the engine's queue, under its lock; nil if it is not there
 	refused  bool               // under the engine's lock
+	dropped  bool               // under the engine's lock
 
 	// Of the relay.
 	backend *os.File
@@ -68,10 +78,12 @@ type conn struct {
 	header  int             // bytes of the header that are not sent yet
 	moved   atomic.Int64    // when bytes were sent on last
 	ended   [2]atomic.Int64 // when the ways Up and Down ended, with all sent on; 0 before
+	proxy   uint8           // version of the header
 	sent    report.Traffic
-	sending sync.Mutex // to the backend
-	lost    bool       // a write failed, and the backend was reset or may have been; under sending
-	deaf    bool       // the backend has stopped reading
+	sending sync.Mutex  // to the backend
+	lost    bool        // a write failed, and the backend was reset or may have been; under sending
+	deaf    bool        // the backend has stopped reading
+	gone    atomic.Bool // the client has ended, or the relay was ended
 	ending  sync.Once
 	how     string // the relay has ended
 }
@@ -82,15 +94,17 @@ func Start(hosts *hostdir.Hosts, listeners []*inherit.Listener, clients []int, o
 	e := &Engine{
 		hosts:   hosts,
 		logAll:  report.NewLogAll(hosts),
-		drained: make(chan struct{}),
-		failed:  make(chan error, len(listeners)),
+		front:   report.NewAcceptProxy(hosts),
+		Failed:  make(chan error, len(listeners)),
+		Drained: make(chan struct{}),
 		relays:  map[*conn]struct{}{},
 		lines:   map[shares.Key]*line{},
 	}
-	e.shares = shares.New(hosts, own, len(listeners) == 0, e)
+	e.Counters = report.All{&e.counters}
+	e.shares = shares.New(hosts, own, len(listeners) == 0, e.Counters)
 	go e.endSilent()
 	for _, l := range listeners {
-		f, err := pollable(&l.FD)
+		f, err := inherit.Pollable(&l.FD)
 		if err != nil {
 			return nil, err
 		}
@@ -101,37 +115,13 @@ func Start(hosts *hostdir.Hosts, listeners []*inherit.Listener, clients []int, o
 		e.logAll.Await()
 	}
 	for _, fd := range clients {
-		f, err := pollable(&fd)
+		f, err := inherit.Pollable(&fd)
 		if err != nil {
 			return nil, err
 		}
-		if _, err := unix.Getpeername(fd); err == nil { // otherwise it is gone
-			e.serve(f)
-		}
+		e.serve(f, socket.Peer(fd))
 	}
 	return e, nil
-}
-
-// pollable returns a file for the socket fd that Go's poller knows. Its descriptor takes the place
-// of fd. The poller refuses a file that is blocking, and whoever shares the socket can make it so
-// at any time; hence the loop.
-func pollable(fd *int) (*os.File, error) {
-	for {
-		dup, err := unix.FcntlInt(uintptr(*fd), unix.F_DUPFD_CLOEXEC, 3)
-		if err != nil {
-			return nil, err
-		}
-		if err := unix.SetNonblock(dup, true); err != nil {
-			return nil, err
-		}
-		f := os.NewFile(uintptr(dup), "socket")
-		if f.SetDeadline(time.Time{}) == nil {
-			unix.Close(*fd)
-			*fd = dup
-			return f, nil
-		}
-		f.Close()
-	}
 }
 
 // spare is how many descriptors accept leaves to look-ups, as it could be quicker than they are.
@@ -141,15 +131,15 @@ const spare = 4
 // sniproxy-rs.
 func (e *Engine) accept(l *inherit.Listener, f *os.File) {
 	for {
-		fd, err := acceptOne(f)
+		fd, peer, err := inherit.Accept(f)
 		full := err == unix.EMFILE || err == unix.ENFILE
 		if err == nil {
-			e.serve(os.NewFile(uintptr(fd), "client"))
-			full = e.shares.Room.Full(spare)
+			e.serve(os.NewFile(uintptr(fd), "client"), peer)
+			full = e.shares.Full(spare)
 		}
 		if full {
 			runtime.Gosched() // those accepted last have not looked for their hello yet
-			if e.shares.Room.CloseIdle() || e.dropOldest(nil, 0) {
+			if e.shares.CloseIdle() || e.dropOldest(nil, 0) {
 				continue
 			}
 		}
@@ -160,7 +150,7 @@ func (e *Engine) accept(l *inherit.Listener, f *os.File) {
 			return
 		}
 		if !l.StillListens() {
-			e.failed <- l.ShutDown()
+			e.Failed <- l.ShutDown()
 			return
 		}
 		report.AcceptFailed(err)
@@ -168,40 +158,14 @@ func (e *Engine) accept(l *inherit.Listener, f *os.File) {
 	}
 }
 
-// acceptOne waits for a client and accepts it.
-func acceptOne(listener *os.File) (client int, err error) {
-	raw, err := listener.SyscallConn()
-	if err != nil {
-		return -1, os.ErrClosed
-	}
-	closed := raw.Read(func(fd uintptr) bool {
-		err = unix.EINTR
-		for err == unix.EINTR {
-			// Whoever shares the socket can make it blocking, as systemd does whenever it starts
-			// something with it: even between these two calls, but SO_RCVTIMEO bounds that wait.
-			if err = unix.SetNonblock(int(fd), true); err == nil {
-				client, err = accept(int(fd))
-			}
-		}
-		if err == unix.EMFILE || err == unix.ENFILE {
-			return socket.Events(int(fd)) != 0 // accept(2) says so before it looks for a client
-		}
-		return err != unix.EAGAIN
-	})
-	if closed != nil {
-		return -1, os.ErrClosed
-	}
-	return client, err
-}
-
 // serve begins to serve a client. Whatever it waits for before its relay ends at one deadline.
-func (e *Engine) serve(client *os.File) {
+func (e *Engine) serve(client *os.File, peer socket.Address) {
 	ctx, cancel := context.WithTimeout(context.Background(), limits.Hello)
-	c := &conn{engine: e, client: client, accepted: limits.Now(), cancel: cancel}
+	c := &conn{engine: e, client: client, peer: peer, accepted: limits.Now(), cancel: cancel, headed: e.front.Yes()}
 	e.counters.Accepted.Add(1)
 	e.counters.Waiting.Add(1)
 	e.mu.Lock()
-	c.queued = e.waiting.PushBack(c)
+	c.queued = e.queue.PushBack(c)
 	e.mu.Unlock()
 	e.running.Go(func() {
 		c.run(ctx)
@@ -211,11 +175,9 @@ func (e *Engine) serve(client *os.File) {
 			c.closeBackend()
 		}
 		e.mu.Lock()
-		e.leave(c)
-		e.endRelay(c)
+		e.drop(c)
 		e.mu.Unlock()
-		c.belongTo(nil)
-		e.counters.Ended.Add(1)
+		shares.Hold(&c.tenant, nil)
 	})
 }
 
@@ -250,24 +212,67 @@ func (c *conn) run(ctx context.Context) {
 	}
 }
 
-// hello reads until the server name is known. It returns all that was read, and the name, which is
-// empty if the client names no host.
+// hello reads until the server name is known. It returns all that was read, without the PROXY header
+// of a balancer, and the name, which is empty if the client names no host.
 func (c *conn) hello() (hello, name []byte, err error) {
 	var parser sni.Parser
+	var bad error // in place of a PROXY header
 	for done := false; !done && err == nil; {
 		err = c.read(c.client, sni.MaxHello-len(hello), func(b []byte) error {
 			hello = append(hello, b...)
+			if c.headed {
+				if hello, bad = c.readHeader(hello); bad != nil || c.headed {
+					return bad
+				}
+				b = hello
+			}
 			name, done, err = parser.Parse(b)
 			return err
 		})
 	}
-	switch {
+	c.address = parser.Address()
+	sent := &parser
+	if len(hello) == 0 {
+		sent = nil
+	}
+	switch _, failed := err.(unix.Errno); {
+	case bad != nil:
+		err = c.closeUnheaded(bad)
+	case c.headed && sent != nil && errors.Is(err, io.EOF):
+		err = c.closeUnheaded(report.ErrHeaderEnded)
+	case c.headed && errors.Is(err, os.ErrDeadlineExceeded):
+		err = c.closeUnheaded(report.ErrHeaderLate)
 	case errors.Is(err, io.EOF):
-		err = report.ErrEOF
+		err = report.Ended(sent)
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		err = report.ErrTimeout
+		err = report.Late(sent)
+	case failed && sent == nil: // a reset
+		c.engine.counters.Empty.Add(1)
 	}
 	return hello, name, err
+}
+
+// readHeader reads the PROXY header at the beginning of b, and takes it away once it is complete.
+func (c *conn) readHeader(b []byte) ([]byte, error) {
+	h, n, err := proxyproto.Parse(b)
+	if n > 0 {
+		c.headed = false
+		if h.Client.IsValid() {
+			c.from, c.peer = &h, socket.AddressFrom(h.Client)
+		}
+	}
+	return b[n:], err
+}
+
+// closeUnheaded is for a client without the PROXY header that it must have.
+func (c *conn) closeUnheaded(why error) error {
+	c.engine.mu.Lock()
+	waited := c.engine.leave(c)
+	c.engine.mu.Unlock()
+	if waited { // otherwise it was dropped, and that was said
+		c.engine.counters.CloseUnheaded(c.peer, why)
+	}
+	return errGone
 }
 
 // dial connects to the backend of the host with a name, or hands the connection over. At the
@@ -324,7 +329,7 @@ func (e *Engine) inTurn(ctx context.Context, key shares.Key, try func()) {
 
 // mayPass tells whether it is worth trying again.
 func mayPass(err error) bool {
-	return err == hostdir.NoRoom || err == hostdir.BacklogFull || err == hostdir.Exchanged
+	return err == hostdir.NoRoom || err == hostdir.BacklogFull || err == hostdir.Exchanged || hostdir.FindAnew(err)
 }
 
 // tryDial tries once to do so. The key is of the line to wait in.
@@ -334,31 +339,21 @@ func (c *conn) tryDial(ctx context.Context, name, hello []byte) (b hostdir.Backe
 		return b, key, err
 	}
 	t := c.engine.shares.Tenants.Of(entry)
-	c.belongTo(t)
+	shares.Hold(&c.tenant, t)
 	if t.Clogged() {
 		return b, key, report.ErrClogged
 	}
-	was := t.HasDatagram(entry.Name) // then it takes no room
-	short := false                   // the system has refused a descriptor
-	for was && !short || c.engine.shares.Room.ForRelay(c, t, short) {
-		b, err = c.lookUp(ctx, t, string(entry.Name), name)
-		if short = err == hostdir.NoRoom; short {
+	datagram := t.HasDatagram(entry.Name) // then it takes no room
+	for short := false; datagram && !short || c.engine.shares.RoomForRelay(c, t, short); short = true {
+		if b, err = c.lookUp(ctx, t, string(entry.Name), name); err == hostdir.NoRoom {
 			continue
-		}
-		if is := b.Datagram; err == nil && is != was {
-			t.SetDatagram(entry.Name, is)
-			// A relay takes room, which nobody has made if none was expected.
-			if was && !c.engine.shares.Room.ForRelay(c, t, false) {
-				t.CloseAway(c.engine.shares.Threads, b.FD)
-				break
-			}
 		}
 		if err == nil && b.Datagram {
 			err = c.handOver(b, name, hello)
 		}
 		return b, t.EntryKey(entry.Name), err
 	}
-	return b, t.Key(), hostdir.NoRoom
+	return b, t.Key, hostdir.NoRoom
 }
 
 var errGone = errors.New("the client is gone, or was dropped")
@@ -367,97 +362,71 @@ var errGone = errors.New("the client is gone, or was dropped")
 // bytes read so far. Then it is no business of the program any more.
 func (c *conn) handOver(b hostdir.Backend, name, hello []byte) error {
 	e := c.engine
-	err := errGone
-	sent := false
-	control(c.client, func(fd int) {
-		var header []byte
-		_, gone := unix.Getpeername(fd)
-		if b.Proxy > 0 && gone == nil {
-			header, gone = socket.Header(fd, b.Proxy, name)
-		}
-		if gone != nil {
-			return
-		}
-		access := e.logAll.AccessLine(limits.Now(), fd, name, b.Log)
-		first := append(header, hello...)
-		e.mu.Lock()
-		defer e.mu.Unlock()
-		if c.queued == nil { // it was dropped to make room
-			return
-		}
-		socket.SetPlain(fd)
-		if sent, err = socket.HandOver(b.FD, first, fd); !sent {
-			unix.SetNonblock(fd, true)
-			return
-		}
-		e.leave(c)
-		// The socket is the backend's as well by now. If he lets it linger, the last close waits.
-		if socket.Lingers(fd) {
-			if own, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3); err == nil {
-				c.tenant.CloseAway(e.shares.Threads, own)
+	sent, lingers, err := false, false, error(errGone)
+	// The lock comes before the use of the descriptor: whoever drops c has the lock, and closing waits
+	// for that use.
+	e.mu.Lock()
+	if c.queued != nil { // otherwise it was dropped to make room
+		socket.Control(c.client, func(fd int) {
+			if sent, err = c.handOverFD(fd, b, name, hello); sent {
+				lingers = socket.Lingers(fd)
 			}
-		}
-		e.counters.Handed.Add(1)
-		e.counters.Bytes[report.Up].Add(int64(len(hello)))
-		access.Print(report.Traffic{report.Up: int64(len(hello))}, time.Duration(limits.Now()-c.accepted), report.HandedOver)
-	})
+		})
+	}
+	e.mu.Unlock()
+	if lingers {
+		// The socket is the backend's as well by now. If he lets it linger, the last close waits.
+		c.closeAway(c.client)
+	}
 	e.shares.Sent(c.tenant, b.FD, sent)
 	return err
 }
 
-// lookUp has a thread look the host up and connect to its backend. The thread may hang, so the
-// client waits until the deadline, and what the thread finds later it closes itself.
-func (c *conn) lookUp(ctx context.Context, t *shares.Tenant, entry string, name []byte) (hostdir.Backend, error) {
-	var b hostdir.Backend
-	var found *shares.Tenant
-	var err error
-	s := c.engine.shares
-	done, givenUp := make(chan struct{}), make(chan struct{})
-	s.Threads.Start(&shares.Task{
-		Tenant: t,
-		Entry:  entry,
-		Do: func(d *hostdir.Dialer) {
-			if ctx.Err() != nil {
-				return
-			}
-			b, found, err = s.Reach(d, name)
-			select {
-			case done <- struct{}{}:
-				return
-			case <-ctx.Done():
-			}
-			switch {
-			case err != nil:
-			case b.Datagram:
-				s.Sent(found, b.FD, false)
-			default:
-				unix.Close(b.FD) // the thread has the time that this may take
-			}
-			if found != nil {
-				found.Release()
-			}
-		},
-		GiveUp: func() { close(givenUp) },
-	})
-	select {
-	case <-done:
-		if found != nil {
-			c.belongTo(found)
-		}
-		return b, err
-	case <-givenUp:
-		return hostdir.Backend{}, report.ErrLookups
-	case <-ctx.Done():
-		return hostdir.Backend{}, report.ErrLookupTimeout
+// handOverFD does so with the descriptor of the client. The caller has the engine's lock.
+func (c *conn) handOverFD(fd int, b hostdir.Backend, name, hello []byte) (sent bool, err error) {
+	e := c.engine
+	var header []byte
+	_, err = unix.Getpeername(fd)
+	if b.Proxy > 0 && err == nil {
+		header, err = socket.Header(fd, c.from, b.Proxy, name)
 	}
+	if err != nil {
+		return false, errGone
+	}
+	access := e.logAll.AccessLine(limits.Now(), c.peer, name, b.Log)
+	socket.SetPlain(fd)
+	if sent, err = socket.HandOver(b.FD, append(header, hello...), fd); !sent {
+		unix.SetNonblock(fd, true)
+		return false, err
+	}
+	e.leave(c)
+	e.counters.Handed.Add(1)
+	e.counters.Bytes[report.Up].Add(int64(len(hello)))
+	access.Print(report.Traffic{report.Up: int64(len(hello))}, time.Duration(limits.Now()-c.accepted), report.HandedOver)
+	return true, nil
 }
 
-// belongTo says whose host c is for. It takes over the use of t.
-func (c *conn) belongTo(t *shares.Tenant) {
-	if c.tenant != nil {
-		c.tenant.Release()
+// lookUp has a thread look the host up and connect to its backend. The thread may hang, so the
+// client waits until the deadline.
+func (c *conn) lookUp(ctx context.Context, t *shares.Tenant, entry string, name []byte) (hostdir.Backend, error) {
+	s := c.engine.shares
+	q := &shares.Query{Task: shares.Task{Tenant: t, Entry: entry}, Name: name}
+	done := make(chan struct{})
+	s.Ask(q, func() { close(done) })
+	select {
+	case <-done:
+	case <-ctx.Done():
+		go func() {
+			<-done
+			s.Discard(q)
+		}()
+		return hostdir.Backend{}, report.ErrLookupTimeout
 	}
-	c.tenant = t
+	if q.Owner != nil {
+		shares.Hold(&c.tenant, q.Owner)
+	}
+	s.Settle(q, c)
+	return q.Backend, q.Err
 }
 
 // refuse tells the client with an alert why it is not served, and sees to it that the alert
@@ -470,31 +439,21 @@ func (c *conn) refuse(name []byte, err error) {
 	if !waited {
 		return // it was dropped, and that was said
 	}
-	alert := report.Alert(name, err)
-	control(c.client, func(fd int) { report.Refused(fd, name, alert) })
-	e.counters.Refused[alert.Description].Add(1)
+	alert := report.Alert(name, c.address, err)
+	e.counters.Refuse(c.peer, name, alert)
 	record := alert.Description.Record()
 	c.client.SetWriteDeadline(time.Now().Add(limits.Linger))
 	if _, err := c.client.Write(record[:]); err != nil {
 		return
 	}
 	e.mu.Lock()
-	c.queued, c.refused = e.waiting.PushFront(c), true
+	c.queued, c.refused = e.queue.PushFront(c), true
 	e.mu.Unlock()
 	c.linger()
 }
 
-// Descriptors returns how many descriptors the engine has itself: pollable has one for a moment.
+// Descriptors returns how many descriptors the engine has itself: [inherit.Pollable] takes one for a moment.
 func Descriptors(int) int64 { return 1 }
-
-// Counters returns the only ones.
-func (e *Engine) Counters() report.All { return report.All{&e.counters} }
-
-// Failed gets the reason if the engine cannot go on.
-func (e *Engine) Failed() <-chan error { return e.failed }
-
-// Drained is closed when the last connection has ended after Stop.
-func (e *Engine) Drained() <-chan struct{} { return e.drained }
 
 // Stop ends accepting, and lets go of the listening sockets. It returns when that is done.
 func (e *Engine) Stop() {
@@ -503,19 +462,15 @@ func (e *Engine) Stop() {
 	}
 	go func() {
 		e.running.Wait()
-		close(e.drained)
+		close(e.Drained)
 	}()
 }
 
-// Cut ends all relays, and waits a moment for that.
+// Cut ends all relays.
 func (e *Engine) Cut() {
 	e.mu.Lock()
 	for c := range e.relays {
 		c.end(report.CutAtStop)
 	}
 	e.mu.Unlock()
-	select {
-	case <-e.drained:
-	case <-time.After(limits.Cut):
-	}
 }

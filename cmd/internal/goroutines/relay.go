@@ -21,20 +21,21 @@ import (
 func (c *conn) relay(b hostdir.Backend, name, hello []byte) {
 	var access *report.AccessLine
 	var gone error
-	closed := control(c.client, func(fd int) {
-		access = c.engine.logAll.AccessLine(limits.Now(), fd, name, b.Log)
+	closed := socket.Control(c.client, func(fd int) {
+		access = c.engine.logAll.AccessLine(limits.Now(), c.peer, name, b.Log)
 		if b.Proxy > 0 {
-			c.first, gone = socket.Header(fd, b.Proxy, name)
+			c.first, gone = socket.Header(fd, c.from, b.Proxy, name)
 		}
+		c.from = nil // as the relay may last
 	})
 	if closed != nil || gone != nil {
 		c.end(report.ResetByClient)
 	}
-	c.header = len(c.first)
+	c.header, c.proxy = len(c.first), b.Proxy
 	c.first = append(c.first, hello...)
 	var up sync.WaitGroup
 	up.Go(c.forwardUp)
-	c.forwardDown()
+	c.forwardDown(name)
 	up.Wait()
 	switch {
 	case c.lost:
@@ -59,22 +60,29 @@ func (c *conn) forwardUp() {
 		err = c.read(c.client, sni.MaxHello, up)
 	}
 	c.deaf = err == unix.EPIPE
+	if err == io.EOF {
+		c.gone.Store(true)
+	}
 	if err != io.EOF && !c.deaf {
 		c.end(report.ResetByClient)
 		return
 	}
-	shutdown(c.backend, unix.SHUT_WR)
+	socket.Shutdown(c.backend, unix.SHUT_WR)
 	c.ended[report.Up].Store(limits.Now())
 }
 
-// forwardDown sends the client what the backend sends.
-func (c *conn) forwardDown() {
+// forwardDown sends the client what the backend sends. If that is nothing, the log says so, with the
+// name.
+func (c *conn) forwardDown(name []byte) {
 	down := func(b []byte) error { return c.send(report.Down, c.client, b) }
 	var err error
 	for err == nil {
 		err = c.read(c.backend, sni.MaxHello, down)
 	}
-	if err == io.EOF && poll(c.backend)&unix.POLLHUP != 0 {
+	if c.sent[report.Down] == 0 && !c.gone.Load() {
+		report.Unanswered(c.peer, c.tenant, name, c.proxy)
+	}
+	if err == io.EOF && socket.EventsOf(c.backend)&unix.POLLHUP != 0 {
 		// The backend has closed its socket, so a write that is under way fails now. Linux tells of
 		// a reset only once: a read, or a write, or nobody if that write was done in part.
 		c.sending.Lock()
@@ -88,7 +96,7 @@ func (c *conn) forwardDown() {
 		return
 	}
 	c.ended[report.Down].Store(limits.Now())
-	shutdown(c.client, unix.SHUT_WR)
+	socket.Shutdown(c.client, unix.SHUT_WR)
 }
 
 // stallCheck is how often a client is looked at for a reset while it is not read, since its backend
@@ -118,7 +126,7 @@ func (c *conn) send(way int, to *os.File, b []byte) error {
 		switch {
 		case err == nil:
 			return nil
-		case errors.Is(err, os.ErrDeadlineExceeded) && poll(c.client)&unix.POLLERR == 0:
+		case errors.Is(err, os.ErrDeadlineExceeded) && socket.EventsOf(c.client)&unix.POLLERR == 0:
 			continue
 		case errors.Is(err, os.ErrDeadlineExceeded) || way == report.Down:
 			c.end(report.ResetByClient)
@@ -154,27 +162,36 @@ func (e *Engine) endSilent() {
 func (c *conn) end(how string) {
 	c.ending.Do(func() {
 		c.how = how
+		if how != report.ResetByBackend {
+			c.gone.Store(true)
+		}
 		if c.ended[report.Down].Load() == 0 {
-			control(c.client, func(fd int) {
+			socket.Control(c.client, func(fd int) {
 				unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1, Linger: 0})
 			})
 		}
 		c.client.Close()
-		shutdown(c.backend, unix.SHUT_RDWR) // so nobody waits for it; see closeBackend
+		socket.Shutdown(c.backend, unix.SHUT_RDWR) // so nobody waits for it; see closeBackend
 	})
 }
 
 // closeBackend closes the backend's socket, which nobody uses any more. It may hold descriptors
-// that the system could not refuse, and closing these may take any time: then another thread does
-// it.
+// that the system could not refuse.
 func (c *conn) closeBackend() {
-	e, own := c.engine, -1
-	if !e.hosts.RefusesDescriptors() && c.ended[report.Down].Load() == 0 {
-		control(c.backend, func(fd int) { own, _ = unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3) })
+	if c.engine.hosts.RefusesDescriptors() || c.ended[report.Down].Load() != 0 {
+		c.backend.Close()
+	} else {
+		c.closeAway(c.backend)
 	}
-	c.backend.Close()
+}
+
+// closeAway closes a file in another thread, as that may take any time.
+func (c *conn) closeAway(f *os.File) {
+	own := -1
+	socket.Control(f, func(fd int) { own, _ = unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3) })
+	f.Close()
 	if own >= 0 {
-		c.tenant.CloseAway(e.shares.Threads, own)
+		c.tenant.CloseAway(c.engine.shares.Threads, own)
 	}
 }
 
@@ -235,7 +252,7 @@ func (c *conn) read(from *os.File, most int, use func([]byte) error) error {
 // what the client still has to say: to close with unread input sends a reset, which can overtake
 // what was sent before.
 func (c *conn) linger() {
-	shutdown(c.client, unix.SHUT_WR)
+	socket.Shutdown(c.client, unix.SHUT_WR)
 	err := c.client.SetReadDeadline(time.Now().Add(limits.Linger))
 	for size := 0; err == nil && size < limits.LingerSize; {
 		err = c.read(c.client, sni.MaxHello, func(b []byte) error {
@@ -243,29 +260,4 @@ func (c *conn) linger() {
 			return nil
 		})
 	}
-}
-
-// shutdown ends a direction. It fails only where there is nothing left to end.
-func shutdown(f *os.File, how int) {
-	control(f, func(fd int) { unix.Shutdown(fd, how) })
-}
-
-// poll returns what poll(2) tells of a socket unasked: POLLERR after a reset, POLLHUP after the end
-// of both directions.
-func poll(f *os.File) (events int16) {
-	control(f, func(fd int) {
-		p := []unix.PollFd{{Fd: int32(fd)}}
-		unix.Poll(p, 0)
-		events = p[0].Revents
-	})
-	return events
-}
-
-// control calls do with the descriptor of a file, unless it is closed.
-func control(f *os.File, do func(fd int)) error {
-	raw, err := f.SyscallConn()
-	if err != nil {
-		return err
-	}
-	return raw.Control(func(fd uintptr) { do(int(fd)) })
 }

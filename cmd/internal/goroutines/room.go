@@ -8,13 +8,12 @@ import (
 	"sniproxy/cmd/internal/shares"
 )
 
-// leave takes c out of those that wait. It fails if c was dropped to make room. The caller has the
-// lock.
+// leave takes c out of the queue. It fails if c was dropped to make room. The caller has the lock.
 func (e *Engine) leave(c *conn) bool {
 	if c.queued == nil {
 		return false
 	}
-	e.waiting.Remove(c.queued)
+	e.queue.Remove(c.queued)
 	c.queued = nil
 	if !c.refused {
 		e.counters.Waiting.Add(-1)
@@ -22,7 +21,7 @@ func (e *Engine) leave(c *conn) bool {
 	return true
 }
 
-// beginRelay makes c, which waits, a relay. It fails if c was dropped to make room.
+// beginRelay makes c, which is queued, a relay. It fails if c was dropped to make room.
 func (c *conn) beginRelay() bool {
 	e := c.engine
 	e.mu.Lock()
@@ -32,16 +31,22 @@ func (c *conn) beginRelay() bool {
 	}
 	c.moved.Store(limits.Now())
 	e.relays[c] = struct{}{}
-	c.tenant.Relays.Add(1)
+	e.shares.CountRelays(c.tenant, 1)
 	return true
 }
 
-// endRelay takes c out of the relays. The caller has the lock.
-func (e *Engine) endRelay(c *conn) {
+// drop counts c as ended, unless that was done. The caller has the lock.
+func (e *Engine) drop(c *conn) {
+	if c.dropped {
+		return
+	}
+	c.dropped = true
+	e.leave(c)
 	if _, is := e.relays[c]; is {
 		delete(e.relays, c)
-		c.tenant.Relays.Add(-1)
+		e.shares.CountRelays(c.tenant, -1)
 	}
+	e.counters.Ended.Add(1)
 }
 
 // DropOldest makes room for c, as [shares.RoomMaker] says.
@@ -50,7 +55,7 @@ func (c *conn) DropOldest(age time.Duration) bool { return c.engine.dropOldest(c
 func (e *Engine) dropOldest(needy *conn, age time.Duration) bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	first := e.waiting.Front()
+	first := e.queue.Front()
 	if first != nil && first.Value == needy {
 		first = first.Next()
 	}
@@ -62,10 +67,10 @@ func (e *Engine) dropOldest(needy *conn, age time.Duration) bool {
 		if age > 0 && limits.Now()-oldest.accepted <= int64(age) {
 			return false
 		}
-		control(oldest.client, report.Dropped)
+		report.Dropped(oldest.peer)
 		e.counters.Dropped.Add(1)
 	}
-	e.leave(oldest)
+	e.drop(oldest)
 	oldest.cancel()
 	oldest.client.Close()
 	return true
@@ -88,23 +93,9 @@ func (c *conn) ResetSilent(rich, needy *shares.Tenant) bool {
 	if silent == nil {
 		return false
 	}
-	control(silent.client, func(fd int) { report.Reset(fd, rich) })
+	report.Reset(silent.peer, rich)
 	e.counters.Dropped.Add(1)
 	silent.end(report.ResetForRoom)
-	e.endRelay(silent)
+	e.drop(silent)
 	return true
-}
-
-// RelayDescriptors returns how many descriptors relays have.
-func (e *Engine) RelayDescriptors() int64 {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	return 2 * int64(len(e.relays))
-}
-
-// NotRelays returns how many clients have no relay.
-func (e *Engine) NotRelays() int64 {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	return int64(e.waiting.Len())
 }

@@ -1,4 +1,5 @@
-// Package inherit takes over the sockets that the program was given, and checks them.
+// Package inherit takes over the sockets that the program was given, checks them, and accepts from
+// them.
 package inherit
 
 import (

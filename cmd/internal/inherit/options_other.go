@@ -2,7 +2,11 @@
 
 package inherit
 
-import "golang.org/x/sys/unix"
+import (
+	"golang.org/x/sys/unix"
+
+	"sniproxy/cmd/internal/socket"
+)
 
 // setListenerOptions finds nothing to do: accepted sockets do not inherit options everywhere.
 func setListenerOptions(int) error { return nil }
@@ -18,6 +22,21 @@ func setClientOptions(fd int) error {
 func SetAccepted(fd int) {
 	unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
 	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
+}
+
+// accept accepts a client. No program is started that could inherit its socket meanwhile.
+func accept(listener int) (client int, from socket.Address, err error) {
+	client, sa, err := unix.Accept(listener)
+	if err != nil {
+		return -1, from, err
+	}
+	unix.CloseOnExec(client)
+	if err := unix.SetNonblock(client, true); err != nil {
+		unix.Close(client)
+		return -1, from, err
+	}
+	SetAccepted(client)
+	return client, socket.AddressOf(sa), nil
 }
 
 func dup2(from, to int) error { return unix.Dup2(from, to) }

@@ -42,9 +42,10 @@ var HalfClosed = halfClosed
 // Keepalive, which sniproxy-rs does not set, finds clients that vanished without a word: after
 // KeepaliveIdle of silence they are probed every KeepaliveInterval and given up after
 // KeepaliveCount probes. The first is long enough not to wake up sleeping phones all the time and
-// shorter than what middleboxes commonly remember a connection for.
+// shorter than what middleboxes commonly remember a connection for: the load balancers of a large
+// cloud forget it after exactly four minutes.
 const (
-	KeepaliveIdle     = 4 * time.Minute
+	KeepaliveIdle     = 3 * time.Minute
 	KeepaliveInterval = 30 * time.Second
 	KeepaliveCount    = 4
 )

@@ -1,36 +1,17 @@
 package shares
 
 import (
-	"sync/atomic"
 	"time"
 
 	"sniproxy/cmd/internal/descriptors"
 	"sniproxy/cmd/internal/limits"
 )
 
-// Room knows how many descriptors there are. Relays never take a part of them, the reserve: so
-// whoever has all others cannot keep ClientHellos from being read. When relays have all the rest,
-// somebody makes room for a new one, or its client has to wait.
-type Room struct {
-	conns   Connections
-	threads *Threads
-	tenants *Tenants
-	own     int64        // descriptors that are no connection's
-	single  bool         // one connection is served, and needs no reserve
-	limit   atomic.Int64 // of descriptors
+// Relays never take a part of the descriptors, the reserve: so whoever has all others cannot keep
+// ClientHellos from being read. When relays have all the rest, somebody makes room for a new one,
+// or its client has to wait.
 
-	senders   atomic.Int64 // sockets of senders
-	closeIdle func()       // closes those that have nothing under way
-	closed    atomic.Int64 // when that was done last, by the clock of limits
-}
-
-// Connections count what an engine has.
-type Connections interface {
-	RelayDescriptors() int64 // descriptors that relays have
-	NotRelays() int64        // connections that are no relays: those that wait, and those refused
-}
-
-// A RoomMaker can end connections: an engine, or an event loop for its own.
+// A RoomMaker is the connection that room is for. It can end others.
 type RoomMaker interface {
 	// DropOldest drops a client that was refused, or else the one that has waited longest, if it
 	// has waited longer than age. It does not drop the client that the room is for. It reports
@@ -41,42 +22,46 @@ type RoomMaker interface {
 	ResetSilent(rich, needy *Tenant) bool
 }
 
-func newRoom(own int64, single bool, conns Connections, threads *Threads, tenants *Tenants) *Room {
-	r := &Room{conns: conns, threads: threads, tenants: tenants, own: own, single: single}
-	r.limit.Store(descriptors.Limit())
-	return r
+// used returns how many descriptors are in use, or may be at any moment, and how many connections
+// are no relays: those that wait, and those refused.
+func (s *Shares) used() (descriptors, notRelays int64) {
+	relays := s.relays.Load()
+	notRelays = s.counters.Open() - relays
+	return s.own + s.senders.Load() + s.Threads.descriptors() + 2*relays + notRelays, notRelays
 }
 
 // fits tells whether one of the clients that wait can have a relay, which takes two descriptors.
-func (r *Room) fits() bool {
+func (s *Shares) fits() bool {
+	used, notRelays := s.used()
 	within := func(limit int64) bool {
-		reserve := r.reserve(limit)
-		others := max(0, r.conns.NotRelays()-1-reserve)
-		return r.own+r.senders.Load()+r.threads.descriptors()+r.conns.RelayDescriptors()+others+2 <= limit-reserve
+		reserve := s.reserve(limit)
+		// The reserve is for those that wait. One of them is to have a relay.
+		return used-min(notRelays, reserve+1)+2 <= limit-reserve
 	}
-	if within(r.limit.Load()) {
+	if within(s.limit.Load()) {
 		return true
 	}
-	r.limit.Store(descriptors.Limit()) // somebody may have raised it
-	return within(r.limit.Load())
+	s.limit.Store(descriptors.Limit()) // somebody may have raised it
+	return within(s.limit.Load())
 }
 
-// ForRelay makes room for a relay to a host of needy, unless there is some. If short, the system
+// RoomForRelay makes room for a relay to a host of needy, unless there is some. If short, the system
 // has just refused a descriptor, whatever the numbers say. It reports whether there is room now.
 //
 // Idle sockets of senders go first. If more clients wait than the reserve holds, those that have
 // waited longest make room. Otherwise the tenant with the most relays gives up one, at most one for
 // each call: a backend that closes slowly must not cost him more.
-func (r *Room) ForRelay(by RoomMaker, needy *Tenant, short bool) bool {
-	for reset := false; short || !r.fits(); short = false {
-		if r.CloseIdle() {
+func (s *Shares) RoomForRelay(by RoomMaker, needy *Tenant, short bool) bool {
+	for reset := false; short || !s.fits(); short = false {
+		if s.CloseIdle() {
 			continue
 		}
-		tooMany := r.conns.NotRelays() > r.reserve(r.limit.Load())
+		_, notRelays := s.used()
+		tooMany := notRelays > s.reserve(s.limit.Load())
 		switch {
 		case tooMany && by.DropOldest(0):
 		case !tooMany && short && by.DropOldest(limits.RoomWait):
-		case !reset && by.ResetSilent(r.tenants.richest(), needy):
+		case !reset && by.ResetSilent(s.Tenants.richest(), needy):
 			reset = true
 		default:
 			return false
@@ -87,23 +72,24 @@ func (r *Room) ForRelay(by RoomMaker, needy *Tenant, short bool) bool {
 
 // CloseIdle closes idle sockets of senders, at most once in limits.Redial: while descriptors are
 // short it is called for each client. It reports whether there were any.
-func (r *Room) CloseIdle() bool {
-	before, now := r.senders.Load(), limits.Now()
-	if last := r.closed.Load(); before == 0 || now-last < int64(limits.Redial) || !r.closed.CompareAndSwap(last, now) {
+func (s *Shares) CloseIdle() bool {
+	before, now := s.senders.Load(), limits.Now()
+	if last := s.idle.Load(); before == 0 || now-last < int64(limits.Redial) || !s.idle.CompareAndSwap(last, now) {
 		return false
 	}
-	r.closeIdle()
-	return r.senders.Load() < before
+	s.sweep(0)
+	return s.senders.Load() < before
 }
 
 // Full tells whether fewer than spare descriptors are left, for anything.
-func (r *Room) Full(spare int64) bool {
-	return r.own+r.senders.Load()+r.threads.descriptors()+r.conns.RelayDescriptors()+r.conns.NotRelays()+spare > r.limit.Load()
+func (s *Shares) Full(spare int64) bool {
+	used, _ := s.used()
+	return used+spare > s.limit.Load()
 }
 
 // reserve returns how many descriptors of a limit relays never take.
-func (r *Room) reserve(limit int64) int64 {
-	if r.single {
+func (s *Shares) reserve(limit int64) int64 {
+	if s.single {
 		return 0
 	}
 	return max(limit/limits.ReserveParts, limits.ReserveLeast)

@@ -74,14 +74,14 @@ func (s *Shares) Sender(t *Tenant) (fd int, err error) {
 	// The kernel doubles what it is told.
 	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, most*datagramCharge/2)
 	w.fd.Store(int64(fd))
-	s.Room.senders.Add(1)
+	s.senders.Add(1)
 	s.sweepLater()
 	return fd, nil
 }
 
-// ConnectOnce connects a socket of its own to a datagram socket, and waits for whatever there is to
+// connectOnce connects a socket of its own to a datagram socket, and waits for whatever there is to
 // wait for. Call [Shares.Sent] when it has sent something, or will not.
-func (s *Shares) ConnectOnce(d *hostdir.Dialer, t *Tenant) (hostdir.Backend, error) {
+func (s *Shares) connectOnce(d *hostdir.Dialer, t *Tenant) (hostdir.Backend, error) {
 	none := hostdir.Backend{FD: -1}
 	w := &t.sender
 	w.onceMu.Lock()
@@ -95,7 +95,7 @@ func (s *Shares) ConnectOnce(d *hostdir.Dialer, t *Tenant) (hostdir.Backend, err
 	if full {
 		return none, hostdir.BacklogFull
 	}
-	s.Room.senders.Add(1)
+	s.senders.Add(1)
 	fd, err := hostdir.NewDatagram()
 	if err != nil {
 		s.giveBack(w)
@@ -109,15 +109,15 @@ func (s *Shares) ConnectOnce(d *hostdir.Dialer, t *Tenant) (hostdir.Backend, err
 	return b, err
 }
 
-// giveBack undoes what ConnectOnce has taken.
+// giveBack undoes what connectOnce has taken.
 func (s *Shares) giveBack(w *sender) {
 	w.onceMu.Lock()
 	w.taken--
 	w.onceMu.Unlock()
-	s.Room.senders.Add(-1)
+	s.senders.Add(-1)
 }
 
-// Sent gives back a socket of [Shares.Sender] or [Shares.ConnectOnce], with which a datagram was
+// Sent gives back a socket of [Shares.Sender] or [Shares.Connect], with which a datagram was
 // sent or not.
 func (s *Shares) Sent(t *Tenant, fd int, sent bool) {
 	w := &t.sender
@@ -144,7 +144,7 @@ func (s *Shares) closeReceived(w *sender) {
 		}
 		unix.Close(fd)
 		w.taken--
-		s.Room.senders.Add(-1)
+		s.senders.Add(-1)
 		return true
 	})
 }
@@ -155,7 +155,7 @@ func (s *Shares) sweepLater() {
 		time.AfterFunc(senderIdle, func() {
 			s.sweeping.Store(false)
 			s.sweep(senderIdle)
-			if s.Room.senders.Load() > 0 {
+			if s.senders.Load() > 0 {
 				s.sweepLater()
 			}
 		})
@@ -175,7 +175,7 @@ func (s *Shares) sweep(idle time.Duration) {
 		if fd := int(w.fd.Load()); fd != 0 && limits.Now()-w.used >= int64(idle) && !underWay(fd) {
 			w.fd.Store(0)
 			unix.Close(fd)
-			s.Room.senders.Add(-1)
+			s.senders.Add(-1)
 		}
 		w.mu.Unlock()
 	}

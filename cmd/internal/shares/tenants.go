@@ -14,19 +14,16 @@ import (
 // A Tenant is the owner of entries in the hosts directory. Each entry of root, or of the owner of
 // the hosts directory, is a tenant by itself.
 type Tenant struct {
-	uid   uint32 // 0 where entry is set
-	entry string // empty for a user, who has all his entries together
-
-	Relays atomic.Int64
+	Key
+	relays atomic.Int64
 	users  atomic.Int64 // connections and look-ups that hold this
 
 	hung      atomic.Int64 // threads that were left behind with a look-up
 	untrusted atomic.Int64 // until when he is not trusted, by the clock of limits
 
 	// What threads do for him, under their lock.
-	tasks   tally
-	entries map[string]*entryTasks
-	waiting []*entryTasks // those with tasks that wait
+	tasks   group
+	entries map[string]*group // nil before his first task
 
 	closing   closing
 	sender    sender
@@ -47,30 +44,32 @@ func (t *Tenant) String() string {
 	if t.entry != "" {
 		return "the entry " + t.entry
 	}
-	return fmt.Sprintf("uid %d", t.uid)
+	return fmt.Sprintf("uid %d", t.User)
 }
 
 // A Key tells tenants, or entries of tenants, apart.
 type Key struct {
-	uid   uint32
-	entry string
+	User  uint32 // the owner of the entries, 0 where each entry is a tenant by itself
+	entry string // empty for a user, who has all his entries together
 }
 
-// Key returns the key of the tenant.
-func (t *Tenant) Key() Key { return Key{t.uid, t.entry} }
-
-// User returns the owner of the entries, 0 where each entry is a tenant by itself.
-func (k Key) User() uint32 { return k.uid }
-
 // EntryKey returns the key of an entry of his.
-func (t *Tenant) EntryKey(entry []byte) Key { return Key{t.uid, string(entry)} }
+func (t *Tenant) EntryKey(entry []byte) Key { return Key{t.User, string(entry)} }
 
 // Release ends the use that [Tenants.Of] or [Tenants.Unknown] began.
 func (t *Tenant) Release() { t.users.Add(-1) }
 
+// Hold puts t, or nil, in the place of a tenant that was held there, and ends the use of that.
+func Hold(at **Tenant, t *Tenant) {
+	if *at != nil {
+		(*at).Release()
+	}
+	*at = t
+}
+
 // MayLose tells whether he must give up a relay for one of needy: if he has at least two more.
 func (t *Tenant) MayLose(needy *Tenant) bool {
-	return t != nil && t != needy && t.Relays.Load() >= needy.Relays.Load()+2
+	return t != nil && t != needy && t.relays.Load() >= needy.relays.Load()+2
 }
 
 // Tenants are all that have connections, or had some a while ago.
@@ -109,14 +108,13 @@ func (s *Tenants) get(uid uint32, entry []byte) *Tenant {
 		if len(s.all) >= s.sweep {
 			s.forget()
 		}
-		t = &Tenant{uid: uid, entry: string(entry)}
-		s.all[t.Key()] = t
+		t = &Tenant{Key: Key{uid, string(entry)}}
+		s.all[t.Key] = t
 	}
 	t.users.Add(1)
 	return t
 }
 
-// list returns all of them.
 func (s *Tenants) list() []*Tenant {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -141,7 +139,7 @@ func (s *Tenants) richest() *Tenant {
 	if now := limits.Now(); s.counted == 0 || now-s.counted >= int64(limits.Redial) {
 		s.counted, s.most = now, nil
 		for _, t := range s.all {
-			if s.most == nil || t.Relays.Load() > s.most.Relays.Load() {
+			if s.most == nil || t.relays.Load() > s.most.relays.Load() {
 				s.most = t
 			}
 		}

@@ -7,6 +7,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"sniproxy/cmd/internal/limits"
 	"sniproxy/cmd/internal/report"
 	"sniproxy/hostdir"
@@ -30,20 +32,77 @@ type Task struct {
 
 	closing bool // it closes descriptors, which are counted one by one
 
-	queue *entryTasks
+	group *group      // of its entry
 	late  *time.Timer // while it waits for its turn
 	seen  int         // how many others had ended when that was set
 }
 
-// A tally is how many tasks run, and how many have ended.
-type tally struct{ running, ended int }
+// A group is the tasks of an entry, those of a tenant, or all.
+type group struct {
+	parent  *group // nil of all
+	most    int    // tasks that may run at once
+	running int
+	ended   int
+	waiting []*group // those in it with tasks that wait, in the order of their turns
+	tasks   []*Task  // of an entry, that wait
+}
 
-// entryTasks are the tasks of an entry of a tenant.
-type entryTasks struct {
-	tenant  *Tenant
-	name    string
-	tally   tally
-	waiting []*Task
+// full returns the smallest group that g is, or is in, of which no more tasks may run. It returns
+// all if there is none.
+func (g *group) full() *group {
+	for g.running < g.most && g.parent != nil {
+		g = g.parent
+	}
+	return g
+}
+
+// count counts tasks that begin, or end if the number is negative.
+func (g *group) count(n int) {
+	for ; g != nil; g = g.parent {
+		g.running += n
+		g.ended += max(0, -n)
+	}
+}
+
+// push has a task wait.
+func (g *group) push(k *Task) {
+	first := len(g.tasks) == 0
+	g.tasks = append(g.tasks, k)
+	for ; first && g.parent != nil; g = g.parent {
+		first = len(g.parent.waiting) == 0
+		g.parent.waiting = append(g.parent.waiting, g)
+	}
+}
+
+// next returns a task that waits and may run, nil if there is none. It passes over no more groups
+// than there are tasks under way.
+func (g *group) next() *Task {
+	if g.running >= g.most {
+		return nil
+	}
+	if len(g.tasks) > 0 {
+		return g.tasks[0]
+	}
+	for _, in := range g.waiting {
+		if k := in.next(); k != nil {
+			return k
+		}
+	}
+	return nil
+}
+
+// take takes a task from those that wait. It was the turn of the groups that it is in.
+func (k *Task) take() {
+	g := k.group
+	i := slices.Index(g.tasks, k)
+	g.tasks = slices.Delete(g.tasks, i, i+1)
+	for ; g.parent != nil; g = g.parent {
+		i = slices.Index(g.parent.waiting, g)
+		g.parent.waiting = slices.Delete(g.parent.waiting, i, i+1)
+		if len(g.tasks)+len(g.waiting) > 0 {
+			g.parent.waiting = append(g.parent.waiting, g)
+		}
+	}
 }
 
 // Threads run the tasks of all tenants: so many at once for an entry, for a tenant and in all.
@@ -51,15 +110,13 @@ type entryTasks struct {
 type Threads struct {
 	hosts *hostdir.Hosts
 
-	mu      sync.Mutex
-	all     tally
-	waiting []*Tenant // those with tasks that wait
-	next    chan *Task
-	more    chan func() // those that are to get a thread of their own
+	mu   sync.Mutex
+	all  group
+	next chan *Task
+	more chan func() // those that are to get a thread of their own
 
-	idle     int // threads without a task
-	unmet    int // tasks in next for which there is no thread yet
-	starting int // threads that were asked for and have not begun
+	threads  int
+	starting int // those that were asked for and have not begun
 
 	lookups atomic.Int64 // tasks under way that are look-ups
 	behind  atomic.Int64 // threads that were left behind
@@ -70,6 +127,7 @@ type Threads struct {
 
 func newThreads(hosts *hostdir.Hosts) *Threads {
 	s := &Threads{hosts: hosts, room: roomForThreads, next: make(chan *Task, limits.Tasks), more: make(chan func(), limits.Tasks+runtime.GOMAXPROCS(0))}
+	s.all.most = limits.Tasks
 	// At the start the system has room for them, so there is always one.
 	s.starting = threadsIdle
 	for range threadsIdle {
@@ -83,159 +141,88 @@ func newThreads(hosts *hostdir.Hosts) *Threads {
 func (s *Threads) Start(k *Task) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	q := s.enter(k)
-	if s.allowed(q) {
+	s.enter(k)
+	full := k.group.full()
+	if full.running < full.most {
 		s.run(k)
 		return
 	}
-	if len(q.waiting) == 0 {
-		if len(k.Tenant.waiting) == 0 {
-			s.waiting = append(s.waiting, k.Tenant)
-		}
-		k.Tenant.waiting = append(k.Tenant.waiting, q)
-	}
-	q.waiting = append(q.waiting, k)
+	k.group.push(k)
 	if k.GiveUp != nil {
-		k.seen = s.ended(q)
+		k.seen = full.ended
 		k.late = time.AfterFunc(limits.TaskPatience, func() { s.late(k) })
 	}
 }
 
-// enter finds the queue of a task.
-func (s *Threads) enter(k *Task) *entryTasks {
-	q := k.Tenant.entries[k.Entry]
-	if q == nil {
-		if k.Tenant.entries == nil {
-			k.Tenant.entries = map[string]*entryTasks{}
-		}
-		q = &entryTasks{tenant: k.Tenant, name: k.Entry}
-		k.Tenant.entries[k.Entry] = q
+// enter finds the group of a task.
+func (s *Threads) enter(k *Task) {
+	t := k.Tenant
+	if t.entries == nil {
+		t.tasks.parent, t.tasks.most = &s.all, limits.TasksOfTenant
+		t.entries = map[string]*group{}
 	}
-	k.queue = q
-	k.Tenant.users.Add(1)
-	return q
+	if k.group = t.entries[k.Entry]; k.group == nil {
+		k.group = &group{parent: &t.tasks, most: limits.TasksOfEntry}
+		t.entries[k.Entry] = k.group
+	}
+	t.users.Add(1)
 }
 
 // leave undoes enter.
 func (s *Threads) leave(k *Task) {
-	if q := k.queue; q.tally.running == 0 && len(q.waiting) == 0 {
-		delete(k.Tenant.entries, q.name)
+	if k.group.running+len(k.group.tasks) == 0 {
+		delete(k.Tenant.entries, k.Entry)
 	}
 	k.Tenant.Release()
 }
 
-func (s *Threads) allowed(q *entryTasks) bool {
-	return s.all.running < limits.Tasks && q.tenant.tasks.running < limits.TasksOfTenant && q.tally.running < limits.TasksOfEntry
-}
-
-// ended counts the tasks that have ended, of those that the tasks in q wait for.
-func (s *Threads) ended(q *entryTasks) int {
-	switch {
-	case q.tally.running >= limits.TasksOfEntry:
-		return q.tally.ended
-	case q.tenant.tasks.running >= limits.TasksOfTenant:
-		return q.tenant.tasks.ended
-	}
-	return s.all.ended
-}
-
-// begin counts a task.
-func (s *Threads) begin(k *Task) {
-	for _, t := range []*tally{&k.queue.tally, &k.Tenant.tasks, &s.all} {
-		t.running++
-	}
+// count counts tasks that begin, or end if the number is negative.
+func (s *Threads) count(k *Task, n int) {
+	k.group.count(n)
 	if !k.closing {
-		s.lookups.Add(1)
+		s.lookups.Add(int64(n))
 	}
 }
 
 func (s *Threads) run(k *Task) {
-	s.begin(k)
+	s.count(k, 1)
 	s.next <- k // has room for all
-	if s.idle > 0 {
-		s.idle--
-		return
-	}
-	if s.unmet++; s.starting < s.unmet {
+	if s.threads+s.starting < s.tasks() {
 		s.starting++
 		s.more <- s.work
 	}
 }
 
-// end counts a task as done, and runs one that waits for that. It tells whether the calling thread
-// is needed for another.
-func (s *Threads) end(k *Task) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, t := range []*tally{&k.queue.tally, &k.Tenant.tasks, &s.all} {
-		t.running--
-		t.ended++
-	}
-	if !k.closing {
-		s.lookups.Add(-1)
-	}
+// tasks returns how many tasks threads have, or are to have.
+func (s *Threads) tasks() int { return s.all.running - int(s.behind.Load()) }
+
+// end counts a task as done, and runs one that waits for that.
+func (s *Threads) end(k *Task) {
+	s.count(k, -1)
 	s.leave(k)
-	s.runNext()
-	return s.stay()
-}
-
-// runNext runs a task that waits and is allowed now. Tenants, and each tenant's entries, take
-// turns. It passes over no more tenants, and no more entries of one, than there are tasks under
-// way.
-func (s *Threads) runNext() {
-	for i, t := range s.waiting {
-		if t.tasks.running >= limits.TasksOfTenant {
-			continue
-		}
-		for j, q := range t.waiting {
-			if !s.allowed(q) {
-				continue
-			}
-			k := q.waiting[0]
-			s.remove(k, 0)
-			if len(q.waiting) > 0 {
-				t.waiting = append(slices.Delete(t.waiting, j, j+1), q)
-			}
-			if len(t.waiting) > 0 {
-				s.waiting = append(slices.Delete(s.waiting, i, i+1), t)
-			}
-			if k.late != nil {
-				k.late.Stop()
-			}
-			s.run(k)
-			return
-		}
-	}
-}
-
-// remove takes a task from those that wait. It is the ith of its entry.
-func (s *Threads) remove(k *Task, i int) {
-	q, t := k.queue, k.Tenant
-	if q.waiting = slices.Delete(q.waiting, i, i+1); len(q.waiting) > 0 {
+	if k = s.all.next(); k == nil {
 		return
 	}
-	j := slices.Index(t.waiting, q)
-	if t.waiting = slices.Delete(t.waiting, j, j+1); len(t.waiting) > 0 {
-		return
+	k.take()
+	if k.late != nil {
+		k.late.Stop()
 	}
-	j = slices.Index(s.waiting, t)
-	s.waiting = slices.Delete(s.waiting, j, j+1)
+	s.run(k)
 }
 
 // late gives up a task that still waits for its turn, if those that it waits for are stuck.
 func (s *Threads) late(k *Task) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	i := slices.Index(k.queue.waiting, k)
-	if i < 0 {
+	if !slices.Contains(k.group.tasks, k) {
 		return
 	}
-	if ended := s.ended(k.queue); ended != k.seen {
-		k.seen = ended
+	if full := k.group.full(); full.ended != k.seen {
+		k.seen = full.ended
 		k.late.Reset(limits.TaskPatience)
 		return
 	}
-	s.remove(k, i)
+	k.take()
 	s.leave(k)
 	k.GiveUp()
 }
@@ -252,24 +239,24 @@ func (s *Threads) work() {
 	defer dialer.Close()
 	s.mu.Lock()
 	s.starting--
+	s.threads++
 	more := s.stay()
 	s.mu.Unlock()
 	for more {
 		k := <-s.next
 		k.Do(dialer)
 		dialer.Leave()
-		more = s.end(k)
+		s.mu.Lock()
+		s.end(k)
+		more = s.stay()
+		s.mu.Unlock()
 	}
 }
 
-// stay tells whether the calling thread is needed: for a task that has none yet, or as an idle one.
+// stay tells whether the calling thread is needed, for a task or as an idle one.
 func (s *Threads) stay() bool {
-	switch {
-	case s.unmet > 0:
-		s.unmet--
-	case s.idle < threadsIdle:
-		s.idle++
-	default:
+	if s.threads-s.tasks() > threadsIdle {
+		s.threads--
 		return false
 	}
 	return true
@@ -282,11 +269,11 @@ func (s *Threads) descriptors() int64 { return 2*s.lookups.Load() + s.closing.Lo
 // task.
 func (s *Threads) LeaveBehind(k *Task) {
 	k.Tenant.hung.Add(1)
-	s.behind.Add(1)
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.behind.Add(1)
 	s.enter(k)
-	s.begin(k)
+	s.count(k, 1)
 }
 
 // ComeBack counts the task of a thread that was left behind as done. Its tenant is not trusted for
@@ -294,6 +281,8 @@ func (s *Threads) LeaveBehind(k *Task) {
 func (s *Threads) ComeBack(k *Task) {
 	k.Tenant.untrusted.Store(limits.Now() + int64(limits.Distrust))
 	k.Tenant.hung.Add(-1)
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.behind.Add(-1)
 	s.end(k)
 }
@@ -325,3 +314,51 @@ func startThread(f func()) {
 	}()
 	<-started
 }
+
+// A closing has what is left to close for a tenant where close(2) may take any time, or never
+// return. His backends can pass descriptors, and a file on a file system of his own may never be
+// closed; a socket may hold such a descriptor. One thread at a time closes them.
+type closing struct {
+	mu      sync.Mutex
+	fds     []int
+	running bool
+	left    atomic.Int64
+}
+
+// CloseAway closes descriptors in another thread.
+func (t *Tenant) CloseAway(threads *Threads, fds ...int) {
+	c := &t.closing
+	c.left.Add(int64(len(fds)))
+	threads.closing.Add(int64(len(fds)))
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.fds = append(c.fds, fds...)
+	if c.running {
+		return
+	}
+	c.running = true
+	t.users.Add(1)
+	threads.Start(&Task{Tenant: t, closing: true, Do: func(*hostdir.Dialer) {
+		for t.closeSome(threads) {
+		}
+		t.Release()
+	}})
+}
+
+func (t *Tenant) closeSome(threads *Threads) bool {
+	c := &t.closing
+	c.mu.Lock()
+	fds := c.fds
+	c.fds = nil
+	c.running = len(fds) > 0
+	c.mu.Unlock()
+	for _, fd := range fds {
+		unix.Close(fd)
+		c.left.Add(-1)
+		threads.closing.Add(-1)
+	}
+	return len(fds) > 0
+}
+
+// Clogged tells whether so much is left to close for him that he gets no connection more.
+func (t *Tenant) Clogged() bool { return t.closing.left.Load() > limits.Closing }

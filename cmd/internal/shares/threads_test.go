@@ -69,3 +69,31 @@ func TestThreadsPatience(t *testing.T) {
 		t.Errorf("a task for another entry was %s", got)
 	}
 }
+
+// Goal: when a thread that was left behind comes back it is not taken for one that has time: each
+// task still gets a thread.
+func TestThreadsComeBack(t *testing.T) {
+	s := threadsFor(t)
+	tenant := newTenants().Unknown([]byte("slow.example"))
+	stuck := make(chan struct{})
+	defer close(stuck)
+	begun := make(chan struct{})
+	start := func() {
+		t.Helper()
+		s.Start(&Task{Tenant: tenant, Do: func(*hostdir.Dialer) {
+			begun <- struct{}{}
+			<-stuck
+		}})
+		select {
+		case <-begun:
+		case <-time.After(30 * time.Second):
+			t.Fatal("nobody does a task")
+		}
+	}
+	start()
+	left := Task{Tenant: tenant}
+	s.LeaveBehind(&left)
+	s.ComeBack(&left)
+	start()
+	start()
+}

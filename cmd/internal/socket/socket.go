@@ -3,7 +3,9 @@
 package socket
 
 import (
+	"encoding/binary"
 	"net/netip"
+	"os"
 
 	"golang.org/x/sys/unix"
 
@@ -22,33 +24,79 @@ func AddrPort(sa unix.Sockaddr) netip.AddrPort {
 	return netip.AddrPort{}
 }
 
-// Peer returns the address of the client with the socket fd, as people read it.
-func Peer(fd int) string {
-	if sa, err := unix.Getpeername(fd); err == nil {
-		if addr := AddrPort(sa); addr.IsValid() {
-			return netip.AddrPortFrom(addr.Addr().Unmap(), addr.Port()).String()
-		}
+// An Address is that of a client: small, since it is kept for as long as the client is served. The
+// system tells it only while the client is there, and the log is to name those above all that are
+// gone. The zero Address is none.
+type Address struct {
+	ip    [16]byte // an IPv4 address is one of ::ffff:0:0/96
+	port  uint16
+	known bool
+}
+
+// AddressOf returns the address in sa.
+func AddressOf(sa unix.Sockaddr) Address { return AddressFrom(AddrPort(sa)) }
+
+// AddressFrom returns an address as it is kept.
+func AddressFrom(addr netip.AddrPort) Address {
+	return Address{addr.Addr().As16(), addr.Port(), addr.IsValid()}
+}
+
+// Address4 returns an address as accept(2) writes it.
+func Address4(sa *unix.RawSockaddrInet4) Address {
+	a := Address{port: hostOrder(sa.Port), known: true}
+	a.ip[10], a.ip[11] = 0xff, 0xff
+	copy(a.ip[12:], sa.Addr[:])
+	return a
+}
+
+// Address6 is Address4 for IPv6.
+func Address6(sa *unix.RawSockaddrInet6) Address { return Address{sa.Addr, hostOrder(sa.Port), true} }
+
+// hostOrder returns a port that is in the byte order of the network.
+func hostOrder(port uint16) uint16 {
+	var b [2]byte
+	binary.NativeEndian.PutUint16(b[:], port)
+	return binary.BigEndian.Uint16(b[:])
+}
+
+// Peer returns the address of the client with the socket fd, if it is not gone.
+func Peer(fd int) Address {
+	sa, err := unix.Getpeername(fd)
+	if err != nil {
+		return Address{}
 	}
-	return "a client that is gone"
+	return AddressOf(sa)
+}
+
+// String returns the address as people read it.
+func (a Address) String() string {
+	if !a.known {
+		return "a client that is gone"
+	}
+	return netip.AddrPortFrom(netip.AddrFrom16(a.ip).Unmap(), a.port).String()
 }
 
 // Header returns the header of a version of the PROXY protocol for the client with the socket fd,
-// at most [proxyproto.MaxV2] bytes. The name is the one that the client asked for, empty if none.
-// An error means that the client is gone.
-func Header(fd int, version uint8, name []byte) ([]byte, error) {
+// at most [proxyproto.MaxV2] bytes. The addresses are those that a balancer has sent, or those of
+// the socket if from is nil. The name is the one that the client asked for, empty if none. An error
+// means that the client is gone.
+func Header(fd int, from *proxyproto.Header, version uint8, name []byte) ([]byte, error) {
 	remote, err := unix.Getpeername(fd)
 	if err != nil {
 		return nil, err
 	}
-	local, err := unix.Getsockname(fd)
-	if err != nil {
-		return nil, err
+	if from == nil {
+		local, err := unix.Getsockname(fd)
+		if err != nil {
+			return nil, err
+		}
+		from = &proxyproto.Header{Client: AddrPort(remote), Listener: AddrPort(local)}
 	}
 	header := make([]byte, 0, proxyproto.MaxV2)
 	if version == 1 {
-		return proxyproto.AppendV1(header, AddrPort(remote), AddrPort(local)), nil
+		return proxyproto.AppendV1(header, from.Client, from.Listener), nil
 	}
-	return proxyproto.AppendV2(header, AddrPort(remote), AddrPort(local), name), nil
+	return proxyproto.AppendV2(header, from.Client, from.Listener, name), nil
 }
 
 // ControlSize is more than it takes for as many descriptors as one message can pass (253 on Linux).
@@ -72,16 +120,31 @@ func Passed(control []byte) (fds []int) {
 // HandOver sends b with a datagram socket that is connected, and with it the descriptor of a
 // client. It reports whether that was sent; the error is of package hostdir.
 func HandOver(to int, b []byte, client int) (sent bool, err error) {
-	for {
+	for wide := false; ; {
 		err := unix.Sendmsg(to, b, unix.UnixRights(client), nil, unix.MSG_DONTWAIT)
-		switch errno, _ := err.(unix.Errno); errno {
-		case 0:
+		switch errno, _ := err.(unix.Errno); {
+		case errno == 0:
 			return true, nil
-		case unix.EINTR:
+		case errno == unix.EINTR:
+		case errno == unix.EMSGSIZE && !wide:
+			wide = true
+			defer Widen(to, len(b))()
 		default:
 			return false, hostdir.SendError(errno)
 		}
 	}
+}
+
+// Widen lets a datagram socket send up to size bytes at once, although its buffer is for less, until
+// narrow is called. It still sends nothing while more than that is under way.
+func Widen(fd, size int) (narrow func()) {
+	was, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF)
+	if err != nil {
+		return func() {}
+	}
+	// Linux doubles what it is told. Elsewhere a socket sends once, so nobody needs it narrow.
+	unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, size+1024)
+	return func() { unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, was/2) }
 }
 
 // Lingers tells whether closing a socket may wait (SO_LINGER).
@@ -100,11 +163,32 @@ func SetPlain(client int) {
 }
 
 // Events returns what poll(2) tells of a socket: POLLIN if there is something to read or to accept,
-// or an end; POLLHUP of a listening socket that was shut down.
+// or an end; POLLERR after a reset; POLLHUP after the end of both directions, and of a listening
+// socket that was shut down.
 func Events(fd int) int16 {
 	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
 	if _, err := unix.Poll(p, 0); err != nil {
 		return 0
 	}
 	return p[0].Revents
+}
+
+// EventsOf is Events for a file, 0 if it is closed.
+func EventsOf(f *os.File) (events int16) {
+	Control(f, func(fd int) { events = Events(fd) })
+	return events
+}
+
+// Shutdown ends a direction of a file. It fails only where there is nothing left to end.
+func Shutdown(f *os.File, how int) {
+	Control(f, func(fd int) { unix.Shutdown(fd, how) })
+}
+
+// Control calls do with the descriptor of a file, unless it is closed.
+func Control(f *os.File, do func(fd int)) error {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	return raw.Control(func(fd uintptr) { do(int(fd)) })
 }

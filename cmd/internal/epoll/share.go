@@ -5,6 +5,8 @@ package epoll
 import (
 	"slices"
 
+	"golang.org/x/sys/unix"
+
 	"sniproxy/cmd/internal/limits"
 	"sniproxy/cmd/internal/report"
 )
@@ -53,8 +55,7 @@ func (l *loop) moveRelays() {
 func (l *loop) move(c *conn) {
 	for i := range c.sockets {
 		if errno := l.poller.remove(c.sockets[i].fd); errno != 0 {
-			c.printAccess(report.CutForMemory)
-			c.abort() // its events would be taken for those of another
+			c.abort(report.CutForMemory) // its events would be taken for those of another
 			return
 		}
 	}
@@ -63,16 +64,12 @@ func (l *loop) move(c *conn) {
 		l.turns = slices.DeleteFunc(l.turns, func(f *flow) bool { return f.conn == c })
 	}
 	l.conns.take(c)
-	l.relays.Add(-1)
-	l.next.relays.Add(1)
 	c.loop = l.next
 	if !l.next.give(func(b *inbox) {
 		b.relays = append(b.relays, c)
 		l.next.open.Add(1)
 		l.open.Add(-1)
 	}) {
-		l.relays.Add(1)
-		l.next.relays.Add(-1)
 		c.loop = l
 		l.adopt(c)
 	}
@@ -91,4 +88,36 @@ func (l *loop) adopt(c *conn) {
 			return
 		}
 	}
+}
+
+// A load is how busy a thread is.
+type load struct {
+	samples   int32
+	wall, cpu int64 // at the last sample, in nanoseconds
+}
+
+// restart begins anew, for another thread.
+func (m *load) restart(now int64) {
+	m.wall, m.cpu = now, threadTime()
+}
+
+// sample returns which part of the time since the last sample the calling thread has worked. It
+// fails if measurePeriod has not passed.
+func (m *load) sample(now int64) (busy float64, ok bool) {
+	passed := now - m.wall
+	if passed < int64(measurePeriod) {
+		return 0, false
+	}
+	cpu := threadTime()
+	busy = float64(cpu-m.cpu) / float64(passed)
+	m.wall, m.cpu = now, cpu
+	m.samples++
+	return busy, true
+}
+
+// threadTime returns the processor time of the calling thread, in nanoseconds.
+func threadTime() int64 {
+	var ts unix.Timespec
+	unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &ts)
+	return ts.Nano()
 }

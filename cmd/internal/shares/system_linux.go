@@ -69,3 +69,9 @@ func startSleeper() (pid int, errno syscall.Errno) {
 		syscall.RawSyscall(unix.SYS_EXIT_GROUP, 0, 0, 0)
 	}
 }
+
+// underWay tells whether a datagram that was sent with a socket was not received yet.
+func underWay(fd int) bool {
+	n, err := unix.IoctlGetInt(fd, unix.SIOCOUTQ)
+	return err == nil && n > 0
+}
