@@ -63,9 +63,10 @@ type bound struct {
 // the statx of the entry, a statx of the directory, an openat2 that fails, and so tells that to look
 // tls-socket up does not wait, three readlinkat for the markers, and a close of the directory before.
 // The next connection for that host makes the openat2 that fails and the readlinkat once more, with a
-// clock_gettime, a readlinkat and a statx that tell whether to rely on what they find. A loop that has nothing to do for a while leaves the directory as well, by a
-// close and an fchdir, and waits anew. How often that happens between two of these calls hangs on how
-// quick the others are, so it is counted: what else there is of these calls is exact.
+// clock_gettime, a readlinkat and a statx that tell whether to rely on what they find. A loop that has
+// nothing to do for a while leaves the directory as well, by a close and an fchdir, and waits anew. How
+// often that happens between two of these calls hangs on how quick the others are, so it is counted:
+// what else there is of these calls is exact.
 //
 // On a busy machine it happens that the acknowledgement is not there yet. Then the end of the backend
 // is passed on, by a shutdown in place of the recvfrom, and the end of the client waited for, and read.
@@ -213,7 +214,7 @@ func checkCalls(t *testing.T, table map[string]bound, first, answer []byte, prep
 	base := d.fds()
 	// One connection after the other: the next one begins when the last is forgotten and
 	// the loop waits.
-	serve := func(n int) map[string]int {
+	serve := func(n int) (calls map[string]int, relied int) {
 		for range n {
 			got, err := d.exchange(first)
 			if err != nil || !bytes.Equal(got, answer) {
@@ -222,10 +223,16 @@ func checkCalls(t *testing.T, table map[string]bound, first, answer []byte, prep
 			// A sender may be there as well.
 			hostdirtest.Await(t, "the daemon to have nothing to do", func() bool { return d.fds() <= base+1 && d.asleep() })
 		}
-		return countCalls(t, log)
+		text, err := os.ReadFile(log)
+		if err != nil {
+			t.Fatal(err)
+		}
+		// Look-ups that find out what the next ones rely on ask for a name that is too long.
+		return callsIn(text), bytes.Count(text, []byte("ENAMETOOLONG"))
 	}
-	before, reliedBefore := serve(5), countRelied(t, log)
-	after, relied := serve(conns), countRelied(t, log)-reliedBefore
+	before, reliedBefore := serve(5)
+	after, relied := serve(conns)
+	relied -= reliedBefore
 
 	late := after["shutdown"] - before["shutdown"]
 	opened := (after["openat2"] - before["openat2"] - relied) / 2
@@ -262,25 +269,19 @@ func traced(strace, log string, options ...string) setup {
 
 var callEntry = regexp.MustCompile(`(?m)^\d+ +(\w+)\((.*)$`)
 
-// countRelied counts the look-ups, in a log of strace, that found out what the next ones rely on.
-// They ask for a name that is too long.
-func countRelied(t *testing.T, log string) int {
-	t.Helper()
-	text, err := os.ReadFile(log)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return bytes.Count(text, []byte("ENAMETOOLONG"))
-}
-
-// countCalls counts the calls in a log of strace, but for those that ask for .accept-proxy, which a
-// goroutine makes once a second.
+// countCalls counts the calls in a log of strace: see callsIn.
 func countCalls(t *testing.T, log string) map[string]int {
 	t.Helper()
 	text, err := os.ReadFile(log)
 	if err != nil {
 		t.Fatal(err)
 	}
+	return callsIn(text)
+}
+
+// callsIn counts the calls in what strace has written, but for those that ask for .accept-proxy, which
+// a goroutine makes once a second.
+func callsIn(text []byte) map[string]int {
 	count := make(map[string]int)
 	for _, m := range callEntry.FindAllSubmatch(text, -1) {
 		if bytes.Contains(m[2], []byte(acceptProxy)) {

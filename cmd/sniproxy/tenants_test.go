@@ -290,7 +290,9 @@ func TestHalfClosed(t *testing.T) {
 			d.serve("greet.example", hostdirtest.Greet)
 			l := d.host("half.example")
 			base := d.fds()
+			least := testHalfClosed * 9 / 10
 			if share != "" {
+				least = testHalfClosed * 3 / 4 // loops look at different times, so one that moves is seen more often
 				_, stop := d.load("greet.example")
 				defer stop()
 			}
@@ -304,7 +306,7 @@ func TestHalfClosed(t *testing.T) {
 				watches.Go(func() {
 					begin := time.Now()
 					last, err := watch(client, backend)
-					if lived := time.Since(last); err == nil && lived < testHalfClosed*9/10 {
+					if lived := time.Since(last); err == nil && lived < least {
 						err = fmt.Errorf("ended after %v of silence", lived)
 					}
 					if err != nil {
