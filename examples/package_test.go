@@ -10,6 +10,7 @@ import (
 	"debug/macho"
 	"fmt"
 	"io"
+	"io/fs"
 	"maps"
 	"os"
 	"os/exec"
@@ -358,6 +359,30 @@ func TestPackageContents(t *testing.T) {
 		if _, ok := files["usr/share/doc/"+packageName+"/"+name]; !ok {
 			t.Errorf("the documentation lacks %s", name)
 		}
+	}
+}
+
+// Goal: all examples and manual pages agree on where the programs are, so that a package can have them
+// elsewhere.
+func TestExamplesNameLocalPrograms(t *testing.T) {
+	files := append(manuals(t), "../README.md")
+	err := filepath.WalkDir(".", func(file string, entry fs.DirEntry, err error) error {
+		if err == nil && entry.Type().IsRegular() && !strings.HasSuffix(file, "_test.go") {
+			files = append(files, file)
+		}
+		return err
+	})
+	hostdirtest.Must(t, err)
+	named := 0
+	for _, file := range files {
+		text := fileText(t, file)
+		named += strings.Count(text, "/usr/local/bin/sniproxy")
+		if strings.Contains(text, "/usr/bin/sniproxy") {
+			t.Errorf("%s has a program in /usr/bin, in place of /usr/local/bin", file)
+		}
+	}
+	if named == 0 {
+		t.Error("no file names a program")
 	}
 }
 
