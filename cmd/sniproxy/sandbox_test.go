@@ -374,7 +374,7 @@ func callNumbers(t *testing.T) map[string]uint32 {
 func serviceRoot(t *testing.T) (program, hosts string) {
 	t.Helper()
 	root := hostdirtest.Dir(t)
-	program, hosts = filepath.Join(root, "usr/bin/sniproxy"), filepath.Join(root, "srv/sniproxy")
+	program, hosts = filepath.Join(root, "usr/local/bin/sniproxy"), filepath.Join(root, "srv/sniproxy")
 	for _, dir := range []string{filepath.Dir(program), hosts, filepath.Join(root, "srv/elsewhere")} {
 		hostdirtest.Must(t, os.MkdirAll(dir, 0o755))
 	}
