@@ -505,6 +505,17 @@ func testPackageInstalls(t *testing.T) {
 	}
 	exchanges()
 
+	// A plain service with a certificate needs three commands.
+	const plain, plainUnit = "plain.example", "sniproxy-tls@plain.example.service"
+	service := startService(t)
+	shell(t, "/",
+		"install -d -m 0710 -o sniproxy-tls -g sniproxy /srv/sniproxy/"+plain,
+		"echo BACKEND=http://"+service+" >/etc/sniproxy-tls/"+plain)
+	roots := installCertificate(t, "/srv/sniproxy/"+plain, plain)
+	command(t, "systemctl", "enable", "--now", plainUnit)
+	awaitPage(t, plain, roots)
+	oldPlain := mainPID(t, plainUnit)
+
 	// Who may add hosts is the administrator's choice.
 	command(t, "chmod", "0755", "/srv/sniproxy")
 	command(t, "chgrp", "adm", "/srv/sniproxy")
@@ -516,6 +527,10 @@ func testPackageInstalls(t *testing.T) {
 	l.more(500)
 	if pid := mainPID(t, "sniproxy.service"); pid == old || !executes(pid, packaged) {
 		t.Errorf("process %d serves after the upgrade, and %d did before", pid, old)
+	}
+	awaitPage(t, plain, roots)
+	if pid := mainPID(t, plainUnit); pid == oldPlain || !executes(pid, packaged+"-tls") {
+		t.Errorf("process %d ends TLS after the upgrade, and %d did before", pid, oldPlain)
 	}
 	// With a second copy beside it, no client waits for the end of one that stays.
 	command(t, "systemctl", "start", "sniproxy-next.service")
@@ -573,6 +588,12 @@ func testPackageInstalls(t *testing.T) {
 		}
 		if got := property(t, "sniproxy.socket", "LoadState"); got != "not-found" {
 			t.Errorf("sniproxy.socket is %s after %s", got, remove)
+		}
+		if got := property(t, plainUnit, "ActiveState"); got != "inactive" {
+			t.Errorf("%s is %s after %s", plainUnit, got, remove)
+		}
+		if _, err := os.Stat("/etc/sniproxy-tls/" + plain); err != nil {
+			t.Errorf("after %s: %v", remove, err)
 		}
 		hosts("755 root adm")
 		for _, host := range []string{unitHost, unitHanded} {
