@@ -26,7 +26,7 @@ func TestInetd(t *testing.T) {
 	conf := example(t, "inetd/inetd.conf", dir,
 		"\n443 stream", "\n127.0.0.1:"+port+" stream",
 		"wait sniproxy /usr/bin/env", "wait nobody /usr/bin/env",
-		"-C /srv/sniproxy /usr/bin/sniproxy\n", "-C "+hosts+" "+daemon(t)+"\n")
+		"-C /srv/sniproxy /usr/local/bin/sniproxy\n", "-C "+hosts+" "+daemon(t)+"\n")
 	testInetd(t, exec.Command(inetd, "-i", conf), hosts, "127.0.0.1:"+port)
 }
 
@@ -40,7 +40,7 @@ func TestXinetd(t *testing.T) {
 	conf := example(t, "inetd/xinetd.conf", dir,
 		"= 443\n", "= "+port+"\n\tbind = ::ffff:127.0.0.1\n",
 		"= sniproxy\n", "= nobody\n",
-		"-C /srv/sniproxy /usr/bin/sniproxy\n", "-C "+hosts+" "+daemon(t)+"\n")
+		"-C /srv/sniproxy /usr/local/bin/sniproxy\n", "-C "+hosts+" "+daemon(t)+"\n")
 	cmd := exec.Command(xinetd, "-dontfork", "-f", conf, "-filelog", dir+"/log", "-pidfile", dir+"/pid")
 	testInetd(t, cmd, hosts, "127.0.0.1:"+port)
 }
@@ -127,7 +127,7 @@ func TestInetdNowait(t *testing.T) {
 	conf := example(t, "inetd/nowait.conf", dir,
 		"\n443 stream", "\n127.0.0.1:"+port+" stream",
 		" sniproxy /usr/bin/env", " nobody /usr/bin/env",
-		"-C /srv/sniproxy /usr/bin/sniproxy\n", "-C "+hosts+" "+daemon(t)+"\n")
+		"-C /srv/sniproxy /usr/local/bin/sniproxy\n", "-C "+hosts+" "+daemon(t)+"\n")
 	testSingle(t, exec.Command(inetd, "-i", conf), hosts, "127.0.0.1:"+port)
 }
 

@@ -21,7 +21,7 @@ func TestSystemdRedirect(t *testing.T) {
 	curl := hostdirtest.Need(t, "curl")
 	units, err := filepath.Abs("systemd")
 	hostdirtest.Must(t, err)
-	hostdirtest.InSystemd(t, "..", inside+"=1", "-f", build(t, "sniproxy-redirect")+":/usr/bin/sniproxy-redirect",
+	hostdirtest.InSystemd(t, "..", inside+"=1", "-f", build(t, "sniproxy-redirect")+":/usr/local/bin/sniproxy-redirect",
 		"-f", curl+":/usr/bin/curl", units)
 }
 
@@ -40,7 +40,7 @@ func testRedirectUnits(t *testing.T) {
 	}
 	follow()
 	pid := mainPID(t, service)
-	const want = "/run /run/systemd /run/systemd/incoming /usr /usr/bin /usr/bin/sniproxy-redirect"
+	const want = "/run /run/systemd /run/systemd/incoming /usr /usr/local /usr/local/bin /usr/local/bin/sniproxy-redirect"
 	if got := visible(t, pid, ""); got != want {
 		t.Errorf("the service sees %s, want %s", got, want)
 	}

@@ -41,7 +41,7 @@ func startS6(t *testing.T) *s6Service {
 		"\nroot=/srv/sniproxy\n", "\nroot="+root+"\n",
 		"\nuser=sniproxy\n", "\nuser=nobody\n",
 		"\naddress=:443\n", "\naddress=127.0.0.1:"+port+"\n",
-		"\nexec /usr/bin/sniproxy-listen ", "\nexec "+build(t, "sniproxy-listen")+" ")
+		"\nexec /usr/local/bin/sniproxy-listen ", "\nexec "+build(t, "sniproxy-listen")+" ")
 	example(t, "s6/notification-fd", s.dir)
 	s.supervise = exec.Command("s6-supervise", s.dir)
 	start(t, s.supervise)

@@ -66,7 +66,7 @@ func installed(t *testing.T) (args []string) {
 }
 
 const (
-	binary   = "/usr/bin/sniproxy"
+	binary   = "/usr/local/bin/sniproxy"
 	unitAddr = "127.0.0.1:443" // of the tests' own network
 	unitHost = "a.example"
 
@@ -137,7 +137,7 @@ func testUnitsStartAndStop(t *testing.T) {
 	}
 	pid := mainPID(t, "sniproxy.service")
 	// systemd leaves the empty directory incoming in every root that it makes.
-	const want = "/run /run/systemd /run/systemd/incoming /srv /srv/sniproxy /usr /usr/bin /usr/bin/sniproxy"
+	const want = "/run /run/systemd /run/systemd/incoming /srv /srv/sniproxy /usr /usr/local /usr/local/bin /usr/local/bin/sniproxy"
 	if got := visible(t, pid, "/srv/sniproxy"); got != want {
 		t.Errorf("the service sees %s, want %s", got, want)
 	}
@@ -463,7 +463,7 @@ func TestCheckService(t *testing.T) {
 		if !ok {
 			t.Fatalf("%s has no sandbox", file)
 		}
-		text = strings.NewReplacer("/usr/bin/sniproxy-check /srv/sniproxy /etc/passwd /etc/group\n", "/usr/bin/sniproxy /srv/sniproxy\n",
+		text = strings.NewReplacer("/usr/local/bin/sniproxy-check /srv/sniproxy /etc/passwd /etc/group\n", "/usr/local/bin/sniproxy /srv/sniproxy\n",
 			"AF_UNIX AF_INET\n", "AF_UNIX\n", "UMask=0022", "UMask=0077").Replace(text)
 		return slices.DeleteFunc(strings.Split(text, "\n"), func(line string) bool { return line == "" || line[0] == '#' })
 	}

@@ -377,10 +377,11 @@ func clockAfter(t unix.StatxTimestamp) bool {
 	if err := unix.ClockGettime(unix.CLOCK_REALTIME_COARSE, &now); err != nil {
 		return false
 	}
+	sec, nsec := now.Unix() // its fields have 32 bits on some processors
 	if t.Nsec == 0 {
-		return now.Sec > t.Sec
+		return sec > t.Sec
 	}
-	return now.Sec > t.Sec || now.Sec == t.Sec && now.Nsec > int64(t.Nsec)
+	return sec > t.Sec || sec == t.Sec && nsec > int64(t.Nsec)
 }
 
 // rely has later look-ups of this directory rely on the markers that were found, and on tls-socket

@@ -135,7 +135,7 @@ var sandboxTrials = []struct {
 	{"/dev", unix.ENOENT, tryStat("/dev")},
 	{"/proc", unix.ENOENT, tryStat("/proc")},
 	{"/sys", unix.ENOENT, tryStat("/sys")},
-	{"the program", 0, tryStat("/usr/bin/sniproxy")},
+	{"the program", 0, tryStat("/usr/local/bin/sniproxy")},
 	{"writing", unix.EACCES, func() unix.Errno { return errnoOf(unix.Mkdir("new.example", 0o755)) }},
 }
 
@@ -214,7 +214,7 @@ func TestSandboxSystemd(t *testing.T) {
 	}
 	dropIn := filepath.Join(t.TempDir(), "sniproxy.service.d")
 	hostdirtest.Must(t, errors.Join(os.Mkdir(dropIn, 0o755), os.WriteFile(filepath.Join(dropIn, "sandbox.conf"), []byte(sandboxDropIn), 0o644)))
-	hostdirtest.InSystemd(t, "../..", insideSystemd+"=1", "-f", program+":/usr/bin/sniproxy", units, dropIn)
+	hostdirtest.InSystemd(t, "../..", insideSystemd+"=1", "-f", program+":/usr/local/bin/sniproxy", units, dropIn)
 }
 
 func testSandboxInside(t *testing.T) {
@@ -257,19 +257,19 @@ const exampleService = "../../examples/systemd/sniproxy.service"
 // sandbox has them. What takes mounts and a network of its own to apply, the tests with the
 // real systemd have.
 var sandboxSettings = []string{
-	"TemporaryFileSystem=/:ro",                          // chroot(2), to what an ordinary user cannot write
-	"BindReadOnlyPaths=/usr/bin/sniproxy /srv/sniproxy", // serviceRoot
-	"PrivateNetwork=yes",                                // with systemd only
-	"RestrictAddressFamilies=AF_UNIX",                   // sandboxRules
-	"CapabilityBoundingSet=",                            // PR_CAPBSET_DROP
-	"NoNewPrivileges=yes",                               // PR_SET_NO_NEW_PRIVS
-	"MemoryDenyWriteExecute=yes",                        // sandboxRules
-	"LockPersonality=yes",                               // sandboxRules
-	"RestrictNamespaces=yes",                            // sandboxRules, and sandboxUnseen
-	"RestrictRealtime=yes",                              // of @resources, which are forbidden
-	"SystemCallArchitectures=native",                    // filter
-	"SystemCallErrorNumber=EPERM",                       // death
-	"UMask=0077",                                        // umask(2)
+	"TemporaryFileSystem=/:ro",                                // chroot(2), to what an ordinary user cannot write
+	"BindReadOnlyPaths=/usr/local/bin/sniproxy /srv/sniproxy", // serviceRoot
+	"PrivateNetwork=yes",                                      // with systemd only
+	"RestrictAddressFamilies=AF_UNIX",                         // sandboxRules
+	"CapabilityBoundingSet=",                                  // PR_CAPBSET_DROP
+	"NoNewPrivileges=yes",                                     // PR_SET_NO_NEW_PRIVS
+	"MemoryDenyWriteExecute=yes",                              // sandboxRules
+	"LockPersonality=yes",                                     // sandboxRules
+	"RestrictNamespaces=yes",                                  // sandboxRules, and sandboxUnseen
+	"RestrictRealtime=yes",                                    // of @resources, which are forbidden
+	"SystemCallArchitectures=native",                          // filter
+	"SystemCallErrorNumber=EPERM",                             // death
+	"UMask=0077",                                              // umask(2)
 }
 
 // allowedCalls returns the names of the system calls that the service allows. It fails the
@@ -374,7 +374,7 @@ func callNumbers(t *testing.T) map[string]uint32 {
 func serviceRoot(t *testing.T) (program, hosts string) {
 	t.Helper()
 	root := hostdirtest.Dir(t)
-	program, hosts = filepath.Join(root, "usr/bin/sniproxy"), filepath.Join(root, "srv/sniproxy")
+	program, hosts = filepath.Join(root, "usr/local/bin/sniproxy"), filepath.Join(root, "srv/sniproxy")
 	for _, dir := range []string{filepath.Dir(program), hosts, filepath.Join(root, "srv/elsewhere")} {
 		hostdirtest.Must(t, os.MkdirAll(dir, 0o755))
 	}
@@ -457,7 +457,7 @@ func (s *sandbox) enter() error {
 	if s.Trial != nil {
 		os.Exit(int(sandboxTrials[*s.Trial].do()))
 	}
-	return unix.Exec("/usr/bin/sniproxy", append([]string{"sniproxy"}, os.Args[1:]...), nil)
+	return unix.Exec("/usr/local/bin/sniproxy", append([]string{"sniproxy"}, os.Args[1:]...), nil)
 }
 
 // sandboxRules are for calls of which only some are allowed: those whose argument, as far as
