@@ -1,5 +1,5 @@
 // Package examples_test runs the files of this directory under the programs they are written for:
-// a real systemd, inetd, xinetd and s6, and in a chroot. Where a file names a user, a port or a
+// a real systemd, inetd, xinetd and s6, and in a chroot, behind a real nginx, HAProxy or socat. Where a file names a user, a port or a
 // directory that a test cannot have, the test replaces just that.
 package examples_test
 
@@ -195,12 +195,17 @@ type load struct {
 }
 
 func startLoad(t *testing.T, addr string, hello []byte) *load {
+	return startLoadOf(t, func() error { return exchange(addr, hello) })
+}
+
+// startLoadOf is startLoad for clients of another kind.
+func startLoadOf(t *testing.T, client func() error) *load {
 	l := &load{t: t, failed: make(chan error, 1)}
 	t.Cleanup(func() { l.ended.Store(true) })
 	for range 8 {
 		l.wg.Go(func() {
 			for !l.ended.Load() {
-				if err := exchange(addr, hello); err != nil {
+				if err := client(); err != nil {
 					select {
 					case l.failed <- err:
 					default:
