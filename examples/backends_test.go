@@ -72,24 +72,32 @@ func startProxy(t *testing.T, hosts string) (addr string) {
 	return l.Addr().String()
 }
 
-// makeCertificate makes a certificate for one.example, which signs itself.
-func (s *backendSite) makeCertificate() {
-	s.t.Helper()
+// certificate returns a certificate for names, which signs itself.
+func certificate(t *testing.T, names ...string) tls.Certificate {
+	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	hostdirtest.Must(s.t, err)
+	hostdirtest.Must(t, err)
 	template := &x509.Certificate{
 		SerialNumber: big.NewInt(1),
-		DNSNames:     []string{"one.example"},
+		DNSNames:     names,
 		NotBefore:    time.Now().Add(-time.Hour),
 		NotAfter:     time.Now().Add(time.Hour),
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	hostdirtest.Must(s.t, err)
+	hostdirtest.Must(t, err)
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
+}
+
+// makeCertificate makes a certificate for one.example, which signs itself.
+func (s *backendSite) makeCertificate() {
+	s.t.Helper()
+	made := certificate(s.t, "one.example")
+	der := made.Certificate[0]
 	cert, err := x509.ParseCertificate(der)
 	hostdirtest.Must(s.t, err)
 	s.pool = x509.NewCertPool()
 	s.pool.AddCert(cert)
-	secret, err := x509.MarshalPKCS8PrivateKey(key)
+	secret, err := x509.MarshalPKCS8PrivateKey(made.PrivateKey)
 	hostdirtest.Must(s.t, err)
 	chainPEM := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
 	keyPEM := pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: secret})
@@ -297,6 +305,17 @@ func (s *backendSite) expect(withClient bool) {
 	if err != nil || got != want {
 		s.t.Errorf("the page is %q, error %v; want %q", got, err, want)
 	}
+	if line, ok := s.check(); !ok || !strings.Contains(line, "with a certificate for one.example until ") {
+		s.t.Errorf("sniproxy-check -t says %q", line)
+	}
+}
+
+// check returns what sniproxy-check -t says of the host, and whether it is ok.
+func (s *backendSite) check() (line string, ok bool) {
+	s.t.Helper()
+	cmd := exec.Command(build(s.t, "sniproxy-check"), "-t", "-u", fmt.Sprint(os.Geteuid()), filepath.Dir(s.dir), "one.example")
+	line, _, status := hostdirtest.Run(s.t, cmd)
+	return line, strings.HasPrefix(line, "one.example: ok") && status == 0
 }
 
 // expectFailure fails the test if the backend serves a client without a PROXY header.
@@ -304,6 +323,9 @@ func (s *backendSite) expectFailure() {
 	s.t.Helper()
 	if got, _, err := s.page(); err == nil {
 		s.t.Errorf("without a marker the page is %q; want none, since the backend wants a header", got)
+	}
+	if line, ok := s.check(); ok || !strings.HasPrefix(line, "one.example: the backend expects a PROXY header of version ") {
+		s.t.Errorf("without a marker sniproxy-check -t says %q", line)
 	}
 }
 

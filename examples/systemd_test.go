@@ -1,8 +1,10 @@
 package examples_test
 
 import (
+	"crypto/tls"
 	"io"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"sniproxy/hostdir/backend"
 	"sniproxy/hostdir/hostdirtest"
 	"sniproxy/sni/snitest"
 )
@@ -31,6 +34,7 @@ func TestSystemd(t *testing.T) {
 		t.Run("upgrades", testUnitsUpgrades)
 		t.Run("kill", testUnitsKill)
 		t.Run("several sockets", testUnitsSeveral)
+		t.Run("check", testUnitsCheck)
 		return
 	}
 	t.Parallel()
@@ -41,7 +45,7 @@ func TestSystemd(t *testing.T) {
 	dropIn := func(file string) string {
 		return filepath.Join(units, "several", file) + ":" + severalDir + file + ":644"
 	}
-	hostdirtest.InSystemd(t, "..", inside+"=1", "-f", daemon(t)+":"+binary, "-f", dropIn("socket.conf"), "-f", dropIn("service.conf"), units)
+	hostdirtest.InSystemd(t, "..", inside+"=1", "-f", daemon(t)+":"+binary, "-f", build(t, "sniproxy-check")+":"+binary+"-check", "-f", dropIn("socket.conf"), "-f", dropIn("service.conf"), units)
 }
 
 const (
@@ -362,6 +366,116 @@ func testUnitsAccept(t *testing.T) {
 	out, err := exec.Command("journalctl", "--no-pager", "--output=cat", "--unit=sniproxy-accept@*").Output()
 	if err != nil || strings.Contains(string(out), "Failed with result") {
 		t.Errorf("a service has failed: %v\n%.2000s", err, out)
+	}
+}
+
+// Goal: sniproxy-check.service tells of each host what sniproxy does in its sandbox, also with a
+// drop-in, which is made once for both; makes handshakes, also with backends that are handed their
+// connections; and leaves a report that everybody may read and only root may exchange. A host that
+// cannot be served is no failure of the service.
+func testUnitsCheck(t *testing.T) {
+	const hosts, units = "/srv/sniproxy/", "/etc/systemd/system/"
+	hello := startUnits(t)
+	const dropIns = units + "sniproxy.service.d"
+	t.Cleanup(func() {
+		os.RemoveAll(dropIns)
+		os.RemoveAll(units + "sniproxy-.service.d")
+		command(t, "systemctl", "daemon-reload")
+	})
+	// As sniproxy.socket says.
+	command(t, "mkdir", "-p", units+"sniproxy-.service.d")
+	command(t, "ln", "-sf", "../sniproxy.service.d/override.conf", units+"sniproxy-.service.d/")
+	command(t, "systemctl", "daemon-reload")
+
+	cert := certificate(t, "tls.example", "taken.example", "outside.example")
+	config := &tls.Config{Certificates: []tls.Certificate{cert}}
+	for _, dir := range []string{hosts + "tls.example", hosts + "closed.example", "/run/backends/outside"} {
+		hostdirtest.Serve(t, dir, func(c *net.UnixConn) { tls.Server(c, config).Handshake() })
+		t.Cleanup(func() { os.RemoveAll(dir) })
+	}
+	hostdirtest.Must(t, os.Chmod(hosts+"closed.example", 0o700))
+	hostdirtest.Must(t, os.Symlink("/run/backends/outside", hosts+"outside.example"))
+	t.Cleanup(func() { os.Remove(hosts + "outside.example") })
+	hostdirtest.Must(t, os.Mkdir(hosts+"taken.example", 0o755))
+	t.Cleanup(func() { os.RemoveAll(hosts + "taken.example") })
+	l, err := backend.Listen(hosts + "taken.example")
+	hostdirtest.Must(t, err)
+	go http.Serve(tls.NewListener(l, config), http.NotFoundHandler())
+	t.Cleanup(func() { l.Close() })
+
+	uid := strings.TrimSpace(command(t, "id", "-u", "sniproxy"))
+	report := func(want map[string]string) {
+		t.Helper()
+		command(t, "systemctl", "start", "sniproxy-check.service")
+		for name, value := range map[string]string{"ActiveState": "inactive", "Result": "success"} {
+			if got := property(t, "sniproxy-check.service", name); got != value {
+				t.Errorf("sniproxy-check.service has %s=%s, want %s", name, got, value)
+			}
+		}
+		text := command(t, "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "cat", "/run/sniproxy/check")
+		for name, begins := range want {
+			if !strings.Contains("\n"+text, "\n"+name+": "+begins) {
+				t.Errorf("the report has no line %s: %s, but\n%s", name, begins, text)
+			}
+		}
+		if n := strings.Count(text, "\n") + 1; n != len(want) {
+			t.Errorf("the report has %d lines, want %d:\n%s", n, len(want), text)
+		}
+		if got := command(t, "stat", "-c", "%U %a", "/run/sniproxy", "/run/sniproxy/check"); got != "root 755\nroot 644" {
+			t.Errorf("owners and modes of the report: %q", got)
+		}
+	}
+	const certified = "TLS 1.3, with a certificate for tls.example, taken.example, outside.example until "
+	want := map[string]string{
+		unitHost:          "no handshake can be made: ", // the backend sends back what it gets
+		unitHanded:        "no handshake can be made: ",
+		"tls.example":     "ok; " + certified,
+		"taken.example":   "ok, handed over; " + certified,
+		"closed.example":  "permission denied for uid " + uid + ": x is missing on the directory closed.example (mode 0700, uid 0): ",
+		"outside.example": "no directory: the symlink leads nowhere, there is no /run/backends",
+	}
+	report(want)
+	outside := snitest.Hello("outside.example")
+	if err := exchange(unitAddr, outside); err == nil {
+		t.Error("sniproxy serves what its sandbox does not show")
+	}
+	command(t, "mkdir", "-p", dropIns)
+	hostdirtest.Must(t, os.WriteFile(dropIns+"/override.conf", []byte("[Service]\nBindReadOnlyPaths=/run/backends\n"), 0o644))
+	command(t, "systemctl", "daemon-reload")
+	command(t, "systemctl", "restart", "sniproxy.service")
+	hostdirtest.Must(t, exchange(unitAddr, hello))
+	want["outside.example"] = "ok; " + certified
+	report(want)
+	for _, unit := range []string{"sniproxy.service", "sniproxy-next.service", "sniproxy-check.service"} {
+		if got := property(t, unit, "BindReadOnlyPaths"); !strings.Contains(got, "/run/backends") {
+			t.Errorf("%s shows %s", unit, got)
+		}
+	}
+	command(t, "systemctl", "start", "sniproxy-check.timer")
+	t.Cleanup(func() { command(t, "systemctl", "stop", "sniproxy-check.timer") })
+	if got := property(t, "sniproxy-check.timer", "Triggers"); got != "sniproxy-check.service" {
+		t.Errorf("the timer triggers %s", got)
+	}
+	for _, name := range []string{"NextElapseUSecRealtime", "NextElapseUSecMonotonic"} {
+		if got := property(t, "sniproxy-check.timer", name); got == "" || got == "0" || got == "infinity" {
+			t.Errorf("the timer has %s=%s", name, got)
+		}
+	}
+}
+
+// Goal: sniproxy-check.service has the sandbox of sniproxy.service, but for what it needs besides.
+func TestCheckService(t *testing.T) {
+	sandbox := func(file string) []string {
+		_, text, ok := strings.Cut(fileText(t, file), "\nTemporaryFileSystem=")
+		if !ok {
+			t.Fatalf("%s has no sandbox", file)
+		}
+		text = strings.NewReplacer("/usr/bin/sniproxy-check /srv/sniproxy /etc/passwd /etc/group\n", "/usr/bin/sniproxy /srv/sniproxy\n",
+			"AF_UNIX AF_INET\n", "AF_UNIX\n", "UMask=0022", "UMask=0077").Replace(text)
+		return slices.DeleteFunc(strings.Split(text, "\n"), func(line string) bool { return line == "" || line[0] == '#' })
+	}
+	if proxy, check := sandbox("systemd/sniproxy.service"), sandbox("systemd/sniproxy-check.service"); !slices.Equal(proxy, check) {
+		t.Errorf("sniproxy.service:\n%q\nsniproxy-check.service:\n%q", proxy, check)
 	}
 }
 

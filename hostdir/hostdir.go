@@ -67,6 +67,15 @@ type Backend struct {
 	Log      bool  // the connection is to be logged
 }
 
+// Expects says what a backend must expect, given the version of the PROXY protocol header that it is
+// sent, 0 for none: a backend that does not agree with its markers is the most common mistake.
+func Expects(proxy uint8) string {
+	if proxy == 0 {
+		return "without send-proxy-v1 and send-proxy-v2 it must expect no PROXY header"
+	}
+	return fmt.Sprintf("with send-proxy-v%d it must expect a PROXY header of version %[1]d", proxy)
+}
+
 // Again is an error that passes: the same look-up can succeed once what it names has been dealt
 // with. Comparing with == is enough. If it never passes, its text is a reason for people.
 type Again uint8
@@ -106,8 +115,10 @@ type Problem uint8
 const (
 	NoDirectory   Problem = iota + 1 // the host has no directory
 	NoSocket                         // the directory has no tls-socket
+	Dangling                         // tls-socket is a symlink, and nothing is where it leads
 	NotPermitted                     // this process may not enter the directory or use the socket
 	NobodyListens                    // nobody listens on tls-socket
+	NotSocket                        // tls-socket is a file, a directory or the like
 	NotStream                        // tls-socket is neither a stream nor a datagram socket
 	PathTooLong                      // the path does not fit into the address of a socket
 	Other                            // another error of the system: see Errno
@@ -116,8 +127,10 @@ const (
 var problems = [...]string{
 	NoDirectory:   "no directory",
 	NoSocket:      "no tls-socket in the directory",
+	Dangling:      "tls-socket is a symlink that leads nowhere",
 	NotPermitted:  "permission denied",
 	NobodyListens: "nobody listens on tls-socket",
+	NotSocket:     "tls-socket is not a socket",
 	NotStream:     "tls-socket is neither a stream nor a datagram socket",
 	PathTooLong:   "the path of tls-socket is too long for a socket address, use hashed names",
 	Other:         "cannot connect to tls-socket",
@@ -141,7 +154,7 @@ func (e *Error) Error() string {
 	text := problems[e.Problem]
 	switch e.Problem {
 	case NotPermitted:
-		text = fmt.Sprintf("%s for uid %d", text, unix.Geteuid())
+		text = DeniedTo(uint32(unix.Geteuid()))
 	case Other:
 		text = fmt.Sprintf("%s: %v", text, e.Errno)
 	}
@@ -152,6 +165,9 @@ func (e *Error) Error() string {
 }
 
 func (e *Error) Unwrap() error { return e.Errno }
+
+// DeniedTo is the text of the error NotPermitted for a user.
+func DeniedTo(uid uint32) string { return fmt.Sprintf("%s for uid %d", problems[NotPermitted], uid) }
 
 // FindAnew reports whether the host is to be found anew after an error: see [Error].
 func FindAnew(err error) bool {
@@ -235,7 +251,6 @@ func enterError(err error) error {
 // [Datagram] is for a stream socket that was connected to something else.
 func connectError(dir string, err error) error {
 	problem := Other
-	var st unix.Stat_t
 	switch err {
 	case unix.EAGAIN:
 		return BacklogFull
@@ -243,16 +258,20 @@ func connectError(dir string, err error) error {
 		// ELOOP is a tenant's symlink that leads nowhere. For sniproxy-rs this, ENOTDIR, EPROTOTYPE
 		// and EINVAL are failures of its own (alert 80), not of the host.
 		problem = NoSocket
-		if unix.Stat(dir, &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFDIR {
+		if _, kind := kinds(dir); kind != unix.S_IFDIR {
 			problem = NoDirectory
+		} else if link, _ := kinds(dir + "/tls-socket"); link == unix.S_IFLNK {
+			problem = Dangling
 		}
-	case unix.EACCES, unix.EPERM:
+	case unix.EACCES, unix.EPERM, unix.ECONNREFUSED, unix.ENOTSOCK:
+		// Linux says ECONNREFUSED also where there is no socket, and EACCES before it looks whether
+		// there is one.
 		problem = NotPermitted
-	case unix.ECONNREFUSED, unix.ENOTSOCK:
-		// Linux says ECONNREFUSED also where there is no socket.
-		problem = NobodyListens
-		if unix.Stat(dir+"/tls-socket", &st) == nil && st.Mode&unix.S_IFMT != unix.S_IFSOCK {
-			problem = NotStream
+		if err == unix.ECONNREFUSED {
+			problem = NobodyListens
+		}
+		if _, kind := kinds(dir + "/tls-socket"); kind != 0 && kind != unix.S_IFSOCK {
+			problem = NotSocket
 		}
 	case unix.EPROTOTYPE:
 		return Datagram
@@ -264,6 +283,19 @@ func connectError(dir string, err error) error {
 		return systemError(err)
 	}
 	return &Error{Problem: problem, Errno: errno(err)}
+}
+
+// kinds returns what is at a path (S_IFDIR and the like), and what that leads to if it is a symlink.
+// They are 0 if that cannot be found out.
+func kinds(path string) (at, to uint32) {
+	var st unix.Stat_t
+	if unix.Lstat(path, &st) == nil {
+		at = uint32(st.Mode) & unix.S_IFMT
+	}
+	if unix.Stat(path, &st) == nil {
+		to = uint32(st.Mode) & unix.S_IFMT
+	}
+	return at, to
 }
 
 // NotStreamSocket is the error when tls-socket is neither a stream nor a datagram socket.

@@ -23,8 +23,10 @@ type failure int
 const (
 	noDirectory   = failure(hostdir.NoDirectory)
 	noSocket      = failure(hostdir.NoSocket)
+	dangling      = failure(hostdir.Dangling)
 	notPermitted  = failure(hostdir.NotPermitted)
 	nobodyListens = failure(hostdir.NobodyListens)
+	notSocket     = failure(hostdir.NotSocket)
 	notStream     = failure(hostdir.NotStream)
 	pathTooLong   = failure(hostdir.PathTooLong)
 
@@ -167,6 +169,7 @@ func TestDialProblems(t *testing.T) {
 		must(t, os.Symlink(dirName("loop"), dirName("loop")))
 		in("empty", func(string) error { return nil })
 		in("socket-dangling", func(path string) error { return os.Symlink("nowhere", path) })
+		in("socket-beyond", func(path string) error { return os.Symlink("../file/tls-socket", path) })
 		in("socket-loop", func(path string) error { return os.Symlink("tls-socket", path) })
 		in("regular", func(path string) error { return os.WriteFile(path, nil, 0o777) })
 		in("fifo", func(path string) error { return unix.Mkfifo(path, 0o777) })
@@ -179,11 +182,12 @@ func TestDialProblems(t *testing.T) {
 			"dangling":        noDirectory,
 			"loop":            noDirectory,
 			"empty":           noSocket,
-			"socket-dangling": noSocket,
-			"socket-loop":     noSocket,
-			"regular":         notStream,
-			"fifo":            notStream,
-			"directory":       notStream,
+			"socket-dangling": dangling,
+			"socket-beyond":   dangling,
+			"socket-loop":     dangling,
+			"regular":         notSocket,
+			"fifo":            notSocket,
+			"directory":       notSocket,
 			"bound":           nobodyListens,
 			"abandoned":       nobodyListens,
 		}
@@ -277,13 +281,15 @@ func TestDialNoRoom(t *testing.T) {
 }
 
 // Goal: directories and sockets without permission are told apart from those that do not exist, and
-// once there is permission the host is connected to.
+// once there is permission the host is connected to. A file is no socket, whoever may write to it.
 func TestDialNotPermitted(t *testing.T) {
 	chdir(t)
 	for _, name := range []string{"good", "directory", "socket"} {
 		listen(t, name, 8)
 	}
 	must(t, os.Mkdir(dirName("empty"), 0o755))
+	must(t, os.Mkdir(dirName("file"), 0o755))
+	must(t, os.WriteFile(dirName("file")+"/tls-socket", nil, 0o444))
 	closed := []string{dirName("directory"), dirName("socket") + "/tls-socket", dirName("empty")}
 	for _, path := range closed {
 		must(t, os.Chmod(path, 0))
@@ -309,6 +315,7 @@ func TestDialNotPermitted(t *testing.T) {
 		"directory": notPermitted,
 		"socket":    notPermitted,
 		"empty":     notPermitted,
+		"file":      notSocket,
 		"absent":    noDirectory,
 	})
 	for _, path := range closed {

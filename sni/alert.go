@@ -62,7 +62,15 @@ const (
 	pending answer = iota
 	found
 	nameless
+	address6 // in place of a name
+	notTLS
 	notHandshake
+	proxyHeader
+	plainHTTP
+	ssh
+	postgreSQL
+	ssl2
+	rdp
 	interleaved
 	emptyRecord
 	longRecord
@@ -78,14 +86,26 @@ const (
 	emptyName
 	longName
 	emptyLabel
-	trailingDot
 	leadingHyphen
-	badCharacter
+	brackets
+	withPort
+	url
+	asterisk
+	notASCII
+	control
+	otherCharacter
 )
 
 // The errors are variables, so that refusing allocates nothing.
 var alerts = [...]error{
+	notTLS:           Alert{UnexpectedMessage, "neither TLS nor anything else that is known here"},
 	notHandshake:     Alert{UnexpectedMessage, "first record is not a handshake"},
+	proxyHeader:      Alert{UnexpectedMessage, "a PROXY protocol header in place of TLS, which the load balancer in front must not send"},
+	plainHTTP:        Alert{UnexpectedMessage, "plain HTTP, not TLS"},
+	ssh:              Alert{UnexpectedMessage, "SSH, not TLS"},
+	postgreSQL:       Alert{UnexpectedMessage, "PostgreSQL without direct TLS (sslnegotiation=direct, since PostgreSQL 17)"},
+	ssl2:             Alert{UnexpectedMessage, "client hello in the format of SSL 2.0, which is too old"},
+	rdp:              Alert{UnexpectedMessage, "RDP, which does not begin with TLS"},
 	interleaved:      Alert{UnexpectedMessage, "another record type within the client hello"},
 	emptyRecord:      Alert{DecodeError, "empty handshake record"},
 	longRecord:       Alert{RecordOverflow, "record is longer than 2^14 bytes"},
@@ -101,7 +121,13 @@ var alerts = [...]error{
 	emptyName:        Alert{UnrecognizedName, "server name is empty"},
 	longName:         Alert{UnrecognizedName, "server name is longer than 254 bytes"},
 	emptyLabel:       Alert{UnrecognizedName, "server name has an empty label"},
-	trailingDot:      Alert{UnrecognizedName, "server name ends with a dot"},
 	leadingHyphen:    Alert{UnrecognizedName, "a label of the server name begins with a hyphen"},
-	badCharacter:     Alert{UnrecognizedName, "server name has a character other than letters, digits, '-', '_' and '.'"},
+	address6:         Alert{UnrecognizedName, "server name is an IPv6 address, which names no host"},
+	brackets:         Alert{UnrecognizedName, "server name has brackets, and is not just an IPv6 address"},
+	withPort:         Alert{UnrecognizedName, "server name has a port behind it"},
+	url:              Alert{UnrecognizedName, "server name is a URL, or has a path behind it"},
+	asterisk:         Alert{UnrecognizedName, "server name has an asterisk, which no name of a host has"},
+	notASCII:         Alert{UnrecognizedName, "server name has a character that is not ASCII: it must be in A-labels (xn--)"},
+	control:          Alert{UnrecognizedName, "server name has a space or a control character"},
+	otherCharacter:   Alert{UnrecognizedName, "server name has a character other than letters, digits, '-', '_' and '.'"},
 }

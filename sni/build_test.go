@@ -19,14 +19,21 @@ import (
 // nothing.
 func give(p *Parser, b []byte) string {
 	name, done, err := p.Parse(b)
+	if done && err == nil && len(name) == 0 && p.Address() {
+		return isAddress
+	}
 	if done && err == nil && len(name) == 0 {
 		return isNameless
 	}
 	return text(name, err)
 }
 
-// isNameless is the text of the answer that there is no name.
-const isNameless = "nameless, which is no error"
+// isNameless is the text of the answer that there is no name, isAddress that of an IPv6 address in
+// its place.
+const (
+	isNameless = "nameless, which is no error"
+	isAddress  = "an IPv6 address, which is no error"
+)
 
 // text is the result of Parse as text.
 func text(name []byte, err error) string {
@@ -183,6 +190,9 @@ func checkAgainstCryptoTLS(t *testing.T, msg []byte) {
 	}
 	canonical, err := AppendCanonical(nil, []byte(name))
 	want := []string{text(canonical, err)}
+	if err == alerts[address6] {
+		want = []string{isAddress}
+	}
 	if name == "" {
 		want = []string{isNameless}
 		body := reader{b: msg[4+versionRandom:]}

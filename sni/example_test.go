@@ -45,7 +45,7 @@ func ExampleParser_Parse() {
 		fmt.Printf("% x\n", alert.Description.Record())
 	}
 	// Output:
-	// first record is not a handshake (alert 10, unexpected_message)
+	// plain HTTP, not TLS (alert 10, unexpected_message)
 	// 15 03 03 00 02 02 0a
 }
 
@@ -83,7 +83,7 @@ func ExampleAppendCanonical() {
 	// www.example.com
 	// a_b.example
 	// server name has an empty label (alert 112, unrecognized_name)
-	// server name ends with a dot (alert 112, unrecognized_name)
+	// example.com
 }
 
 func ExampleDescription_Record() {

@@ -20,6 +20,9 @@ func FuzzParse(f *testing.F) {
 		f.Add(c.stream, c.stream, uint16(7))
 	}
 	f.Add(snitest.Records(ordinary("example.com").Bytes, 40), []byte{}, uint16(50))
+	for _, s := range signatures {
+		f.Add([]byte(s.begin), []byte{1, 2, 3}, uint16(1))
+	}
 	f.Add(snitest.Records(snitest.ClientHello{CipherSuites: MaxHello - 4}.Build().Bytes, maxRecord), []byte{}, uint16(999))
 	f.Fuzz(func(t *testing.T, stream, more []byte, size uint16) {
 		var p Parser
@@ -30,6 +33,9 @@ func FuzzParse(f *testing.F) {
 		}
 		if got == "" && len(stream) >= MaxHello {
 			t.Error("no answer after MaxHello bytes")
+		}
+		if cannot := len(stream) > 0 && stream[0] != handshake; (p.Foreign() != nil) != (cannot && got == "") {
+			t.Errorf("the answer is %q, and Foreign returns %v", got, p.Foreign())
 		}
 		if want, _, ok := strings.Cut(filepath.Base(t.Name()), "."); ok {
 			if word := answerWord(&p); word != want {
@@ -136,9 +142,16 @@ func FuzzCryptoTLS(f *testing.F) {
 }
 
 // Goal: the canonical form is canonical by the rule said another way, is its own canonical form,
-// and differs from the name in the case of ASCII letters only; and what is refused has none.
+// and differs from the name in the case of ASCII letters, and by one dot at the end, only; and what
+// is refused has none. An IPv6 address is what package net/netip takes for one.
 func FuzzCanonical(f *testing.F) {
-	for _, name := range []string{"example.com", "A_b-.EXAMPLE", "a..b", "-a", "a.", "\u212a", longest, longest + "d", ""} {
+	for _, name := range []string{
+		"example.com", "A_b-.EXAMPLE", "a..b", "-a", "a.", "a..", "\u212a", longest, longest + "d", longest + ".", "",
+		"a:1", "a:b", "*.a", "https://a/", "a b", "[a]", "a@b",
+	} {
+		f.Add([]byte(name))
+	}
+	for _, name := range ipv6Names {
 		f.Add([]byte(name))
 	}
 	f.Fuzz(func(t *testing.T, name []byte) {
@@ -148,8 +161,12 @@ func FuzzCanonical(f *testing.F) {
 				lower[i] = c | 0x20
 			}
 		}
+		checkIPv6(t, name)
+		if n := len(lower) - 1; n > 0 && lower[n] == '.' {
+			lower = lower[:n]
+		}
 		canonical, err := AppendCanonical(nil, name)
-		if want := len(name) <= MaxName && canonicalName.Match(lower); want != (err == nil) {
+		if want := len(lower) <= MaxName && canonicalName.Match(lower); want != (err == nil) {
 			t.Fatalf("%q: got %v", name, err)
 		}
 		if err != nil {

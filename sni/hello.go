@@ -21,7 +21,7 @@ type Parser struct {
 	taken  uint32 // raw bytes so far
 	answer answer
 
-	header uint8  // bytes so far of the record's header
+	header uint8  // bytes so far of the record's header, or foreign
 	record uint16 // bytes left of the record
 
 	field field
@@ -33,8 +33,8 @@ type Parser struct {
 	left  uint32 // bytes left, after the field, in the structure around it
 	after uint32 // bytes left in the extensions behind server_name
 
-	size uint8 // bytes so far of the name
-	name [MaxName]byte
+	size uint8             // bytes so far of the name, or of what is not TLS
+	name [MaxName + 1]byte // with a dot at its end
 }
 
 // Parse continues with b, the raw bytes that follow those of earlier calls. Done tells whether it has
@@ -42,7 +42,8 @@ type Parser struct {
 // names no host; or an [Alert]. From then on it returns the same, and ignores b.
 //
 // A client names no host if its complete, valid ClientHello has no extensions, no server_name
-// extension, or no host_name in that. Other readers of the same bytes find no name either, so such a
+// extension, or no host_name in that; or if its server name is an IPv6 address, see [Parser.Address].
+// Other readers of the same bytes find no name either, so such a
 // client can be served without one. A valid hello has good records and good lengths up to its end; a
 // session id, cipher suites, compression methods and a server name list within the bounds of RFC 8446
 // and RFC 6066; and at most one server_name extension. What is inside other extensions, and inside
@@ -62,16 +63,29 @@ func (p *Parser) Parse(b []byte) (name []byte, done bool, err error) {
 	switch p.answer {
 	case pending:
 		return nil, false, nil
-	case found, nameless:
+	case found, nameless, address6:
 		return p.name[:p.size], true, nil
 	default:
 		return nil, true, alerts[p.answer]
 	}
 }
 
+// Address reports whether the client has sent an IPv6 address in place of a server name, in brackets
+// or not. RFC 6066, Section 3: "Literal IPv4 and IPv6 addresses are not permitted". (An IPv4 address
+// is a canonical name.)
+func (p *Parser) Address() bool { return p.answer == address6 }
+
 // readRecords takes b apart into records and passes on their contents. RFC 8446, Section 5.1.
 func (p *Parser) readRecords(b []byte) {
 	for len(b) > 0 && p.answer == pending {
+		if p.header == foreign {
+			p.readForeign(b)
+			return
+		}
+		if p.header == 0 && b[0] != handshake && p.field == messageType {
+			p.header = foreign
+			continue
+		}
 		if p.header < recordHeader {
 			p.readHeader(b[0])
 			b = b[1:]
@@ -91,6 +105,7 @@ const (
 	recordHeader = 5       // type, version, length
 	maxRecord    = 1 << 14 // "The length MUST NOT exceed 2^14 bytes."
 	handshake    = 22      // ContentType
+	foreign      = 1 << 7  // in place of header: the first byte was not that of a record of handshake
 )
 
 // readHeader reads one byte of a record's header. The version "MUST be ignored for all purposes".
@@ -100,9 +115,6 @@ func (p *Parser) readHeader(c byte) {
 		if c != handshake {
 			// "Handshake messages MUST NOT be interleaved with other record types."
 			p.answer = interleaved
-			if p.field == messageType {
-				p.answer = notHandshake
-			}
 		}
 	case 3:
 		p.record = uint16(c) << 8
@@ -252,7 +264,7 @@ func (p *Parser) next(value uint32) {
 			p.expect(serverName, length)
 		case length > p.left:
 			p.answer = overrun
-		case length > MaxName:
+		case length > MaxName+1:
 			p.answer = longName
 		default:
 			p.field = hostName
@@ -301,6 +313,7 @@ func (p *Parser) readName(b []byte) {
 	p.size += uint8(n)
 	p.left -= uint32(n)
 	if p.left == 0 {
-		_, p.answer = appendCanonical(p.name[:0], p.name[:p.size])
+		canonical, answer := appendCanonical(p.name[:0], p.name[:p.size])
+		p.answer, p.size = answer, uint8(len(canonical))
 	}
 }

@@ -34,6 +34,12 @@ func TestName(t *testing.T) {
 		{"ordinary", ordinary("example.com"), "example.com"},
 		{"upper case", ordinary("WWW.Example.COM"), "www.example.com"},
 		{"longest", ordinary(longest), longest},
+		{"longest with a dot at its end", ordinary(longest + "."), longest},
+		{"a dot at its end", ordinary("Example.com."), "example.com"},
+		{"IPv4 address", ordinary("192.0.2.1"), "192.0.2.1"},
+		{"IPv6 address", ordinary("2001:DB8::1"), isAddress},
+		{"IPv6 address in brackets", ordinary("[::ffff:192.0.2.1]"), isAddress},
+		{"IPv6 address with a zone", ordinary("fe80::1%eth0"), isAddress},
 		{"one byte", ordinary("a"), "a"},
 		{"no session id", snitest.Named("a.example"), "a.example"},
 		// RFC 8446 allows 32 bytes; crypto/tls accepts more.
@@ -154,13 +160,14 @@ func TestMessageAlerts(t *testing.T) {
 		UnrecognizedName: {
 			named("", emptyName),
 			named(longest+"d", longName),
+			named(longest+"d.", longName),
 			named(strings.Repeat("a", 1000), longName),
 			named("a..b", emptyLabel),
 			named("..", emptyLabel),
-			named("example.com.", trailingDot),
+			named("example.com..", emptyLabel),
 			named("a.-b", leadingHyphen),
-			named("a/b", badCharacter),
-			named("a\x00b", badCharacter),
+			named("a/b", url),
+			named("a\x00b", control),
 		},
 	} {
 		for _, r := range rows {
@@ -183,10 +190,22 @@ func TestRecordAlerts(t *testing.T) {
 		want   answer
 	}{
 		UnexpectedMessage: {
-			{"HTTP", []byte("G"), notHandshake},
-			{"SSL 2.0", []byte{0x80}, notHandshake},
+			{"PROXY v1", []byte("PROXY "), proxyHeader},
+			{"PROXY v2", []byte("\r\n\r\n\x00\r\nQUIT\n"), proxyHeader},
+			{"HTTP", []byte("GET "), plainHTTP},
+			{"HTTP POST", []byte("POST "), plainHTTP},
+			{"HTTP 2", []byte("PRI * HTTP/2"), plainHTTP},
+			{"SSH", []byte("SSH-"), ssh},
+			{"PostgreSQL", []byte("\x00\x00\x00\x08\x04\xd2\x16"), postgreSQL},
+			{"PostgreSQL without encryption", []byte("\x00\x00\x00\x54\x00\x03\x00"), postgreSQL},
+			{"SSL 2.0", []byte{0x80, 0x2e, 1}, ssl2},
+			{"RDP", []byte{3, 0}, rdp},
+			{"almost PROXY", []byte("PROXI"), notTLS},
+			{"almost HTTP", []byte("GETS"), notTLS},
+			{"almost SSL 2.0", []byte{0x80, 1, 2}, notTLS},
+			{"something else", []byte("E"), notTLS},
 			{"alert first", []byte{21}, notHandshake},
-			{"zero", []byte{0}, notHandshake},
+			{"zero", []byte{0, 0, 1, 1, 1}, notTLS},
 			{"alert between", after(21), interleaved},
 			{"application data between", after(23), interleaved},
 			{"change cipher spec between", after(20), interleaved},
@@ -209,6 +228,42 @@ func TestRecordAlerts(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// Goal: what cannot be TLS, and is too short to tell what it is, is told apart from a hello that is
+// not complete.
+func TestForeign(t *testing.T) {
+	for stream, want := range map[string]error{
+		"":                 nil,
+		"\x16":             nil,
+		"\x16\x03\x01\x01": nil,
+		"G":                alerts[notTLS],
+		"PROXY":            alerts[notTLS],
+		"\r\n\r\n\x00\r\n": alerts[notTLS],
+		"GET ":             nil, // it is clear what that is
+	} {
+		var p Parser
+		p.Parse([]byte(stream))
+		if got := p.Foreign(); got != want {
+			t.Errorf("%q: got %v, want %v", stream, got, want)
+		}
+	}
+}
+
+// Goal: a signature is no longer than the constant says, and none hides another.
+func TestSignatures(t *testing.T) {
+	longest := 0
+	for i, s := range signatures {
+		longest = max(longest, len(s.begin))
+		for _, other := range signatures[i+1:] {
+			if n := common(s.begin, []byte(other.begin)); n == len(s.begin) || n == len(other.begin) {
+				t.Errorf("%q and %q begin alike", s.begin, other.begin)
+			}
+		}
+	}
+	if longest != longestSignature {
+		t.Errorf("the longest signature has %d bytes, not %d", longest, longestSignature)
 	}
 }
 
@@ -333,7 +388,7 @@ func TestLimit(t *testing.T) {
 		{name, MaxHello - 1, name},
 		{name, MaxHello, name},
 		{name, MaxHello + 1, tooLate},
-		{bad, MaxHello, alertText(t, badCharacter, UnrecognizedName)},
+		{bad, MaxHello, alertText(t, url, UnrecognizedName)},
 		{bad, MaxHello + 1, tooLate},
 	} {
 		t.Run(fmt.Sprintf("%s at %d", c.name, c.end), func(t *testing.T) {
@@ -383,7 +438,8 @@ func TestHugeClaim(t *testing.T) {
 func TestAnswerStays(t *testing.T) {
 	for _, c := range []struct{ name, want string }{
 		{"example.com", "example.com"},
-		{"example.com.", alertText(t, trailingDot, UnrecognizedName)},
+		{"example.com/", alertText(t, url, UnrecognizedName)},
+		{"[::1]", isAddress},
 	} {
 		b := snitest.Records(ordinary(c.name).Bytes, maxRecord)
 		var p Parser
@@ -450,6 +506,7 @@ func TestNoAllocation(t *testing.T) {
 		{"name", ordinary("WWW.example.com").Stream()},
 		{"bad name", ordinary("a/b").Stream()},
 		{"no name", snitest.Records(snitest.ClientHello{}.Build().Bytes, maxRecord)},
+		{"IPv6 address", ordinary("[2001:db8::1]").Stream()},
 		{"not TLS", []byte("GET / HTTP/1.1\r\n")},
 		{"many records", snitest.Records(ordinary("example.com").Bytes, 1)},
 		{"no answer yet", snitest.Records(ordinary("example.com").Bytes[:50], maxRecord)},

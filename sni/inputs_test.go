@@ -23,7 +23,7 @@ func TestFuzzInputsReachAll(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, source := range []string{"hello.go", "name.go"} {
+	for _, source := range []string{"foreign.go", "hello.go", "name.go"} {
 		if !strings.Contains(string(profile), "/"+source+":") {
 			t.Errorf("nothing of %s is in the profile\n%s", source, profile)
 		}

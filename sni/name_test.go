@@ -2,6 +2,7 @@ package sni
 
 import (
 	"errors"
+	"net/netip"
 	"regexp"
 	"strings"
 	"testing"
@@ -31,29 +32,42 @@ func TestAppendCanonical(t *testing.T) {
 
 		{name: "", reason: emptyName},
 		{name: longest + "d", reason: longName},
+		{name: "a.", want: "a"},
+		{name: "A.Example.", want: "a.example"},
+		{name: longest + ".", want: longest},
+		{name: longest + "d.", reason: longName},
 		{name: ".", reason: emptyLabel},
 		{name: "..", reason: emptyLabel},
+		{name: "a..", reason: emptyLabel},
 		{name: ".a", reason: emptyLabel},
 		{name: "a..b", reason: emptyLabel},
-		{name: "a.", reason: trailingDot},
-		{name: "A.Example.", reason: trailingDot},
 		{name: "-", reason: leadingHyphen},
 		{name: "-a.example", reason: leadingHyphen},
 		{name: "a.-b", reason: leadingHyphen},
-		{name: "/", reason: badCharacter},
+		{name: "/", reason: url},
 		{name: "../a", reason: emptyLabel},
-		{name: "a/b", reason: badCharacter},
-		{name: "a\\b", reason: badCharacter},
-		{name: "a\x00.example", reason: badCharacter},
-		{name: "a b", reason: badCharacter},
-		{name: "a\n", reason: badCharacter},
-		{name: "*.example", reason: badCharacter},
-		{name: "a:443", reason: badCharacter},
-		{name: "[::1]", reason: badCharacter},
-		{name: "@`{", reason: badCharacter}, // the neighbours of the letters
-		{name: "fa\u00df.de", reason: badCharacter},
-		{name: "\u212a.example", reason: badCharacter}, // the Kelvin sign
-		{name: "\xff.com", reason: badCharacter},
+		{name: "a/b", reason: url},
+		{name: "https://a.example/", reason: url},
+		{name: "a\\b", reason: otherCharacter},
+		{name: "a@b", reason: otherCharacter},
+		{name: "a\x00.example", reason: control},
+		{name: "a b", reason: control},
+		{name: "a\n", reason: control},
+		{name: "a\x7f", reason: control},
+		{name: "*.example", reason: asterisk},
+		{name: "a:443", reason: withPort},
+		{name: "192.0.2.1:443", reason: withPort},
+		{name: "a:b", reason: otherCharacter},
+		{name: "[::1]", reason: address6},
+		{name: "[::1].", reason: address6},
+		{name: "FE80::a%Eth0/7", reason: address6},
+		{name: "[::1]:443", reason: brackets},
+		{name: "[a.example]", reason: brackets},
+		{name: "a.example]", reason: brackets},
+		{name: "@`{", reason: otherCharacter}, // the neighbours of the letters
+		{name: "fa\u00df.de", reason: notASCII},
+		{name: "\u212a.example", reason: notASCII}, // the Kelvin sign
+		{name: "\xff.com", reason: notASCII},
 	} {
 		const before = "before:"
 		dst := []byte(before)
@@ -74,6 +88,38 @@ func TestAppendCanonical(t *testing.T) {
 	}
 }
 
+// Goal: what is an IPv6 address is decided as package net/netip does.
+func TestIsIPv6(t *testing.T) {
+	for _, name := range ipv6Names {
+		checkIPv6(t, []byte(name))
+	}
+}
+
+var ipv6Names = []string{
+	"", ":", "::", ":::", "::1", "1::", "1:", ":1", "1::2::3", "1:::2", "2001:db8::1", "2001:DB8::A",
+	"1:2:3:4:5:6:7:8", "1:2:3:4:5:6:7", "1:2:3:4:5:6:7:8:9", "1:2:3:4:5:6:7::", "::2:3:4:5:6:7:8", "1:2:3:4::5:6:7:8",
+	"::ffff:192.0.2.1", "1:2:3:4:5:6:192.0.2.1", "1:2:3:4:5:6:7:192.0.2.1", "::192.0.2", "::192.0.2.256", "::192.0.2.01",
+	"::192.0.2.1.", "::1.2.3.4:5", "192.0.2.1", "::12345", "::g", "1", "abcd", "::1%", "::1%eth0", "%", "%eth0", "fe80::1%a%b",
+	"[", "]", "[]", "[::]", "[::1", "::1]", "[[::1]]", "[::1%25eth0]", "::.", "1:2:3:4:5:6:7:8.",
+}
+
+// checkIPv6 compares isIPv6 with package net/netip.
+func checkIPv6(t *testing.T, name []byte) {
+	t.Helper()
+	s := string(name)
+	if inside, ok := strings.CutPrefix(s, "["); ok && len(s) > 2 && strings.HasSuffix(s, "]") {
+		s = inside[:len(inside)-1]
+	}
+	// netip refuses some addresses with a zone.
+	if before, zone, _ := strings.Cut(s, "%"); zone != "" {
+		s = before
+	}
+	addr, err := netip.ParseAddr(s)
+	if got, want := isIPv6(name), err == nil && addr.Is6(); got != want {
+		t.Errorf("%q is an IPv6 address: %v, want %v", name, got, want)
+	}
+}
+
 // Goal: of all single bytes, exactly those of the rule are names.
 func TestCharacters(t *testing.T) {
 	for i := range 256 {
@@ -84,6 +130,9 @@ func TestCharacters(t *testing.T) {
 			if 'A' <= c && c <= 'Z' {
 				lower[len(lower)-1] += 'a' - 'A'
 			}
+			if c == '.' && len(name) > 1 { // it comes off
+				lower = lower[:1]
+			}
 			if want := canonicalName.Match(lower); want != (err == nil) || want && string(got) != string(lower) {
 				t.Errorf("%q: got %q, %v", name, got, err)
 			}
@@ -93,8 +142,8 @@ func TestCharacters(t *testing.T) {
 
 // Goal: every error is an Alert, its text names the reason and the alert, and none quotes anything.
 func TestAlertText(t *testing.T) {
-	text := regexp.MustCompile(`^[a-z][a-zA-Z0-9 ^,'._-]* \(alert (10|22|50|80|112), [a-z_]+\)$`)
-	for _, err := range alerts[nameless+1:] {
+	text := regexp.MustCompile(`^[a-zA-Z][a-zA-Z0-9 ^,'._:()=-]* \(alert (10|22|50|80|112), [a-z_]+\)$`)
+	for _, err := range alerts[address6:] {
 		var a Alert
 		if !errors.As(err, &a) || !text.MatchString(err.Error()) {
 			t.Errorf("%#v: %v", err, err)

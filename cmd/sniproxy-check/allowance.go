@@ -22,6 +22,8 @@ type allowance struct {
 	mu  sync.Mutex
 	all int
 	of  map[uint32]int // by the owner of the entry
+
+	slow map[uint32]time.Duration // time of slow answers, less than what is counted, by the owner
 }
 
 // limit returns how long to wait for a host whose entry has this owner. 0 means to make no look-up
@@ -42,11 +44,33 @@ func (a *allowance) limit(owner uint32) time.Duration {
 func (a *allowance) spent(owner uint32) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	a.count(owner)
+}
+
+func (a *allowance) count(owner uint32) {
 	if a.of == nil {
-		a.of = map[uint32]int{}
+		a.of, a.slow = map[uint32]int{}, map[uint32]time.Duration{}
 	}
 	a.all++
 	a.of[owner]++
+}
+
+// slowAnswer is how long a handshake takes that is none of many quick ones.
+const slowAnswer = 250 * time.Millisecond
+
+// took adds up handshakes that nearly took the whole time: together they count as if some had.
+func (a *allowance) took(owner uint32, t time.Duration) {
+	if t < slowAnswer {
+		return
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.slow == nil {
+		a.of, a.slow = map[uint32]int{}, map[uint32]time.Duration{}
+	}
+	for a.slow[owner] += t; a.slow[owner] >= lookupLimit; a.slow[owner] -= lookupLimit {
+		a.count(owner)
+	}
 }
 
 // limitWords says how long the wait for a host was.

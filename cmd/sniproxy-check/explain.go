@@ -16,10 +16,10 @@ import (
 	"sniproxy/hostdir"
 )
 
-// explain returns the problem in the words of sniproxy, then why, and what to do. Entry is the
-// entry that decided, "" if there is none; passedOver are wildcards that did not count; limit is
-// how long the wait was.
-func explain(hosts *hostdir.Hosts, entry string, passedOver []string, limit time.Duration, err error) string {
+// explain returns the problem in the words of sniproxy, then why, and what to do. Name is nil if only
+// the entry is known; entry is the one that decided, "" if there is none; passedOver are wildcards
+// that did not count; limit is how long the wait was.
+func (c *checker) explain(name []byte, entry string, passedOver []string, limit time.Duration, err error) string {
 	why := ""
 	switch err {
 	case hostdir.BacklogFull:
@@ -29,7 +29,7 @@ func explain(hosts *hostdir.Hosts, entry string, passedOver []string, limit time
 	case hostdir.NoRoom:
 		why = "raise the limit (ulimit -n)"
 	default:
-		why = explainProblem(hosts, entry, passedOver, err)
+		why = c.explainProblem(name, entry, passedOver, err)
 	}
 	if why == "" {
 		return err.Error()
@@ -39,7 +39,7 @@ func explain(hosts *hostdir.Hosts, entry string, passedOver []string, limit time
 
 // explainProblem says why a host cannot be served, and what to do, "" if there is nothing more to
 // say.
-func explainProblem(hosts *hostdir.Hosts, entry string, passedOver []string, err error) (why string) {
+func (c *checker) explainProblem(name []byte, entry string, passedOver []string, err error) (why string) {
 	var e *hostdir.Error
 	if !errors.As(err, &e) {
 		return ""
@@ -58,26 +58,27 @@ func explainProblem(hosts *hostdir.Hosts, entry string, passedOver []string, err
 				if what := odd(wildcard); what != "" {
 					why += "a wildcard must be a directory or a symlink, and " + show(wildcard) + " is " + what
 				} else {
-					why += chown(hosts, wildcard)
+					why += chown(c.hosts, wildcard)
 				}
 			}
 		default:
 			why = "make one, in which the backend listens on tls-socket"
+			if near := c.nearby(name); near != "" {
+				why += "; or " + near
+			}
 		}
 	case hostdir.NoSocket:
-		if _, err := os.Lstat(socket); err == nil {
-			why = lost(socket)
-			break
-		}
 		why = "let the backend listen on " + show(socket)
 		if other := closeTo(entry, "tls-socket"); other != "" {
 			why += ", not on " + show(other)
 		}
+	case hostdir.Dangling:
+		why = lost(socket)
 	case hostdir.NotPermitted:
-		why = closed(socket)
+		why = c.eyes.shut(socket)
 	case hostdir.NobodyListens:
-		why = "start the backend, or start it again if it listens on a socket that was removed"
-	case hostdir.NotStream:
+		why = c.nobody(socket)
+	case hostdir.NotSocket, hostdir.NotStream:
 		why = "it is " + kind(socket)
 	case hostdir.PathTooLong:
 		if n := len(unix.RawSockaddrUnix{}.Path) - 1; len(socket) > n {
@@ -100,7 +101,8 @@ func unwaited(err error) string {
 
 // lost says why a path does not lead to a directory.
 func lost(path string) string {
-	at, err := walk(path + "/.")
+	self := ours()
+	at, err := self.walk(path + "/.")
 	switch {
 	case err == unix.ENOTDIR && at == path:
 		return "it is " + kind(path)
@@ -116,26 +118,56 @@ func lost(path string) string {
 	return ""
 }
 
-// closed says where the way to a socket is closed to this user.
-func closed(socket string) string {
-	at, err := walk(socket)
-	if err == unix.EACCES {
-		return needs(unix.X_OK, at)
+// shut says why the user, whom the process runs as, may not connect.
+func (e *eyes) shut(socket string) string {
+	if !e.own {
+		return "" // it was not the user who tried
 	}
-	if err == nil && unix.Access(at, unix.W_OK) == unix.EACCES {
-		if info, err := os.Stat(at); err == nil && info.Mode()&fs.ModeSocket == 0 {
-			return "it is " + kind(at)
-		}
-		return needs(unix.W_OK, at)
-	}
-	if link := unprotected(socket); link != "" {
-		return fmt.Sprintf("fs.protected_symlinks lets the symlink %s be followed by nobody but its owner, unless the owner of the directory makes it", show(link))
+	if why, _ := e.closed(socket, false); why != "" {
+		return why
 	}
 	return "by something else than modes, as a security module or a sandbox"
 }
 
-// needs says that a permission is missing.
-func needs(bit uint32, path string) string {
+// closed says where the way to a socket is closed to the user, "" if it is not by modes or ACLs. The
+// error is errUnseen if that cannot be told. Of a wildcard the symlink itself is read by sniproxy.
+func (e *eyes) closed(socket string, wildcard bool) (why string, err error) {
+	at, links, _, err := e.walkLinks(socket)
+	switch {
+	case err == unix.EACCES:
+		return e.needs(unix.X_OK, at), nil
+	case err == errUnseen:
+		return "", err
+	case err == nil && isSocket(at):
+		switch err := e.may(at, unix.W_OK); err {
+		case unix.EACCES:
+			return e.needs(unix.W_OK, at), nil
+		case errUnseen:
+			return "", err
+		}
+	}
+	if wildcard && len(links) > 0 {
+		links = links[1:]
+	}
+	if link := e.unprotected(links); link != "" && (e.own || protectsSymlinks()) {
+		return fmt.Sprintf("fs.protected_symlinks lets the symlink %s be followed by nobody but its owner, unless the owner of the directory makes it", show(link)), nil
+	}
+	return "", nil
+}
+
+func isSocket(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && info.Mode()&fs.ModeSocket != 0
+}
+
+// protectsSymlinks reports whether fs.protected_symlinks is set.
+func protectsSymlinks() bool {
+	value, err := os.ReadFile("/proc/sys/fs/protected_symlinks")
+	return err == nil && string(value) != "0\n"
+}
+
+// needs says that a permission is missing, and how to give it so that it lasts.
+func (e *eyes) needs(bit uint32, path string) string {
 	what, letter := "directory", "x"
 	switch bit {
 	case unix.R_OK:
@@ -150,8 +182,46 @@ func needs(bit uint32, path string) string {
 	var st unix.Stat_t
 	if unix.Stat(path, &st) == nil {
 		text += fmt.Sprintf(" (mode %04o, uid %d)", st.Mode&0o7777, st.Uid)
+		acl, _ := readACL(path)
+		if ok, masked := e.allowed(uint32(st.Mode), st.Uid, st.Gid, acl, bit); !ok && masked {
+			text += fmt.Sprintf(", since the mask of its ACL takes away what an entry gives (a chmod sets the mask too): setfacl -m m::%s it", permissions(uint32(st.Mode)>>3&7|bit))
+			if bit != unix.W_OK {
+				return text
+			}
+			return text + "; " + asMade
+		}
 	}
-	return text + ": chmod or setfacl it"
+	if bit == unix.W_OK {
+		return text + ": " + asMade
+	}
+	return fmt.Sprintf("%s: setfacl -m u:%d:%s it, or chmod", text, e.uid, letter)
+}
+
+// asMade is how a backend makes its socket so that everybody may connect: what is done to the socket
+// itself ends with the next start of the backend.
+const asMade = "a chmod lasts until the backend starts again, so have it make the socket with mode 0666: nginx does, HAProxy with `mode 666`, Caddy with `|0666` behind the path, Node.js with `writableAll: true`, a socket unit of systemd with `SocketMode=0666`, others with umask 0 (`UMask=0000`)"
+
+// asLeft is what to do about a socket that an earlier run of the backend has left behind.
+const asLeft = "start the backend, or start it again if its socket was removed or replaced; if it says that the address is in use, an old socket is in its way: have that removed before each start, as by `ExecStartPre=-/bin/rm -f %s`"
+
+// permissions returns the letters of permissions, as setfacl(1) takes them.
+func permissions(bits uint32) string {
+	letters := ""
+	for i, letter := range []string{"r", "w", "x"} {
+		if bits&(4>>i) != 0 {
+			letters += letter
+		}
+	}
+	return letters
+}
+
+// nobody says why nobody may listen on a socket that exists.
+func (c *checker) nobody(socket string) string {
+	var st unix.Stat_t
+	if unix.Stat(socket, &st) == nil && st.Nlink == 0 {
+		return "this socket was removed (its link count is 0), and only a mount still shows it: mount its directory into the container or sandbox, not the socket, so that the next socket is seen there"
+	}
+	return fmt.Sprintf(asLeft, show(filepath.Join(c.root, socket)))
 }
 
 // chown says who owns an entry or a marker, and who should.
@@ -166,31 +236,32 @@ func chown(hosts *hostdir.Hosts, path string) string {
 	return fmt.Sprintf("it is that of uid %d, chown -h it to root or to uid %d, who has the hosts directory", st.Uid, dir.Uid)
 }
 
-// walk follows a path as the kernel does, and returns where it cannot go on, and why. Without an
-// error it returns the path with all symlinks resolved.
-func walk(path string) (at string, err error) {
-	at, _, err = walkLinks(path)
+// walk follows a path as the kernel does for the user, and returns where it cannot go on, and why.
+// Without an error it returns the path with all symlinks resolved.
+func (e *eyes) walk(path string) (at string, err error) {
+	at, _, _, err = e.walkLinks(path)
 	return at, err
 }
 
-// unprotected returns a symlink on a path that Linux follows only for its owner, "" if there is
+// unprotected returns the first of the symlinks that Linux follows only for its owner, "" if there is
 // none: see fs.protected_symlinks in proc(5).
-func unprotected(path string) string {
-	_, links, _ := walkLinks(path)
+func (e *eyes) unprotected(links []string) string {
 	for _, link := range links {
 		var st, dir unix.Stat_t
 		if unix.Lstat(link, &st) != nil || unix.Stat(filepath.Dir(link), &dir) != nil {
 			continue
 		}
 		const everybodys = unix.S_ISVTX | unix.S_IWOTH
-		if dir.Mode&everybodys == everybodys && st.Uid != dir.Uid && int(st.Uid) != unix.Geteuid() {
+		if dir.Mode&everybodys == everybodys && st.Uid != dir.Uid && st.Uid != e.uid {
 			return link
 		}
 	}
 	return ""
 }
 
-func walkLinks(path string) (at string, links []string, err error) {
+// walkLinks also returns the symlinks on the path, and the first of them that is absolute or leaves
+// the hosts directory, where the path begins.
+func (e *eyes) walkLinks(path string) (at string, links []string, leaving string, err error) {
 	const most = 40 // as on Linux
 	at = "."
 	if filepath.IsAbs(path) {
@@ -204,10 +275,10 @@ func walkLinks(path string) (at string, links []string, err error) {
 			continue
 		}
 		if info, err := os.Lstat(at); err == nil && !info.IsDir() {
-			return at, links, unix.ENOTDIR
+			return at, links, leaving, unix.ENOTDIR
 		}
-		if err := unix.Access(at, unix.X_OK); err != nil {
-			return at, links, err
+		if err := e.may(at, unix.X_OK); err != nil {
+			return at, links, leaving, err
 		}
 		next := filepath.Join(at, name)
 		target, err := os.Readlink(next)
@@ -215,18 +286,24 @@ func walkLinks(path string) (at string, links []string, err error) {
 		case errors.Is(err, unix.EINVAL): // it is no symlink
 			at = next
 		case err != nil:
-			return next, links, errno(err)
+			if err = errno(err); !e.own {
+				err = unseen(err)
+			}
+			return next, links, leaving, err
 		default:
 			if links = append(links, next); len(links) > most {
-				return next, links, unix.ELOOP
+				return next, links, leaving, unix.ELOOP
 			}
 			if filepath.IsAbs(target) {
 				at = "/"
 			}
 			rest = append(strings.Split(target, "/"), rest...)
 		}
+		if leaving == "" && len(links) > 0 && (at == ".." || strings.HasPrefix(at, "../") || filepath.IsAbs(at)) {
+			leaving = links[len(links)-1]
+		}
 	}
-	return at, links, nil
+	return at, links, leaving, nil
 }
 
 // errno returns the number of an error of package os.

@@ -1,12 +1,15 @@
 package main
 
 import (
+	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -23,6 +26,105 @@ func forbidUnshare() {
 	}
 }
 
+// forbidPassRights makes the kernel one that does not have SO_PASSRIGHTS.
+func forbidPassRights() {
+	if err := hostdirtest.Deny(unix.SYS_SETSOCKOPT, map[int]uint32{2: hostdirtest.SOPassRights}, unix.ENOPROTOOPT); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(3)
+	}
+}
+
+// Goal: where the kernel does not refuse descriptors, a backend that passes one whose last close never
+// returns keeps nobody from the whole answer, and not the program from ending.
+func TestPassedDescriptor(t *testing.T) {
+	t.Parallel()
+	hostdirtest.OwnMounts(t)
+	fs := hostdirtest.MountUserFS(t, hostdirtest.Dir(t), unix.S_IFDIR)
+	fs.Lazy = true
+	fs.Add(hostdirtest.RootNode, "f", unix.S_IFREG|0o666, "")
+	fs.Serve(time.Hour)
+	open := func() int {
+		fd, err := unix.Open(filepath.Join(fs.Dir, "f"), unix.O_RDWR|unix.O_CLOEXEC, 0)
+		must(t, err)
+		return fd
+	}
+	passed, writer := open(), open()
+
+	h := newTLSHosts(t)
+	cert := certify(t, begin, end, "good.example")
+	speak(t, h.add("good.example", "ok; TLS 1.3", good2101), cert)
+	sent := make(chan error, 1)
+	evil := h.add("evil.example", "", "")
+	hostdirtest.Serve(t, evil, func(c *net.UnixConn) {
+		b := make([]byte, 1<<16)
+		if n, err := c.Read(b); err != nil || n == 0 {
+			return
+		}
+		// Sniproxy-check must not read the message before the close of the descriptor would hang, and
+		// here it can be closed only as long as that does not.
+		resume := suspend(t, c)
+		_, _, err := c.WriteMsgUnix([]byte("HTTP/1.1 400 Bad Request\r\n\r\n"), unix.UnixRights(passed), nil)
+		unix.Close(passed)
+		fs.HoldWrites()
+		_, writeErr := unix.Write(writer, make([]byte, 4096))
+		resume()
+		select {
+		case sent <- errors.Join(err, writeErr):
+		default:
+		}
+	})
+	cmd := users()[0].command(self(t), users()[0].forItself(append([]string{"-t", h.dir}, h.names...)...)...)
+	cmd.Env = append(cmd.Env, "SNIPROXY_CHECK_NO_PASSRIGHTS=1")
+	out, err := os.CreateTemp(h.dir, ".out")
+	must(t, err)
+	defer out.Close()
+	cmd.Stdout, cmd.Stderr = out, out
+	must(t, cmd.Start())
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	select {
+	case <-ended:
+	case <-time.After(2 * hostdirtest.Patience):
+		t.Error("it does not end")
+	}
+	must(t, <-sent)
+	text, err := os.ReadFile(out.Name())
+	must(t, err)
+	if lines := byLabel(string(text)); len(lines) != 2 || !strings.HasPrefix(lines["good.example"], "ok; TLS 1.3") || strings.HasPrefix(lines["evil.example"], "ok") || cmd.ProcessState.ExitCode() != 1 {
+		t.Errorf("it says %q, exit status %d", text, cmd.ProcessState.ExitCode())
+	}
+	fs.Abort()
+	unix.Close(writer)
+}
+
+// suspend stops the process at the other end of a connection, and returns how to let it go on.
+func suspend(t *testing.T, c *net.UnixConn) (resume func()) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		t.Error(err)
+		return func() {}
+	}
+	pid := 0
+	raw.Control(func(fd uintptr) {
+		if cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
+			pid = int(cred.Pid)
+		}
+	})
+	unix.Kill(pid, unix.SIGSTOP)
+	if !hostdirtest.AwaitFor(hostdirtest.Patience, func() bool {
+		tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+		for _, task := range tasks {
+			if stat, _ := os.ReadFile(task); !strings.Contains(string(stat), ") T ") {
+				return false
+			}
+		}
+		return len(tasks) > 0
+	}) {
+		t.Errorf("process %d is not stopped", pid)
+	}
+	return func() { unix.Kill(pid, unix.SIGCONT) }
+}
+
 // Goal: where unshare(2) is forbidden, one line says so, and names that are too long are a problem.
 func TestUnshareForbidden(t *testing.T) {
 	t.Parallel()
@@ -30,7 +132,7 @@ func TestUnshareForbidden(t *testing.T) {
 	good(t)(filepath.Join(hosts, entryOf("one.example")))
 	long := strings.Repeat("a", 200)
 	good(t)(filepath.Join(hosts, entryOf(long)))
-	cmd := users()[0].command(self(t), hosts, "one.example", long)
+	cmd := users()[0].command(self(t), users()[0].forItself(hosts, "one.example", long)...)
 	cmd.Env = append(cmd.Env, "SNIPROXY_CHECK_NO_UNSHARE=1")
 	var stdout, stderr strings.Builder
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
@@ -57,7 +159,7 @@ func TestUserNamespace(t *testing.T) {
 	good(t)(filepath.Join(hosts, entryOf("*.ours.example")))
 	must(t, os.Chown(hosts, 1000, 1000))
 	mapping := []syscall.SysProcIDMap{{ContainerID: 0, HostID: 0, Size: 1}}
-	cmd := users()[0].command(self(t), hosts, "one.example", "a.theirs.example", "a.ours.example")
+	cmd := users()[0].command(self(t), users()[0].forItself(hosts, "one.example", "a.theirs.example", "a.ours.example")...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWUSER, UidMappings: mapping, GidMappings: mapping}
 	var stdout, stderr strings.Builder
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
@@ -113,5 +215,29 @@ func TestEndless(t *testing.T) {
 	if n := strings.Count(stdout, "\n"); n > strangersMost || status != 1 || !strings.Contains(stderr, "sniproxy-check: the hosts directory ") ||
 		!strings.Contains(stderr, " more entries are no hosts, and have no line\n") {
 		t.Errorf("%d lines, exit status %d, stderr %q", n, status, stderr)
+	}
+}
+
+// Goal: where only a mount still shows a socket that was removed, as a container does after the backend
+// was started again, that is said, and what to mount in its place.
+func TestRemovedSocket(t *testing.T) {
+	t.Parallel()
+	hostdirtest.OwnMounts(t)
+	hosts, others := hostdirtest.Dir(t), hostdirtest.Dir(t)
+	dir := filepath.Join(hosts, entryOf("one.example"))
+	must(t, os.Mkdir(dir, 0o755))
+	hostdirtest.Touch(t, dir+"/tls-socket")
+	hostdirtest.Abandon(t, others)
+	hostdirtest.Mount(t, others+"/tls-socket", dir+"/tls-socket", "", unix.MS_BIND, "")
+	const removed = "this socket was removed (its link count is 0), and only a mount still shows it: mount its directory into the container or sandbox, not the socket"
+	for _, want := range []bool{false, true} {
+		stdout, _, status := check(t, users()[0], "", hosts, "one.example")
+		if !strings.HasPrefix(stdout, "one.example: "+nobodyListens+": ") || strings.Contains(stdout, removed) != want || status != 1 {
+			t.Errorf("removed %t: %q, exit status %d", want, stdout, status)
+		}
+		if !want {
+			must(t, os.Remove(others+"/tls-socket"))
+			serve(t, others) // the new one, which is not seen
+		}
 	}
 }

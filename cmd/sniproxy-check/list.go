@@ -29,12 +29,20 @@ type listing struct {
 	cut     string   // why there may be more, "" if there are not
 }
 
-// list reads the hosts directory.
-func list() (listing, error) {
-	dir, err := os.Open(".")
-	if err != nil {
-		return listing{}, err
+// open opens the hosts directory to list it.
+func (c *checker) open() (err error) {
+	c.dir, err = os.Open(".")
+	return err
+}
+
+// list reads the hosts directory, which it opens if it is not open yet.
+func (c *checker) list() (listing, error) {
+	if c.dir == nil {
+		if err := c.open(); err != nil {
+			return listing{}, err
+		}
 	}
+	dir := c.dir
 	type part struct {
 		entries []fs.DirEntry
 		err     error

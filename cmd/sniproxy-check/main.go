@@ -1,7 +1,6 @@
-// Command sniproxy-check tells what sniproxy, run by the same user, would do for the hosts in a
-// hosts directory.
+// Command sniproxy-check tells what sniproxy would do for the hosts in a hosts directory.
 //
-//	sniproxy-check [HOSTS-DIRECTORY [NAME…]]
+//	sniproxy-check [-t] [-u USER] [HOSTS-DIRECTORY [NAME…]]
 //
 // The default directory is the working directory. It prints a line for every entry of the
 // directory, except those that begin with a dot, or for every NAME, whether it has an entry or not.
@@ -11,27 +10,46 @@
 // In a build with the tag hashed, entries are hashes and are shown as such. It finds a NAME by its
 // hash.
 //
+// # For whom it answers
+//
+// It answers for USER, a name or a number, or USER:GROUP,GROUP with the groups; else for the user of
+// a running sniproxy whose working directory this is, one after the other if there are several; else
+// for the user sniproxy; else, with a remark, for who asks. root becomes that user before it looks at
+// anything of tenants. Anybody else is told what modes, groups and ACLs say of that user, along the
+// whole path, beside what the look-up says.
+//
+// # How it finds out
+//
 // It makes the same look-up as sniproxy. So it connects to each backend, sends nothing, takes
 // nothing that the backend sends, and closes the connection. A backend may log that as a failed
 // handshake. The look-up decides whether a host can be served; only then does it look for the
 // reason.
 //
+// With -t it goes on with a TLS handshake, behind the PROXY header that the markers ask for, and looks
+// at the certificate. A datagram socket is handed one end of a TCP connection. If the handshake fails,
+// it tries again with another header or without one, to tell whether the markers are the reason.
+//
+// # Limits
+//
 // No directory can keep it for long or make it use much memory. It looks at 100,000 entries at
 // most, and prints 2,000 lines at most for those that are no hosts. It waits for a look-up as long
-// as sniproxy does, ten seconds. After eight hosts of one owner took that long, or 128 in all,
-// others get one second. After 64, or 256 in all, it tries others once and makes no look-up that
-// may wait. It says on standard error what it left out.
+// as sniproxy does, ten seconds, and as long for all handshakes with a backend. After eight hosts of
+// one owner took that long, or 128 in all, others get one second. After 64, or 256 in all, it tries
+// others once and makes no look-up that may wait. It says on standard error what it left out.
 //
-// The exit status is 0 if every host can be served; 1 if one cannot, if something was left out, if
-// the hosts directory cannot be read, or if the output cannot be written; 2 for wrong usage.
+// The exit status is 0 if every host can be served; 1 if one cannot, if that cannot be told, if
+// something was left out, if the hosts directory cannot be read, or if the output cannot be written; 2
+// for wrong usage.
 package main
 
 import (
 	"encoding/base64"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"slices"
 	"strings"
 	"time"
@@ -39,18 +57,24 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sniproxy/cmd/internal/hostname"
+	"sniproxy/cmd/internal/usage"
 	"sniproxy/hostdir"
 	"sniproxy/sni"
 )
 
-const usage = `usage: sniproxy-check [HOSTS-DIRECTORY [NAME...]]
+const usageText = `usage: sniproxy-check [-t] [-u USER] [HOSTS-DIRECTORY [NAME...]]
 
-Tells, for every host in a hosts directory, or for every NAME, whether sniproxy,
-run by the same user, can serve it, and if not, why not and what to do. The
-default is the working directory. A NAME may be a wildcard.
+Tells, for every host in a hosts directory, or for every NAME, whether sniproxy
+can serve it, and if not, why not and what to do. The default is the working
+directory. A NAME may be a wildcard.
 
-It connects to each backend, sends nothing, and closes the connection; the
-backend may log that as a failed handshake.
+  -t       make a TLS handshake with each backend, and look at its certificate
+  -u USER  answer for USER, or USER:GROUP,GROUP. The default is the user of the
+           sniproxy that runs in the hosts directory, or else the user sniproxy.
+           root becomes that user; anybody else is told what modes and ACLs say.
+
+It connects to each backend, sends nothing without -t, and closes the
+connection; the backend may log that as a failed handshake.
 `
 
 const hashedUsage = `
@@ -63,38 +87,138 @@ of sniproxy does.
 const atOnce = 32
 
 func main() {
-	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
+	if os.Args[0] != watchedName {
+		os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
+	}
+	unix.CloseOnExec(statusFD)
+	status := run(os.Args[1:], os.Stdout, os.Stderr)
+	unix.Write(statusFD, []byte{byte(status)})
+	os.Exit(status)
 }
 
 func run(args []string, stdout, stderr io.Writer) int {
 	// The first timer makes Go's runtime open descriptors for its poller, and the runtime ends the
 	// program if none are left. So start one now, before look-ups use descriptors.
 	time.AfterFunc(time.Hour, func() {}).Stop()
-	dir, names := ".", args
-	if len(args) > 0 {
-		dir, names = args[0], args[1:]
-		if strings.HasPrefix(dir, "-") {
-			fmt.Fprint(stderr, usage)
-			if hostdir.Hashed {
-				fmt.Fprint(stderr, hashedUsage)
-			}
-			return 2
-		}
+	text := usageText
+	if hostdir.Hashed {
+		text += hashedUsage
 	}
-	if err := os.Chdir(dir); err != nil {
-		fmt.Fprintf(stderr, "sniproxy-check: cannot enter the hosts directory %s\n", trouble(dir, err))
-		return 1
+	if usage.Asked(args) {
+		if _, err := io.WriteString(stdout, usage.Text(text)); err != nil {
+			fmt.Fprintf(stderr, "sniproxy-check: %v\n", err)
+			return 1
+		}
+		return 0
+	}
+	o, ok := parseOptions(args)
+	if !ok {
+		fmt.Fprint(stderr, usage.Text(text))
+		return 2
+	}
+	if o.tls && os.Args[0] != watchedName && !refusesDescriptors() {
+		if status, ok := watch(args, stdout, stderr); ok {
+			return status
+		}
 	}
 	complain := func(format string, args ...any) {
 		fmt.Fprintf(stderr, "sniproxy-check: "+format+"\n", args...)
 	}
+	all, remarks, err := findEyes(o.user, o.dir)
+	if err != nil {
+		complain("-u: %v", err)
+		return 2
+	}
+	for _, r := range remarks {
+		complain("%s", r)
+	}
+	if len(all) > 1 {
+		return o.forEach(all, stdout, stderr)
+	}
+	return o.check(all[0], stdout, complain)
+}
+
+// Options are what the arguments ask for.
+type options struct {
+	tls   bool   // to make a handshake with each backend
+	user  string // whom to answer for, "" for the user of sniproxy
+	dir   string // the hosts directory
+	names []string
+}
+
+// parseOptions reads the arguments. It reports whether they are right.
+func parseOptions(args []string) (o options, ok bool) {
+	flags := flag.NewFlagSet("", flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	flags.BoolVar(&o.tls, "t", false, "")
+	flags.StringVar(&o.user, "u", "", "")
+	if flags.Parse(args) != nil {
+		return o, false
+	}
+	given := false
+	flags.Visit(func(f *flag.Flag) { given = given || f.Name == "u" })
+	if given && o.user == "" {
+		return o, false
+	}
+	o.dir, o.names = ".", flags.Args()
+	if len(o.names) > 0 {
+		o.dir, o.names = o.names[0], o.names[1:]
+	}
+	return o, !strings.HasPrefix(o.dir, "-")
+}
+
+// forEach answers for several users, one after the other, each in a process of its own, since root
+// becomes a user for good.
+func (o *options) forEach(all []eyes, stdout, stderr io.Writer) (status int) {
+	for i := range all {
+		if _, err := fmt.Fprintf(stdout, "For %v, %s:\n", &all[i], all[i].why); err != nil {
+			fmt.Fprintf(stderr, "sniproxy-check: %v\n", err)
+			return 1
+		}
+		args := []string{"-u", all[i].argument(), "--", o.dir}
+		if o.tls {
+			args = append([]string{"-t"}, args...)
+		}
+		cmd := exec.Command(itself(), append(args, o.names...)...)
+		cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, stdout, stderr // not /dev/null, which a sandbox may not have
+		if err := cmd.Run(); err != nil {
+			if _, ended := errors.AsType[*exec.ExitError](err); !ended {
+				fmt.Fprintf(stderr, "sniproxy-check: cannot answer for %v: %v\n", &all[i], err)
+			}
+			status = 1
+		}
+	}
+	return status
+}
+
+// check answers for a user, and returns the exit status.
+func (o *options) check(e eyes, stdout io.Writer, complain func(string, ...any)) int {
+	dir, names := o.dir, o.names
+	if err := os.Chdir(dir); err != nil {
+		complain("cannot enter the hosts directory %s", trouble(dir, err))
+		return 1
+	}
+	c := &checker{eyes: e, tls: o.tls}
+	c.root, _ = os.Getwd() // for advice only
+	if !e.own && os.Geteuid() == 0 {
+		c.open() // only root may list it, perhaps
+		if err := c.eyes.become(); err == errPrivileged {
+			complain("cannot become %v: %v", &e, err)
+			return 1
+		} else if err != nil {
+			complain("cannot become %v: %v; so it tells what %s say", &e, err, byModes)
+		}
+	}
 	hosts, err := hostdir.Open()
 	if err != nil {
-		text := err.Error()
-		if errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) {
-			text += ": raise the limit (ulimit -n)"
+		switch {
+		case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE):
+			complain("cannot open the hosts directory %s: %v: raise the limit (ulimit -n)", show(dir), err)
+		case errors.Is(err, unix.EACCES):
+			complain("cannot open the hosts directory %s: %s", show(dir), c.eyes.needs(unix.X_OK, "."))
+		default:
+			complain("cannot open the hosts directory %s: %v", show(dir), err)
 		}
-		complain("cannot open the hosts directory %s: %s", show(dir), text)
 		return 1
 	}
 	for _, line := range hosts.Remarks() {
@@ -103,7 +227,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	status := 0
 	make := named
 	if len(names) == 0 {
-		all, err := list()
+		all, err := c.list()
 		if err != nil {
 			complain("cannot list the hosts directory %s; sniproxy need not do that: with NAMEs it can be checked all the same", trouble(dir, err))
 			return 1
@@ -120,7 +244,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 			status = 1
 		}
 	}
-	c := &checker{hosts: hosts}
+	c.hosts = hosts
 	c.logAll, err = askLogAll(hosts)
 	if err != nil {
 		complain("cannot find out whether all connections are logged: %v", err)
@@ -163,14 +287,15 @@ func trouble(dir string, err error) string {
 	if err != unix.EACCES {
 		return text
 	}
-	at, walkErr := walk(dir)
+	self := ours()
+	at, walkErr := self.walk(dir)
 	switch {
 	case walkErr == unix.EACCES:
-		return fmt.Sprintf("%s: %s", text, needs(unix.X_OK, at))
+		return fmt.Sprintf("%s: %s", text, self.needs(unix.X_OK, at))
 	case walkErr == nil && unix.Access(at, unix.X_OK) != nil:
-		return fmt.Sprintf("%s: %s", text, needs(unix.X_OK, at))
+		return fmt.Sprintf("%s: %s", text, self.needs(unix.X_OK, at))
 	case walkErr == nil && unix.Access(at, unix.R_OK) != nil:
-		return fmt.Sprintf("%s: %s", text, needs(unix.R_OK, at))
+		return fmt.Sprintf("%s: %s", text, self.needs(unix.R_OK, at))
 	}
 	return text
 }

@@ -21,9 +21,16 @@ import (
 var workspace string
 
 func TestMain(m *testing.M) {
+	if os.Getenv("SNIPROXY_CHECK_ACCESS") != "" {
+		printAccess(os.Args[1:])
+		return
+	}
 	if os.Getenv("SNIPROXY_CHECK_RUN_MAIN") != "" {
 		if os.Getenv("SNIPROXY_CHECK_NO_UNSHARE") != "" {
 			forbidUnshare()
+		}
+		if os.Getenv("SNIPROXY_CHECK_NO_PASSRIGHTS") != "" {
+			forbidPassRights()
 		}
 		main()
 	}
@@ -111,8 +118,19 @@ func (u user) command(path string, args ...string) *exec.Cmd {
 	return cmd
 }
 
-// check runs sniproxy-check to its end.
+// forItself returns arguments that have sniproxy-check answer for the user who runs it.
+func (u user) forItself(args ...string) []string {
+	return append([]string{"-u", fmt.Sprint(u.uid)}, args...)
+}
+
+// check runs sniproxy-check to its end. It answers for who runs it.
 func check(t *testing.T, u user, dir string, args ...string) (stdout, stderr string, status int) {
+	t.Helper()
+	return checkFor(t, u, dir, u.forItself(args...)...)
+}
+
+// checkFor is check for whom the arguments say.
+func checkFor(t *testing.T, u user, dir string, args ...string) (stdout, stderr string, status int) {
 	t.Helper()
 	cmd := u.command(self(t), args...)
 	if dir != "" {
@@ -124,13 +142,18 @@ func check(t *testing.T, u user, dir string, args ...string) (stdout, stderr str
 // entryOf returns the name of the directory of a host.
 func entryOf(name string) string { return hostdirtest.Entry(name) }
 
-// Goal: any option gives the usage on stderr and exit status 2. The usage says that backends are
-// connected to, and only in a hashed build that it is one.
+// Goal: any wrong option gives the usage on stderr and exit status 2; -h gives it on stdout and exit
+// status 0. The usage says that backends are connected to, and only in a hashed build that it is one.
 func TestUsage(t *testing.T) {
-	for _, arg := range []string{"-h", "--help", "-"} {
-		stdout, stderr, status := check(t, users()[0], "", arg)
-		if stdout != "" || status != 2 || !strings.HasPrefix(stderr, "usage: sniproxy-check [HOSTS-DIRECTORY [NAME...]]\n") {
-			t.Errorf("%s: stdout %q, stderr %q, exit status %d; want the usage and 2", arg, stdout, stderr, status)
+	for _, args := range []string{"-h", "--help", "-", "-x", "-u", "-u=", "-t -u"} {
+		stdout, stderr, status := checkFor(t, users()[0], "", strings.Fields(args)...)
+		want := 2
+		if args == "-h" {
+			want, stdout, stderr = 0, stderr, stdout
+		}
+		if stdout != "" || status != want || !strings.HasPrefix(stderr, "usage: sniproxy-check [-t] [-u USER] [HOSTS-DIRECTORY [NAME...]]\n") ||
+			!strings.Contains(stderr, "\nThis is version ") {
+			t.Errorf("%s: stdout %q, stderr %q, exit status %d; want the usage and %d", args, stdout, stderr, status, want)
 		}
 		if !strings.Contains(stderr, "It connects to each backend") {
 			t.Errorf("the usage does not say that backends are connected to: %q", stderr)
@@ -227,7 +250,7 @@ func TestOutputLost(t *testing.T) {
 	defer full.Close()
 	hosts := hostdirtest.Dir(t)
 	serve(t, filepath.Join(hosts, entryOf("one.example")))
-	cmd := users()[0].command(self(t), hosts)
+	cmd := users()[0].command(self(t), users()[0].forItself(hosts)...)
 	var stderr strings.Builder
 	cmd.Stdout, cmd.Stderr = full, &stderr
 	err = cmd.Run()
@@ -266,16 +289,16 @@ func TestNoRoom(t *testing.T) {
 	z := newZoo(t)
 	z.add(animal{name: "one.example", make: good(t)})
 	const reason = "no descriptor is left to connect to tls-socket with"
-	limited := func(n int, args ...string) *exec.Cmd {
+	limited := func(n int, checker string, args ...string) *exec.Cmd {
 		script := fmt.Sprintf(`ulimit -n %d; exec "$0" "$@"`, n)
-		return users()[0].command("/bin/sh", append([]string{"-c", script}, args...)...)
+		return users()[0].command("/bin/sh", append([]string{"-c", script, checker}, args...)...)
 	}
 	for _, engine := range engines {
 		said := false
 		checker := build(t, "sniproxy-check", engine)
 		for n := 3; ; n++ {
 			var stdout, stderr strings.Builder
-			cmd := limited(n, checker, z.hosts, "one.example")
+			cmd := limited(n, checker, users()[0].forItself(z.hosts, "one.example")...)
 			cmd.Stdout, cmd.Stderr = &stdout, &stderr
 			err := cmd.Run()
 			out, trace := stdout.String(), stderr.String()
@@ -314,7 +337,7 @@ func TestExchanged(t *testing.T) {
 		t.Errorf("after %d look-ups: %v", times, err)
 	}
 	_, err = redial(func() (hostdir.Backend, error) { return hostdir.Backend{FD: -1}, hostdir.Exchanged }, shortLimit)
-	if got := explain(nil, "one.example", nil, shortLimit, err); !strings.HasPrefix(got, "the directory was exchanged: the entry, ") {
+	if got := (&checker{}).explain(nil, "one.example", nil, shortLimit, err); !strings.HasPrefix(got, "the directory was exchanged: the entry, ") {
 		t.Errorf("it says %q", got)
 	}
 }
@@ -334,8 +357,10 @@ func TestUnprotected(t *testing.T) {
 	theirs(t, symlink(t, "target"))(filepath.Join(dir, "elsewhere"))
 	symlink(t, "sticky/theirs")(filepath.Join(dir, "through"))
 	bad := filepath.Join(sticky, "theirs")
+	e := ours()
 	for path, want := range map[string]string{"sticky/ours": "", "sticky/theirs": bad, "elsewhere": "", "through/.": bad} {
-		if got := unprotected(filepath.Join(dir, path)); got != want {
+		_, links, _, _ := e.walkLinks(filepath.Join(dir, path))
+		if got := e.unprotected(links); got != want {
 			t.Errorf("%s: %q, want %q", path, got, want)
 		}
 	}
@@ -353,21 +378,28 @@ func TestReadme(t *testing.T) {
 	hostdirtest.Abandon(t, path("five.example"))
 	theirs(t, good(t))(path("four.example"))
 	must(t, os.Chmod(path("four.example"), 0o700))
-	good(t, "send-proxy-v2", "log-connections")(path("one.example"))
+	speak(t, path("one.example"), certify(t, begin, end, "one.example"))
+	hostdirtest.Touch(t, path("one.example/send-proxy-v2"), path("one.example/log-connections"), path("README.md"))
 	symlink(t, "../backends/six")(path("six.example"))
 	good(t)(path("Three.example"))
 	good(t, "send-proxy-v3")(path("two.example"))
 
 	text, err := os.ReadFile("../../README.md")
 	must(t, err)
-	examples := regexp.MustCompile(`(?m)^    \$ sniproxy-check /srv/sniproxy(.*)\n((?:    [^$].*\n)+)`).FindAllStringSubmatch(string(text), -1)
-	if len(examples) != 2 {
+	examples := regexp.MustCompile(`(?m)^    \$ sniproxy-check (.*)\n((?:    [^$].*\n)+)`).FindAllStringSubmatch(string(text), -1)
+	if len(examples) != 3 {
 		t.Errorf("the README has %d examples", len(examples))
 	}
 	for _, example := range examples {
 		want := strings.ReplaceAll("\n"+example[2], "\n    ", "\n")[1:]
-		stdout, stderr, status := check(t, user{998}, "", append([]string{hosts}, strings.Fields(example[1])...)...)
-		if stdout != want || stderr != "" || status != 1 {
+		if strings.Contains(example[1], "seven.example") {
+			seven := path("seven.example")
+			speak(t, seven, certify(t, begin, end, "seven.example"))
+			hostdirtest.Touch(t, seven+"/send-proxy-v1")
+		}
+		args := append([]string{"-u", "998:998"}, strings.Fields(strings.ReplaceAll(example[1], "/srv/sniproxy", hosts))...)
+		stdout, stderr, status := checkFor(t, user{0}, "", args...)
+		if stdout = strings.ReplaceAll(stdout, hosts, "/srv/sniproxy"); stdout != want || stderr != "" || status != 1 {
 			t.Errorf("%s: stderr %q, exit status %d, and it prints\n%s, but the README has\n%s", example[1], stderr, status, stdout, want)
 		}
 	}

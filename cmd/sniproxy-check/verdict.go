@@ -1,12 +1,15 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"os"
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -30,17 +33,27 @@ type verdict struct {
 // A checker looks hosts up.
 type checker struct {
 	hosts     *hostdir.Hosts
-	logAll    bool // the connections of all hosts are logged
+	root      string // its path
+	eyes      eyes   // whom it answers for
+	tls       bool   // to make a handshake with each backend
+	logAll    bool   // the connections of all hosts are logged
 	allowance allowance
 	dead      atomic.Bool // the hosts directory itself did not answer
+
+	dir *os.File // the hosts directory, to list it; nil if it is not open yet
+
+	// For names that have no entry.
+	listOnce  sync.Once
+	listed    []string
+	spellings map[string][]string // entries by the name that they are another spelling of
 }
 
-// newDialer returns a Dialer whose connections take nothing that backends send or pass: closing a
-// passed descriptor may take any time.
+// newDialer returns a Dialer. Without a handshake its connections take nothing that backends send or
+// pass: closing a passed descriptor may take any time.
 func (c *checker) newDialer() (*hostdir.Dialer, error) {
 	d, err := c.hosts.NewDialer()
 	if err == nil {
-		d.Deaf = true
+		d.Deaf = !c.tls
 	}
 	return d, err
 }
@@ -114,7 +127,7 @@ func (c *checker) newWorker() *worker {
 
 // judge returns the verdict on a host, and whether the worker is stuck.
 func (w *worker) judge(h host) (v verdict, stuck bool) {
-	if h.wrong != "" {
+	if h.wrong != "" && !h.listed {
 		return h.verdict(false, h.wrong), false
 	}
 	const hangs = "the look-up has waited for a file system until the time limit: "
@@ -122,7 +135,10 @@ func (w *worker) judge(h host) (v verdict, stuck bool) {
 		return h.verdict(false, hangs+"the hosts directory does not answer"), false
 	}
 	w.next <- h
-	limit := lookupLimit
+	limit, shake := lookupLimit, time.Duration(0)
+	if w.checker.tls {
+		shake = handshakeLimit
+	}
 	select {
 	case limit = <-w.limit:
 	case <-time.After(lookupLimit):
@@ -132,9 +148,12 @@ func (w *worker) judge(h host) (v verdict, stuck bool) {
 	select {
 	case v := <-w.said:
 		return v, false
-	case <-time.After(limit + time.Second): // finding out why takes time as well
+	case <-time.After(limit + min(limit, shake) + time.Second): // finding out why takes time as well
 		w.checker.allowance.spent(w.owner)
 		text := "what the entry, or its socket, leads to does not answer"
+		if w.checker.tls {
+			text += ", or its backend does not let go"
+		}
 		if limit != lookupLimit {
 			text += " " + limitWords(limit)
 		}
@@ -145,6 +164,9 @@ func (w *worker) judge(h host) (v verdict, stuck bool) {
 // look looks a host up and connects to its backend.
 func (w *worker) look(d *hostdir.Dialer, h host) verdict {
 	c := w.checker
+	if h.wrong != "" {
+		return w.lookStranger(h)
+	}
 	found, passedOver := hostdir.Entry{Name: h.entry}, []string(nil)
 	if h.name != nil {
 		found, passedOver, _ = c.hosts.Find(h.name)
@@ -162,10 +184,10 @@ func (w *worker) look(d *hostdir.Dialer, h host) verdict {
 		return h.verdict(true, discounted(c.hosts, own))
 	}
 	elsewhere := limit > 0 && onAnother(entry)
-	b, slow, err := dial(d, h, limit)
+	b, slow, shaken, err := w.try(d, h, limit)
 	d.Leave()
-	if isWaiting(err) && limit > 0 {
-		c.allowance.spent(w.owner)
+	if what := odd(entry); err != nil && h.listed && what != "" {
+		return h.verdict(true, err.Error()+": it is "+what+noFault+"only a directory, or a symlink to one, can be a host")
 	}
 	if limit == 0 && err != nil { // finding out why may wait as well
 		return h.verdict(false, unwaited(err))
@@ -178,9 +200,18 @@ func (w *worker) look(d *hostdir.Dialer, h host) verdict {
 			remark("it cannot be told whose it is (uid %d), and it shares its limits with all such entries", found.Owner)
 		}
 	}
-	if err != nil {
-		return h.verdict(false, explain(c.hosts, entry, passedOver, limit, err), remarks...)
+	if !c.eyes.own && entry != "" {
+		if v, final := c.byModes(h, entry, err, remarks); final {
+			return v
+		}
 	}
+	if err != nil {
+		return h.verdict(false, c.explain(h.name, entry, passedOver, limit, err), remarks...)
+	}
+	if shaken.fault != "" {
+		return h.verdict(false, shaken.fault, append(remarks, shaken.remarks...)...)
+	}
+	remarks = append(remarks, shaken.remarks...)
 	if own := string(h.entry); slices.Contains(passedOver, own) && odd(own) == "" {
 		text := fmt.Sprintf("it does not count, %s serves its clients: %s", starred(h, entry), chown(c.hosts, own))
 		return h.verdict(false, text, remarks...)
@@ -191,10 +222,66 @@ func (w *worker) look(d *hostdir.Dialer, h host) verdict {
 	if _, err := os.Lstat(entry + "/log-connections"); err == nil && !b.Log {
 		remark("log-connections does not count: %s", chown(c.hosts, entry+"/log-connections"))
 	}
+	if entry != string(h.entry) && entry != "" {
+		if same, _ := c.neighbours(h.name); len(same) > 0 {
+			remark("%s is never looked up, as that is not the canonical form of the name", strings.Join(same, ", "))
+		}
+	}
+	if at, _, link, err := c.eyes.walkLinks(entry + "/tls-socket"); err == nil && link != "" {
+		remark("the symlink %s leads to %s, which a chroot or sandbox must show too", show(link), show(at))
+	}
 	if slow && elsewhere {
 		remark("it leads to another file system, which may keep look-ups waiting")
 	}
-	text := "ok"
+	return h.verdict(true, c.served(h, entry, b), remarks...)
+}
+
+// try connects to the backend of a host, and makes a handshake if that is asked for.
+func (w *worker) try(d *hostdir.Dialer, h host, limit time.Duration) (b hostdir.Backend, slow bool, shaken handshake, err error) {
+	c := w.checker
+	b, slow, err = dial(d, h, limit)
+	switch {
+	case isWaiting(err) && limit > 0:
+		c.allowance.spent(w.owner)
+	case err == nil && !c.tls:
+		unix.Close(b.FD)
+	case err == nil:
+		start := time.Now()
+		if shaken = c.shakeHands(d, h, b, limit); shaken.late {
+			c.allowance.spent(w.owner)
+		} else {
+			c.allowance.took(w.owner, time.Since(start))
+		}
+	}
+	return b, slow, shaken, err
+}
+
+// byModes returns the verdict of modes and ACLs on a host, for a user whom the process cannot be. It is
+// final unless they let that user in, and the look-up, whose error err is, can tell more.
+func (c *checker) byModes(h host, entry string, err error, remarks []string) (v verdict, final bool) {
+	why, unseen := c.eyes.closed(entry+"/tls-socket", h.isWildcard(entry))
+	switch {
+	case why != "":
+		return h.verdict(false, hostdir.DeniedTo(c.eyes.uid)+": "+why, remarks...), true
+	case unseen != nil:
+		return h.verdict(false, fmt.Sprintf("it cannot be told for %v: you may not look at all that it leads through; ask its owner or root to run this", &c.eyes), remarks...), true
+	case isNotPermitted(err):
+		return h.verdict(true, c.ok()+", but you may not connect, so whether anybody listens cannot be told", remarks...), true
+	}
+	return verdict{}, false
+}
+
+// ok says that a host can be served, and on what that rests if it is not the look-up alone.
+func (c *checker) ok() string {
+	if c.eyes.own {
+		return "ok"
+	}
+	return fmt.Sprintf("ok for %v as far as %s tell", &c.eyes, byModes)
+}
+
+// served says how a host is served, and by which entry if it is not its own.
+func (c *checker) served(h host, entry string, b hostdir.Backend) string {
+	text := c.ok()
 	if b.Datagram {
 		text += ", handed over"
 	}
@@ -207,7 +294,43 @@ func (w *worker) look(d *hostdir.Dialer, h host) verdict {
 	if entry != string(h.entry) && entry != "" {
 		text += ", served by " + starred(h, entry)
 	}
-	return h.verdict(true, text, remarks...)
+	return text
+}
+
+// noFault introduces why something has no effect on the exit status.
+const noFault = "; no fault: "
+
+// lookStranger looks at an entry that no client can ask for. It is a fault if it is laid out as a host
+// is, since then somebody means it to be one.
+func (w *worker) lookStranger(h host) verdict {
+	entry := string(h.entry)
+	var st unix.Stat_t
+	w.owner = math.MaxUint32
+	if unix.Lstat(entry, &st) == nil {
+		w.owner = st.Uid
+	}
+	limit := w.checker.allowance.limit(w.owner)
+	w.limit <- limit
+	if what := odd(entry); what != "" {
+		return h.verdict(true, h.wrong+noFault+"it is "+what)
+	}
+	if limit == 0 {
+		return h.verdict(true, h.wrong+noFault+"whether it holds a tls-socket is not looked for, as many others have kept this waiting")
+	}
+	if _, err := os.Lstat(entry + "/tls-socket"); err != nil {
+		return h.verdict(true, h.wrong+noFault+"no tls-socket is seen in it")
+	}
+	return h.verdict(false, h.wrong)
+}
+
+// isWildcard reports whether the entry that serves a host is a wildcard.
+func (h host) isWildcard(entry string) bool {
+	return entry != string(h.entry) || len(h.name) > 0 && h.name[0] == '*'
+}
+
+func isNotPermitted(err error) bool {
+	e, ok := errors.AsType[*hostdir.Error](err)
+	return ok && e.Problem == hostdir.NotPermitted
 }
 
 // verdict returns the line about a host.
@@ -232,12 +355,18 @@ func odd(entry string) string {
 	return kindOf(info)
 }
 
-// onAnother reports whether the socket of an entry is on another file system than the hosts
-// directory. It also brings the socket into the kernel's cache: a look-up that has to wait
+// onAnother reports whether the directory or the socket of an entry is on another file system than the
+// hosts directory, and one that may keep look-ups waiting: not in memory. It also brings the socket into the kernel's cache: a look-up that has to wait
 // afterwards always has to, and not only the first time.
 func onAnother(entry string) bool {
-	var hosts, socket unix.Stat_t
-	return unix.Stat(entry+"/tls-socket", &socket) == nil && unix.Stat(".", &hosts) == nil && socket.Dev != hosts.Dev
+	var hosts unix.Stat_t
+	unix.Stat(".", &hosts)
+	another := false
+	for _, path := range []string{entry, entry + "/tls-socket"} {
+		var st unix.Stat_t
+		another = unix.Stat(path, &st) == nil && st.Dev != hosts.Dev && !inMemory(path) || another
+	}
+	return another
 }
 
 // starred returns the name of a wildcard that a host may be served by, given its entry.
@@ -252,7 +381,7 @@ func starred(h host, entry string) string {
 }
 
 // dial looks a host up as sniproxy does, and reports whether that was slow: sniproxy would leave it
-// to a thread that may wait. It closes the connection.
+// to a thread that may wait. The connection is the caller's to close, unless there is an error.
 func dial(d *hostdir.Dialer, h host, limit time.Duration) (b hostdir.Backend, slow bool, err error) {
 	try := func(wait bool) func() (hostdir.Backend, error) {
 		return func() (b hostdir.Backend, err error) {
@@ -266,9 +395,6 @@ func dial(d *hostdir.Dialer, h host, limit time.Duration) (b hostdir.Backend, sl
 			}
 			if err == hostdir.Datagram {
 				b, err = connectDatagram(d, wait)
-			}
-			if err == nil {
-				unix.Close(b.FD)
 			}
 			return b, err
 		}

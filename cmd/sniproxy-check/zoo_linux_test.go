@@ -28,10 +28,16 @@ func TestZooFileSystems(t *testing.T) {
 	must(t, os.Mkdir(memory, 0o755))
 	hostdirtest.Mount(t, "memory", memory, "tmpfs", 0, "mode=755")
 	serve(t, memory)
+	slow := mount("slow")
+	elsewhere := filepath.Join(z.others, "elsewhere")
+	serve(t, elsewhere)
+	slow.Add(hostdirtest.RootNode, "tls-socket", unix.S_IFLNK|0o777, elsewhere+"/tls-socket")
+	slow.Serve(0)
 	z.add(
 		animal{name: "stuck.example", make: symlink(t, stuck.Dir), says: is(hangs)},
 		animal{name: "gone.example", make: symlink(t, broken.Dir), says: is(gone)},
-		animal{name: "memory.example", make: symlink(t, memory), says: is("ok", "another", "system")},
+		animal{name: "memory.example", make: symlink(t, memory), says: finding{what: "ok", mentions: []string{"chroot"}, unsaid: "another file system"}},
+		animal{name: "slow.example", make: symlink(t, slow.Dir), says: is("ok", "chroot", "another", "system")},
 		absent,
 	)
 	expectReasons(t, visitAll(z), hangs, gone)

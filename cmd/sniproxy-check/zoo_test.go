@@ -63,15 +63,19 @@ type animal struct {
 type finding struct {
 	what     string   // what comes first: the problem in the words of sniproxy, or "ok" and the facts
 	mentions []string // words that must follow, in this order: paths, users, modes
+	unsaid   string   // what must not follow, if it is not empty
 }
 
-func is(what string, mentions ...string) finding { return finding{what, mentions} }
+func is(what string, mentions ...string) finding { return finding{what: what, mentions: mentions} }
 
 // has reports whether a line, without its label, is the finding. Behind "ok" nothing may follow if
 // there is nothing to mention.
 func (f finding) has(line string, names *strings.Replacer) bool {
 	rest, ok := strings.CutPrefix(line, names.Replace(f.what))
 	if !ok || rest != "" && !strings.HasPrefix(rest, ": ") && !strings.HasPrefix(rest, "; ") {
+		return false
+	}
+	if f.unsaid != "" && strings.Contains(rest, f.unsaid) {
 		return false
 	}
 	words := strings.FieldsFunc(rest, func(r rune) bool { return strings.ContainsRune(" ,;:()", r) })
@@ -89,8 +93,10 @@ func (f finding) has(line string, names *strings.Replacer) bool {
 var (
 	noDirectory   = words(hostdir.NoDirectory)
 	noSocket      = words(hostdir.NoSocket)
+	dangling      = words(hostdir.Dangling)
 	notPermitted  = "permission denied for uid UID"
 	nobodyListens = words(hostdir.NobodyListens)
+	notSocket     = words(hostdir.NotSocket)
 	notStream     = words(hostdir.NotStream)
 	pathTooLong   = words(hostdir.PathTooLong)
 	notCounted    = (&hostdir.Error{Problem: hostdir.NoDirectory, Ignored: true}).Error()
@@ -205,10 +211,12 @@ func (z *zoo) addHosts() {
 			good(t, "send-proxy-v1")(dir)
 			must(t, os.Chmod(dir, 0o711))
 		}, says: is("ok, PROXY v1")},
-		animal{name: "linked.example", make: symlink(t, elsewhere), says: is("ok")},
+		animal{name: "linked.example", make: symlink(t, elsewhere), says: is("ok", "ENTRY", elsewhere+"/tls-socket", "chroot")},
 		animal{name: "switched.example", make: makeSocket(t, func(path string) error {
 			return os.Symlink(filepath.Join(elsewhere, "tls-socket"), path)
-		}), says: is("ok")},
+		}), says: is("ok", "ENTRY/tls-socket", elsewhere+"/tls-socket", "chroot")},
+		animal{name: "leaving.example", make: symlink(t, "../others/elsewhere"), says: is("ok", "ENTRY", "../others/elsewhere/tls-socket", "chroot")},
+		animal{name: "staying.example", make: symlink(t, entryOf("good.example")), says: is("ok")},
 
 		animal{name: "absent.example", says: is(noDirectory)},
 		animal{name: "file.example", make: func(dir string) { hostdirtest.Touch(t, dir) }, says: is(noDirectory, "regular")},
@@ -229,22 +237,24 @@ func (z *zoo) addHosts() {
 			hostdirtest.Touch(t, filepath.Join(dir, "tls_socket"))
 		}, says: is(noSocket, "ENTRY/tls-socket", "ENTRY/tls_socket")},
 		animal{name: "dangling-socket.example", make: makeSocket(t, func(path string) error { return os.Symlink("nowhere", path) }),
-			says: is(noSocket, "ENTRY/nowhere")},
+			says: is(dangling, "ENTRY/nowhere")},
 		animal{name: "socket-loop.example", make: makeSocket(t, func(path string) error { return os.Symlink("tls-socket", path) }),
-			says: is(noSocket, "circles")},
+			says: is(dangling, "circles")},
 		animal{name: "impossible-socket.example", make: makeSocket(t, func(path string) error { return os.Symlink(strings.Repeat("a", 256), path) }),
 			says: is(pathTooLong)},
 		animal{name: "regular.example", make: makeSocket(t, func(path string) error {
 			return errors.Join(os.WriteFile(path, nil, 0), os.Chmod(path, 0o777))
-		}), says: is(notStream, "regular")},
+		}), says: is(notSocket, "regular")},
 		animal{name: "closed-regular.example", make: makeSocket(t, func(path string) error { return os.WriteFile(path, nil, 0o444) }),
-			says: is(notStream, "regular"), forbidden: is(notPermitted, "regular")},
+			says: is(notSocket, "regular")},
 		animal{name: "fifo.example", make: makeSocket(t, func(path string) error {
 			return errors.Join(unix.Mkfifo(path, 0o777), os.Chmod(path, 0o777))
-		}), says: is(notStream, "FIFO")},
+		}), says: is(notSocket, "FIFO")},
 		animal{name: "directory.example", make: makeSocket(t, func(path string) error {
 			return errors.Join(os.Mkdir(path, 0o777), os.Chmod(path, 0o777))
-		}), says: is(notStream, "directory")},
+		}), says: is(notSocket, "directory")},
+		animal{name: "packets.example", make: func(dir string) { hostdirtest.Bind(t, dir, unix.SOCK_SEQPACKET) },
+			says: is(notStream, "seqpacket")},
 		animal{name: "datagram.example", make: func(dir string) {
 			hostdirtest.ServeDatagram(t, dir, func(c *net.TCPConn, _ []byte) { fmt.Fprintf(c, "0 %s handed", filepath.Base(dir)) })
 		},
@@ -253,7 +263,7 @@ func (z *zoo) addHosts() {
 		animal{name: "abandoned.example", make: func(dir string) { hostdirtest.Abandon(t, dir) }, says: is(nobodyListens)},
 		animal{name: "deaf.example", make: func(dir string) { hostdirtest.FillBacklog(t, dir) },
 			says: is(backlogFull, "ten")},
-		animal{name: long, make: symlink(t, elsewhere), says: is("ok")},
+		animal{name: long, make: symlink(t, "../others/elsewhere"), says: is("ok", "ENTRY", "chroot")},
 
 		animal{name: "closed.example", make: func(dir string) {
 			good(t)(dir)
@@ -263,7 +273,7 @@ func (z *zoo) addHosts() {
 			good(t)(dir)
 			must(t, os.Chmod(dir+"/tls-socket", 0o555))
 		}, says: is("ok"), forbidden: is(notPermitted, "w", "ENTRY/tls-socket", "0555", "OWNER")},
-		animal{name: "closed-on-the-way.example", make: symlink(t, filepath.Join(locked, "inner")), says: is("ok"),
+		animal{name: "closed-on-the-way.example", make: symlink(t, filepath.Join(locked, "inner")), says: is("ok", "ENTRY", "chroot"),
 			forbidden: is(notPermitted, "x", locked, "0600", "OWNER")},
 		absent,
 	)
@@ -279,7 +289,7 @@ func (z *zoo) addEntries() {
 		{name: "*.Capital.Example", says: is(never, "*.capital.example")},
 		{name: "a..b", says: is(never, "empty")},
 		{name: "-a.example", says: is(never, "hyphen")},
-		{name: "a.*", says: is(never, "character")},
+		{name: "a.*", says: is(never, "asterisk")},
 		{name: "a b: ok", says: is(never, "character")},
 		{name: "a\nforged: ok", says: is(never, "character")},
 		{name: "\xff.example", says: is(never, "UTF-8")},
@@ -311,8 +321,10 @@ func (z *zoo) addNames() {
 		"a..b":                    "server name has an empty label",
 		"..":                      "server name has an empty label",
 		"a.-b":                    "a label of the server name begins with a hyphen",
-		"a/b":                     "server name has a character other than letters, digits, '-', '_' and '.'",
-		"a\nb: ok":                "server name has a character other than letters, digits, '-', '_' and '.'",
+		"a/b":                     "server name is a URL, or has a path behind it",
+		"a\nb: ok":                "server name has a space or a control character",
+		"a.example:443":           "server name has a port behind it",
+		"a@b":                     "server name has a character other than letters, digits, '-', '_' and '.'",
 	} {
 		z.add(animal{name: name, bad: true, says: is("not a host name: " + reason)})
 	}
@@ -482,10 +494,12 @@ func TestZoo(t *testing.T) {
 		"server name is empty",
 		"server name is longer than 254 bytes",
 		"server name has an empty label",
-		"server name ends with a dot",
+		"server name is a URL, or has a path behind it",
+		"server name has a space or a control character",
+		"server name has a port behind it",
 		"a label of the server name begins with a hyphen",
 		"server name has a character other than letters, digits, '-', '_' and '.'",
-		noDirectory, noSocket, strings.Replace(notPermitted, "UID", "65534", 1), nobodyListens, notStream, pathTooLong, notCounted, backlogFull)
+		noDirectory, noSocket, dangling, notSocket, strings.Replace(notPermitted, "UID", "65534", 1), nobodyListens, notStream, pathTooLong, notCounted, backlogFull)
 }
 
 // visitAll has each user visit each zoo, and returns all reasons for which sniproxy refused a
@@ -552,7 +566,7 @@ func (z *zoo) visit(engine string, u user) *visit {
 		out  *bytes.Buffer
 		args []string
 	}{{&v.listed, []string{z.hosts}}, {&v.named, append([]string{z.hosts}, names...)}} {
-		cmd := u.command(checker, c.args...)
+		cmd := u.command(checker, u.forItself(c.args...)...)
 		cmd.Stdout, cmd.Stderr = c.out, os.Stderr
 		must(t, cmd.Start())
 		v.done.Go(func() { cmd.Wait() })

@@ -15,6 +15,8 @@
 // NAME it prints a message on standard error and nothing on standard output; it still prints the
 // others.
 //
+// With -h as the first argument it prints its usage on standard output.
+//
 // The exit status is 0; 1 when a NAME was refused or the output could not be written; 2 when there
 // is no NAME.
 package main
@@ -27,10 +29,11 @@ import (
 	"syscall"
 
 	"sniproxy/cmd/internal/hostname"
+	"sniproxy/cmd/internal/usage"
 	"sniproxy/hostdir"
 )
 
-const usage = `usage: sniproxy-hostname NAME...
+const usageText = `usage: sniproxy-hostname NAME...
 
 Prints the name of the directory in which sniproxy looks for the backend of
 each host NAME, one a line. A NAME may be Unicode; it is then encoded to
@@ -51,11 +54,19 @@ func run(args []string, stdout, stderr io.Writer) int {
 	// If the reader has gone, the write fails with an error instead of a silent death.
 	signal.Ignore(syscall.SIGPIPE)
 
-	if len(args) == 0 {
-		fmt.Fprint(stderr, usage)
-		if hostdir.Hashed {
-			fmt.Fprint(stderr, hashedUsage)
+	text := usageText
+	if hostdir.Hashed {
+		text += hashedUsage
+	}
+	if usage.Asked(args) {
+		if _, err := io.WriteString(stdout, usage.Text(text)); err != nil {
+			fmt.Fprintf(stderr, "sniproxy-hostname: %v\n", err)
+			return 1
 		}
+		return 0
+	}
+	if len(args) == 0 {
+		fmt.Fprint(stderr, usage.Text(text))
 		return 2
 	}
 	status := 0

@@ -79,25 +79,29 @@ func TestAccepted(t *testing.T) {
 var refused = []struct{ arg, reason string }{
 	{"a..b", "empty label"},
 	{"", "empty"},
-	{"exa mple", "character other than"},
+	{"exa mple", "control character"},
 	{strings.Repeat("a", 64), "longer than 63 bytes"},
 	{strings.Repeat("ü", 60) + ".de", "longer than 63 bytes"},
 	{"xn--a.com", "not a valid internationalized name"},
-	{"a/b", "character other than"},
+	{"a/b", "URL"},
 	{"..", "empty label"},
 	{"-a.example", "begins with a hyphen"},
 	{"\xff.com", "not valid UTF-8"},
 
 	{".", "empty"},
 	{".a", "empty label"},
-	{"a..", "ends with a dot"},
-	{"a.。", "ends with a dot"},
-	{"-h", "begins with a hyphen"},
+	{"a..", "ends with two dots"},
+	{"a.。", "ends with two dots"},
+	{"-x", "begins with a hyphen"},
 	{"--", "begins with a hyphen"},
 	{"--help", "begins with a hyphen"},
-	{"a℀b.com", "character other than"}, // U+2100 stands for a/c
-	{"a\nb.com", "character other than"},
-	{"127.0.0.1:443", "character other than"},
+	{"a℀b.com", "URL"}, // U+2100 stands for a/c
+	{"a@b.com", "character other than"},
+	{"2001:db8::1", "IPv6 address"},
+	{"[2001:db8::1]", "IPv6 address"},
+	{"[a.example]", "brackets"},
+	{"a\nb.com", "control character"},
+	{"127.0.0.1:443", "port behind"},
 	{"xn--.com", "empty label"},
 	{"xn--abc-.com", "not a valid internationalized name"}, // ASCII in disguise
 	{"א1b.com", "not a valid internationalized name"},      // RFC 5893, the Bidi rule
@@ -109,17 +113,17 @@ var refused = []struct{ arg, reason string }{
 	{"*.", "empty"},
 	{"*..", "empty"},
 	{"*..a", "empty label"},
-	{"**", "character other than"},
-	{"*a.example", "character other than"},
-	{"a*.example", "character other than"},
-	{"a.*.example", "character other than"},
-	{"a.*", "character other than"},
-	{"*.*", "character other than"},
-	{"*.*.example", "character other than"},
+	{"**", "asterisk"},
+	{"*a.example", "asterisk"},
+	{"a*.example", "asterisk"},
+	{"a.*.example", "asterisk"},
+	{"a.*", "asterisk"},
+	{"*.*", "asterisk"},
+	{"*.*.example", "asterisk"},
 	{"*.-a", "begins with a hyphen"},
-	{"*./a", "character other than"},
-	{"＊.example", "character other than"}, // U+FF0A, which would become an asterisk
-	{"*。example", "character other than"},
+	{"*./a", "URL"},
+	{"＊.example", "asterisk"}, // U+FF0A, which would become an asterisk
+	{"*。example", "asterisk"},
 	{"*.xn--a.com", "not a valid internationalized name"},
 	{"*." + strings.Repeat("a.", 125) + "aa", "longer than 253 bytes"},
 	{"*." + strings.Repeat("a", 64), "longer than 63 bytes"},
@@ -166,10 +170,14 @@ func TestSeveral(t *testing.T) {
 }
 
 // Goal: without a name there is the usage on stderr, and exit status 2. Only a hashed build says
-// that it is one.
+// that it is one. With -h the usage is on stdout, and the exit status 0. Both have the version.
 func TestUsage(t *testing.T) {
+	asked, messages, status := runProgram(t, "-h", "a.example")
+	if messages != "" || status != 0 || !strings.Contains(asked, "\nThis is version ") {
+		t.Errorf("-h: stdout %q, stderr %q, exit status %d; want the usage and 0", asked, messages, status)
+	}
 	stdout, stderr, status := runProgram(t)
-	if stdout != "" || status != 2 || !strings.HasPrefix(stderr, "usage: sniproxy-hostname NAME") {
+	if stdout != "" || status != 2 || !strings.HasPrefix(stderr, "usage: sniproxy-hostname NAME") || stderr != asked {
 		t.Errorf("stdout %q, stderr %q, exit status %d; want the usage and 2", stdout, stderr, status)
 	}
 	if got := strings.Contains(stderr, "hashed build"); got != hostdir.Hashed {

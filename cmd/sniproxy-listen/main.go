@@ -14,6 +14,8 @@
 // was given and no others. SIGHUP and SIGINT stay ignored if they were; the Go runtime sets all
 // other signals to their defaults.
 //
+// With -h in place of ADDR it prints its usage on standard output.
+//
 // The exit status is that of PROGRAM; 1 when there is no socket; 2 for wrong usage; and as from
 // env(1) 127 when PROGRAM is not found, and 126 when it cannot be run for another reason.
 package main
@@ -22,6 +24,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -31,9 +34,11 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"sniproxy/cmd/internal/usage"
 )
 
-const usage = `usage: sniproxy-listen ADDR PROGRAM [ARG...]
+const usageText = `usage: sniproxy-listen ADDR PROGRAM [ARG...]
 
 Listens on the TCP address ADDR, such as :443, 192.0.2.1:443 or [2001:db8::1]:443,
 and runs PROGRAM with the listening socket as its standard input.
@@ -53,8 +58,15 @@ func init() { runtime.LockOSThread() }
 func main() { os.Exit(run(os.Args[1:])) }
 
 func run(args []string) int {
+	if usage.Asked(args) {
+		if _, err := io.WriteString(os.Stdout, usage.Text(usageText)); err != nil {
+			complain("sniproxy-listen: %v\n", err)
+			return 1
+		}
+		return 0
+	}
 	if len(args) < 2 || strings.HasPrefix(args[0], "-") {
-		complain(usage)
+		complain("%s", usage.Text(usageText))
 		return 2
 	}
 	addr, program := args[0], args[1:]

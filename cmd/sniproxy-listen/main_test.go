@@ -206,20 +206,23 @@ func linkLocal(t *testing.T) netip.Addr {
 	return netip.Addr{}
 }
 
-// Goal: wrong usage, and so every option, gives the usage on standard error and exit status 2, and
-// runs nothing.
+// Goal: wrong usage, and so every option but -h, gives the usage on standard error and exit status
+// 2. -h gives it on standard output and exit status 0. Neither runs anything. Both have the version.
 func TestUsage(t *testing.T) {
+	asked, messages, status := hostdirtest.Run(t, program(t, "-h", "echo", "run"))
+	if messages != "" || status != 0 || !strings.HasPrefix(asked, "usage: sniproxy-listen ADDR PROGRAM") || !strings.Contains(asked, "\nThis is version ") {
+		t.Errorf("-h: stdout %q, stderr %q, exit status %d; want the usage and 0", asked, messages, status)
+	}
 	for _, args := range [][]string{
 		{},
 		{"127.0.0.1:0"},
-		{"-h", "echo", "run"},
 		{"--help"},
 		{"-", "echo", "run"},
 		{"--", "127.0.0.1:0", "echo", "run"},
 		{"-1:443", "echo", "run"},
 	} {
 		stdout, stderr, status := hostdirtest.Run(t, program(t, args...))
-		if stdout != "" || status != 2 || !strings.HasPrefix(stderr, "usage: sniproxy-listen ADDR PROGRAM") {
+		if stdout != "" || status != 2 || stderr != asked {
 			t.Errorf("%q: stdout %q, stderr %q, exit status %d; want the usage and 2", args, stdout, stderr, status)
 		}
 	}

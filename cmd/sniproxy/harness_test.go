@@ -149,7 +149,7 @@ func (d *daemon) wait() int {
 	select {
 	case <-d.exited:
 	case <-time.After(hostdirtest.Patience):
-		d.cmd.Process.Signal(syscall.SIGQUIT) // for its stacks
+		d.cmd.Process.Signal(syscall.SIGABRT) // for its stacks
 		<-d.exited
 		d.t.Fatal("the daemon does not end")
 	}

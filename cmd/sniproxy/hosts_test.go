@@ -35,6 +35,7 @@ var badHosts = map[string]func(dir string) error{
 	"dangling socket symlink":   inDir(func(path string) error { return os.Symlink("nowhere", path) }),
 	"socket symlink loop":       inDir(func(path string) error { return os.Symlink("tls-socket", path) }),
 	"regular file as socket":    inDir(func(path string) error { return os.WriteFile(path, nil, 0o777) }),
+	"read-only file as socket":  inDir(func(path string) error { return os.WriteFile(path, nil, 0o444) }),
 	"FIFO as socket":            inDir(func(path string) error { return unix.Mkfifo(path, 0o777) }),
 	"directory as socket":       inDir(func(path string) error { return os.Mkdir(path, 0o777) }),
 	"symlink to directory":      inDir(func(path string) error { return os.Symlink(".", path) }),
@@ -303,7 +304,7 @@ func TestAtomicSwitch(t *testing.T) {
 	}
 }
 
-// Goal: a name is looked up in lower case. It may have underscores, and hyphens within and at the
+// Goal: a name is looked up in lower case, without a dot at its end. It may have underscores, and hyphens within and at the
 // end of labels. The backend gets it as the client sent it.
 func TestNames(t *testing.T) {
 	d := start(t)
@@ -311,6 +312,7 @@ func TestNames(t *testing.T) {
 		{"a", "a"},
 		{"127", "127"},
 		{"UPPER.Example", "upper.example"},
+		{"Dot.Example.", "dot.example"},
 		{"a_b.example", "a_b.example"},
 		{"_dmarc.example_", "_dmarc.example_"},
 		{"xn--fa-hia.de", "xn--fa-hia.de"},
@@ -347,7 +349,7 @@ func TestForbiddenNames(t *testing.T) {
 	hostdirtest.Must(t, os.Symlink(hostDir("", "a")+"/tls-socket", filepath.Join(hosts, "bare")))
 	for _, name := range []string{
 		"", ".", "..", "../hosts/a", "./a", "/a", "a/", "a/b", "/", parent + "/hosts/a",
-		"a.", "a..", "a..b", ".a", "-a", "b.-a", "a b", "a\nb", "a\\b", "*.b", "a:443", "\xc3\xa9", "\xff",
+		"a..", "a..b", ".a", "-a", "b.-a", "a b", "a\nb", "a\\b", "*.b", "a:443", "\xc3\xa9", "\xff",
 		"\u212a", "a,b", "a%00", "[::1]", strings.Repeat("a.", 127) + "a",
 		"\x00", "a\x00", "a\x00.example", "\x00a", "a/tls-socket\x00", "bare\x00",
 		strings.Repeat("a", 256), strings.Repeat("a", 60_000),
@@ -357,9 +359,8 @@ func TestForbiddenNames(t *testing.T) {
 			t.Errorf("%.80q: got %x, error %v", name, got, err)
 		}
 	}
-	if err := d.greeted("a"); err != nil {
-		t.Error(err)
-	}
+	expectWord(t, d, "a", "this is a")
+	expectWord(t, d, "a.", "this is a")
 }
 
 // Goal: names of up to 254 bytes are served if the path of the socket fits into a socket address,

@@ -14,24 +14,30 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sniproxy/cmd/internal/limits"
 	"sniproxy/hostdir/hostdirtest"
 	"sniproxy/sni/snitest"
 )
 
-// Goal: any argument gives the usage and status 2, even if the socket is right.
+// Goal: any argument but -h gives the usage on standard error and status 2, even if the socket is
+// right. -h gives it on standard output, and status 0. Both have the version.
 func TestArguments(t *testing.T) {
-	for _, args := range [][]string{{"-h"}, {"--help"}, {"-version"}, {"8443"}, {""}, {"--"}, {"a", "b"}} {
+	for _, args := range [][]string{{"-h"}, {"-h", "x"}, {"--help"}, {"-version"}, {"8443"}, {""}, {"--"}, {"a", "b"}} {
 		t.Run(strings.Join(args, " "), func(t *testing.T) {
 			f := socketFile(t, hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0"))
 			d := launch(t, f, hostdirtest.Dir(t), func(cmd *exec.Cmd) { cmd.Args = append(cmd.Args, args...) })
-			if status := d.wait(); status != 2 {
-				t.Errorf("status %d, want 2", status)
+			want, text, other := 2, d.err, d.out
+			if args[0] == "-h" {
+				want, text, other = 0, d.out, d.err
 			}
-			if got := d.err.String(); !strings.HasPrefix(got, "usage: sniproxy") {
-				t.Errorf("no usage on standard error: %q", got)
+			if status := d.wait(); status != want {
+				t.Errorf("status %d, want %d", status, want)
 			}
-			if got := d.out.String(); got != "" {
-				t.Errorf("standard output has %q", got)
+			if got := text.String(); !strings.HasPrefix(got, "usage: sniproxy") || !strings.Contains(got, "\nThis is version ") {
+				t.Errorf("no usage: %q", got)
+			}
+			if got := other.String(); got != "" {
+				t.Errorf("besides it says %q", got)
 			}
 		})
 	}
@@ -201,9 +207,13 @@ func TestListening(t *testing.T) {
 	}
 }
 
-// Goal: SIGHUP and SIGTERM stop an idle daemon with status 0 and one line, and the port is free.
+// The signals that stop a daemon, those with the ten seconds first.
+var stopSignals = []syscall.Signal{syscall.SIGHUP, syscall.SIGTERM, syscall.SIGINT, syscall.SIGQUIT}
+
+// Goal: each of the four signals stops an idle daemon with status 0 and one line, and the port is
+// free.
 func TestStopSignals(t *testing.T) {
-	for _, s := range []syscall.Signal{syscall.SIGHUP, syscall.SIGTERM} {
+	for _, s := range stopSignals {
 		t.Run(unix.SignalName(s), func(t *testing.T) {
 			d := start(t)
 			d.serve("a.example", hostdirtest.Greet)
@@ -256,7 +266,7 @@ func (c openRelay) works() {
 // Goal: after a signal the port can be bound at once, an open connection goes on, the daemon exits
 // when it ends, and no line speaks of cut connections.
 func TestStopGraceful(t *testing.T) {
-	for _, s := range []syscall.Signal{syscall.SIGHUP, syscall.SIGTERM} {
+	for _, s := range stopSignals {
 		t.Run(unix.SignalName(s), func(t *testing.T) {
 			d := start(t)
 			d.serve("a.example", hostdirtest.Echo)
@@ -295,6 +305,8 @@ func TestSecondSignal(t *testing.T) {
 		{syscall.SIGHUP, syscall.SIGTERM},
 		{syscall.SIGTERM, syscall.SIGHUP},
 		{syscall.SIGTERM, syscall.SIGTERM},
+		{syscall.SIGTERM, syscall.SIGINT},
+		{syscall.SIGINT, syscall.SIGINT},
 	} {
 		t.Run(unix.SignalName(s[0])+" "+unix.SignalName(s[1]), func(t *testing.T) {
 			d := start(t)
@@ -314,7 +326,7 @@ func TestSecondSignal(t *testing.T) {
 }
 
 // Goal: ten seconds after the signal, not before, the daemon cuts the connections that are still
-// open, says how many, and ends with status 0.
+// open, says how many, and ends with status 0. SIGQUIT does not take the ten seconds back.
 func TestStopCutsAfterTenSeconds(t *testing.T) {
 	t.Parallel()
 	d := start(t)
@@ -324,6 +336,7 @@ func TestStopCutsAfterTenSeconds(t *testing.T) {
 	begin := time.Now()
 	d.signal(syscall.SIGHUP)
 	d.out.Await(t, "got SIGHUP, shutting down")
+	d.signal(syscall.SIGQUIT)
 	c.works()
 	if n, err := c.Read(make([]byte, 1)); n > 0 || err == nil {
 		t.Errorf("read %d bytes", n)
@@ -335,6 +348,57 @@ func TestStopCutsAfterTenSeconds(t *testing.T) {
 		t.Errorf("cut after %v", waited)
 	}
 	expectComplaint(t, d, "2 connections")
+}
+
+// Goal: after SIGQUIT the daemon does not cut what is open, however long that takes and whoever sends
+// it again, and prints no stacks. Another of the signals begins the ten seconds, and one more ends
+// it at once.
+func TestStopQuit(t *testing.T) {
+	t.Parallel()
+	quit := func() (*daemon, openRelay) {
+		d := start(t)
+		d.serve("a.example", hostdirtest.Echo)
+		c := openEcho(t, d, "a.example")
+		d.signal(syscall.SIGQUIT)
+		d.out.Await(t, "got SIGQUIT, shutting down")
+		d.awaitRefused()
+		return d, c
+	}
+	waits, waiting := quit()
+	late, cut := quit()
+	<-time.After(limits.Drain + time.Second)
+	waits.signal(syscall.SIGQUIT)
+	waiting.works()
+	waiting.Close()
+	waits.expectExit(0)
+	if got := waits.err.String(); got != "" {
+		t.Errorf("standard error has %q", got)
+	}
+
+	begin := time.Now()
+	late.signal(syscall.SIGTERM)
+	late.out.Await(t, "got SIGTERM, shutting down")
+	cut.works()
+	if n, err := cut.Read(make([]byte, 1)); n > 0 || err == nil {
+		t.Errorf("read %d bytes", n)
+	}
+	if status := late.wait(); status != 0 {
+		t.Errorf("status %d, want 0", status)
+	}
+	if waited := time.Since(begin); waited < limits.Drain {
+		t.Errorf("cut %v after the second signal", waited)
+	}
+	expectComplaint(t, late, "cut what was still open", "1 connection")
+
+	again, c := quit()
+	again.signal(syscall.SIGINT)
+	again.out.Await(t, "got SIGINT, shutting down")
+	c.works()
+	again.signal(syscall.SIGHUP)
+	if status := again.wait(); status != 0 {
+		t.Errorf("status %d, want 0", status)
+	}
+	expectComplaint(t, again, "got SIGHUP again", "1 connection")
 }
 
 // expectComplaint fails the test unless standard error is one line, which has all parts.

@@ -2,10 +2,10 @@
 // each connection, connects to the Unix socket of the host with that name, and forwards the bytes,
 // unchanged, both ways. It decrypts nothing.
 //
-// There are no arguments and no configuration file. The sockets are inherited, and the working
-// directory is the hosts directory. The manual pages beside this file are its interface:
-// sniproxy(8) has sockets, output, alerts, signals, counters and exit status, sniproxy-hosts(5) has
-// the hosts directory and what each owner of hosts may use.
+// There are no arguments but -h, which prints the usage, and no configuration file. The sockets are
+// inherited, and the working directory is the hosts directory. The manual pages beside this file are
+// its interface: sniproxy(8) has sockets, output, alerts, signals, counters and exit status,
+// sniproxy-hosts(5) has the hosts directory and what each owner of hosts may use.
 //
 // # Packages
 //
@@ -21,6 +21,7 @@
 //	cmd/internal/socket         a socket's addresses, its PROXY header, and descriptors that it passes
 //	cmd/internal/descriptors    how many are in use, and their limit
 //	cmd/internal/limits         what a connection may take
+//	cmd/internal/usage          the usage, with the version
 //	hostdir                     from a name to its directory, its backend and its markers
 //	sni                         the name in a ClientHello
 //	proxyproto                  PROXY protocol headers
@@ -35,6 +36,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"strings"
 	"syscall"
 	"time"
 
@@ -45,14 +47,16 @@ import (
 	"sniproxy/cmd/internal/limits"
 	"sniproxy/cmd/internal/logline"
 	"sniproxy/cmd/internal/socket"
+	"sniproxy/cmd/internal/usage"
 	"sniproxy/hostdir"
 )
 
-const usage = `usage: sniproxy < listening TCP socket
+const usageText = `usage: sniproxy < listening TCP socket
 
-It takes no arguments. Standard input is a listening TCP socket or a TCP connection,
-unless systemd has passed sockets (LISTEN_FDS), and the working directory holds a
-directory NAME, with the Unix socket tls-socket in it, for each host.
+It takes no arguments but -h, which prints this. Standard input is a listening
+TCP socket or a TCP connection, unless systemd has passed sockets (LISTEN_FDS),
+and the working directory holds a directory NAME, with the Unix socket
+tls-socket in it, for each host.
 `
 
 // Keep the main thread for the main goroutine: the kernel prefers it for signals, and a thread
@@ -68,6 +72,10 @@ func run() int {
 	// Early: who asks before there is anything to count gets an answer later.
 	asked := make(chan os.Signal, 1)
 	signal.Notify(asked, syscall.SIGUSR1)
+	// Others than SIGHUP, and a second signal: sniproxy-rs knows SIGHUP alone, and is killed by
+	// others.
+	signals := make(chan os.Signal, 4)
+	signal.Notify(signals, syscall.SIGHUP, syscall.SIGTERM, syscall.SIGINT, syscall.SIGQUIT)
 	// Before anything is printed: it must not get into the stream of a client.
 	listeners, clients, err := inherit.Take()
 	own, reserve := ownDescriptors(len(listeners))-int64(len(clients)), int64(limits.ReserveLeast)
@@ -82,16 +90,17 @@ func run() int {
 	}
 	defer logline.Flush()
 	// sniproxy-rs ignores arguments.
-	if len(os.Args) != 1 {
-		logline.Text(usage)
+	switch args := os.Args[1:]; {
+	case usage.Asked(args):
+		logline.Out("%s", strings.TrimSuffix(usage.Text(usageText), "\n"))
+		return 0
+	case len(args) > 0:
+		logline.Text(usage.Text(usageText))
 		return 2
 	}
 	if err != nil {
 		return refuse(err)
 	}
-	// SIGTERM too, and a second signal: sniproxy-rs knows SIGHUP alone, and is killed by others.
-	signals := make(chan os.Signal, 2)
-	signal.Notify(signals, syscall.SIGHUP, syscall.SIGTERM)
 	hosts, err := openHosts()
 	if err != nil {
 		return refuse(err)
@@ -111,33 +120,55 @@ func run() int {
 	}
 
 	status := 0
+	var cut <-chan time.Time
 	select {
 	case <-e.Drained: // without a signal this comes only after a single connection
 		return 0
 	case s := <-signals:
 		logline.Out("got %s, shutting down", signalName(s))
+		cut = drainTime(s)
 	case err := <-e.Failed:
 		logline.Err("%v; shutting down", err)
+		cut = time.After(limits.Drain)
 		status = 1
 	}
 	if !single {
 		stop()
 	}
-	select {
-	case <-e.Drained:
+	for {
+		select {
+		case <-e.Drained:
+			return status
+		case s := <-signals:
+			switch {
+			case s == syscall.SIGQUIT: // it is stopping already
+				continue
+			case cut == nil:
+				logline.Out("got %s, shutting down", signalName(s))
+				cut = drainTime(s)
+				continue
+			}
+			logline.Err("got %s again, cut what was open: %s", signalName(s), openConnections(e))
+		case <-cut:
+			// With the exit status of sniproxy-rs, 1, systemd would take it for a failure.
+			logline.Err("cut what was still open after %v: %s", limits.Drain, openConnections(e))
+		}
+		e.Cut()
+		select {
+		case <-e.Drained:
+		case <-time.After(limits.Cut):
+		}
 		return status
-	case s := <-signals:
-		logline.Err("got %s again, cut what was open: %s", signalName(s), openConnections(e))
-	case <-time.After(limits.Drain):
-		// With the exit status of sniproxy-rs, 1, systemd would take it for a failure.
-		logline.Err("cut what was still open after %v: %s", limits.Drain, openConnections(e))
 	}
-	e.Cut()
-	select {
-	case <-e.Drained:
-	case <-time.After(limits.Cut):
+}
+
+// drainTime returns when to cut what is open after a signal to stop: nil, which is never, for
+// SIGQUIT.
+func drainTime(s os.Signal) <-chan time.Time {
+	if s == syscall.SIGQUIT {
+		return nil
 	}
-	return status
+	return time.After(limits.Drain)
 }
 
 // refuse says why the program cannot start. It returns the exit status.
@@ -180,7 +211,7 @@ func openHosts() (*hostdir.Hosts, error) {
 // printCounters prints a line of counters whenever it is asked to.
 func printCounters(e *engine, asked <-chan os.Signal) {
 	for range asked {
-		logline.Err("%v, descriptors %d of %d, handed %d", e.Counters, descriptors.InUse(1<<16), descriptors.Limit(), e.Counters.Handed())
+		logline.Err("%v, descriptors %d of %d, handed %d, empty %d", e.Counters, descriptors.InUse(1<<16), descriptors.Limit(), e.Counters.Handed(), e.Counters.Empty())
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -624,7 +625,8 @@ func TestRelayMemoryOfStuckClients(t *testing.T) {
 	d.expectGrowth(base, conns*192<<10)
 }
 
-// Goal: keepalive is on at the client's side, so that the daemon notices clients that vanished.
+// Goal: keepalive is on at the client's side, so that the daemon notices clients that vanished. It
+// begins within three minutes of silence.
 func TestRelayKeepalive(t *testing.T) {
 	d := start(t)
 	l := d.host("alive.example")
@@ -639,6 +641,8 @@ func TestRelayKeepalive(t *testing.T) {
 	// keepalive) is pending".
 	if timer := sockets[0].timer; !strings.HasPrefix(timer, "02:") {
 		t.Errorf("the timer is %s, want a keepalive", timer)
+	} else if left, err := strconv.ParseUint(timer[3:], 16, 64); err != nil || left > 180*100 {
+		t.Errorf("the timer has %d hundredths of a second left, error %v; want three minutes at most", left, err)
 	}
 }
 

@@ -143,12 +143,13 @@ func TestSingleRefused(t *testing.T) {
 	}{
 		"unknown host": {snitest.Hello("unknown.example"), 112},
 		"no TLS":       {[]byte("GET / HTTP/1.1\r\n\r\n"), 10},
-		"end":          {nil, 50},
+		"end":          {snitest.Hello("")[:9], 50},
+		"end at once":  {nil, 50},
 	} {
 		t.Run(name, func(t *testing.T) {
 			d, client := startSingle(t, hostdirtest.Dir(t))
 			say(t, client, tt.hello)
-			if tt.hello == nil {
+			if strings.HasPrefix(name, "end") {
 				client.CloseWrite()
 			}
 			if got := readAll(t, client); alert([]byte(got)) != tt.want {
@@ -156,6 +157,12 @@ func TestSingleRefused(t *testing.T) {
 			}
 			client.Close()
 			d.expectExit(0)
+			if tt.hello == nil { // a health check
+				if got := d.err.String(); got != "" {
+					t.Errorf("standard error has %q", got)
+				}
+				return
+			}
 			expectComplaint(t, d, "refused "+client.LocalAddr().String(), fmt.Sprintf("(alert %d,", tt.want))
 			if got := d.out.String(); got != "" {
 				t.Errorf("standard output has %q", got)
@@ -250,15 +257,17 @@ func TestSingleOnAll(t *testing.T) {
 			t.Errorf("the client got %q", got)
 		}
 	})
-	t.Run("usage", func(t *testing.T) {
-		d, client := startSingle(t, hosts, onAll, func(cmd *exec.Cmd) { cmd.Args = append(cmd.Args, "-h") })
-		if status := d.wait(); status != 2 {
-			t.Errorf("status %d, want 2", status)
-		}
-		if got := readAll(t, client); got != "" {
-			t.Errorf("the client got %q", got)
-		}
-	})
+	for arg, want := range map[string]int{"-h": 0, "-v": 2} {
+		t.Run("usage "+arg, func(t *testing.T) {
+			d, client := startSingle(t, hosts, onAll, func(cmd *exec.Cmd) { cmd.Args = append(cmd.Args, arg) })
+			if status := d.wait(); status != want {
+				t.Errorf("status %d, want %d", status, want)
+			}
+			if got := readAll(t, client); got != "" {
+				t.Errorf("the client got %q", got)
+			}
+		})
+	}
 	t.Run("no engine", func(t *testing.T) {
 		d, client := startSingle(t, hosts, onAll, limitFiles(8))
 		if status := d.wait(); status <= 0 { // Go's runtime may end it, with a message of its own
@@ -293,7 +302,7 @@ func TestSingleStop(t *testing.T) {
 	hosts := hostdirtest.Dir(t)
 	hostdirtest.Serve(t, hostDir(hosts, "a.example"), hostdirtest.Greet)
 	l := hostdirtest.Listen(t, hostDir(hosts, "live.example"))
-	for _, s := range []syscall.Signal{syscall.SIGHUP, syscall.SIGTERM} {
+	for _, s := range stopSignals[:3] {
 		told := "got " + unix.SignalName(s) + ", shutting down"
 		t.Run(unix.SignalName(s), func(t *testing.T) {
 			d, client := startSingle(t, hosts)

@@ -526,13 +526,15 @@ func TestLogReasons(t *testing.T) {
 		reason string
 	}{
 		{"absent.example", badHosts["no directory"], "no directory"},
-		{"file.example", badHosts["file as directory"], "no directory"},
+		{"no-directory.example", badHosts["file as directory"], "no directory"},
 		{"empty.example", badHosts["no socket"], "no tls-socket"},
 		{"abandoned.example", badHosts["abandoned socket"], "nobody listens on tls-socket"},
 		{"silent.example", badHosts["socket that does not hear"], "nobody listens on tls-socket"},
 		{"closed.example", tricks["directory without permission"], fmt.Sprintf("permission denied for uid %d", uid)},
 		{"locked.example", tricks["socket without permission"], fmt.Sprintf("permission denied for uid %d", uid)},
-		{"fifo.example", badHosts["FIFO as socket"], "tls-socket is neither a stream nor a datagram socket"},
+		{"dangling.example", badHosts["dangling socket symlink"], "tls-socket is a symlink that leads nowhere"},
+		{"fifo.example", badHosts["FIFO as socket"], "tls-socket is not a socket"},
+		{"file.example", badHosts["read-only file as socket"], "tls-socket is not a socket"},
 		{"packets.example", badHosts["seqpacket socket"], "tls-socket is neither a stream nor a datagram socket"},
 	} {
 		d.put(host.name, host.what)
@@ -541,7 +543,7 @@ func TestLogReasons(t *testing.T) {
 
 	for _, name := range []string{
 		"", "forged\nsniproxy: forged", "\x1b[2Jforged", "forged\x00", "forged\xff", "forged\r", "forged example", "../forged",
-		"forged.", "\u202eforged", "%d%s%!forged", strings.Repeat("forged.", 1000),
+		"forged..", "\u202eforged", "%d%s%!forged", strings.Repeat("forged.", 1000),
 	} {
 		_, err := sni.AppendCanonical(nil, []byte(name))
 		var a sni.Alert
@@ -552,11 +554,11 @@ func TestLogReasons(t *testing.T) {
 	}
 	add(snitest.ClientHello{}.Build().Stream(), false, "", "no server name", sni.UnrecognizedName)
 	add(snitest.Hello(""), false, "", "no server name", sni.UnrecognizedName)
-	add(nil, true, "", "the client ended the connection before the server name", sni.DecodeError)
 	add(snitest.Hello("")[:60], true, "", "the client ended the connection before the server name", sni.DecodeError)
 	add(asking("forged")[:60], true, "", "the client ended the connection before the server name", sni.DecodeError)
+	add([]byte("PROX"), true, "", "neither TLS nor anything else that is known here", sni.UnexpectedMessage)
 	add([]byte{22, 3, 1, 255, 255}, false, "", "record is longer", sni.RecordOverflow)
-	add([]byte("GET /forged\x1b[2J HTTP/1.1\r\n\r\n"), false, "", "first record is not a handshake", sni.UnexpectedMessage)
+	add([]byte("GET /forged\x1b[2J HTTP/1.1\r\n\r\n"), false, "", "plain HTTP, not TLS", sni.UnexpectedMessage)
 	add(hello64K(1), false, "", "no server name within the first 64 KiB", sni.InternalError)
 
 	for _, tt := range tests {
@@ -600,7 +602,8 @@ func TestLogLate(t *testing.T) {
 		sent []byte
 		want notice
 	}{
-		{nil, notice{"", "", "no complete server name within the time limit", sni.UserCanceled}},
+		{nil, notice{"", "", "sent nothing within the time limit; it may wait for the server to speak first, as SMTP, IMAP and MySQL clients do", sni.UserCanceled}},
+		{[]byte("PROX"), notice{"", "", "neither TLS nor anything else that is known here", sni.UnexpectedMessage}},
 		{snitest.Record(22, nameless[:len(nameless)-1]...), notice{"", "", "no complete server name within the time limit", sni.UserCanceled}},
 		{snitest.Hello("deaf.example")[:60], notice{"", "", "no complete server name within the time limit", sni.UserCanceled}},
 		{snitest.Hello("deaf.example"), notice{"", "deaf.example", "the backlog of tls-socket is full", sni.InternalError}},

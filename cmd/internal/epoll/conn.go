@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -39,6 +38,7 @@ type conn struct {
 	sockets    [2]endpoint
 	flows      [2]flow
 	accepted   int64 // when
+	peer       socket.Address
 
 	pending *pending // in phases before relaying: nil if the hello came in one piece and nothing is waited for
 
@@ -47,6 +47,8 @@ type conn struct {
 	header int32 // bytes of the PROXY header that are not sent yet
 	sent   report.Traffic
 
+	address  bool  // the client has sent an IPv6 address in place of a server name
+	proxy    uint8 // version of the PROXY header that the backend was sent
 	deaf     bool  // the backend does not read any more
 	cutWrite bool  // and it stopped in the middle of a write
 	quiet    uint8 // looks for half-closed relays since something moved
@@ -155,10 +157,10 @@ func (l *loop) accept(from *inherit.Listener) bool {
 	// something with it. So the flag is set anew each time, and should it be gone again before the
 	// next instruction, SO_RCVTIMEO bounds the wait.
 	setNonblock(int32(from.FD))
-	fd, _, errno := syscall.RawSyscall6(unix.SYS_ACCEPT4, uintptr(from.FD), 0, 0, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0, 0)
+	fd, peer, errno := acceptFrom(from.FD)
 	switch errno {
 	case 0:
-		l.add(int32(fd)).readHello()
+		l.add(fd, peer).readHello()
 		return true
 	case unix.EAGAIN, unix.EINTR, unix.ECONNABORTED:
 		// Somebody else was quicker, or the client is gone.
@@ -213,8 +215,9 @@ func (l *loop) listen(yes bool) {
 }
 
 // add makes a connection of the socket of a client.
-func (l *loop) add(fd int32) *conn {
+func (l *loop) add(fd int32, peer socket.Address) *conn {
 	c := l.conns.add()
+	c.peer = peer
 	c.loop = l
 	c.sockets[client].fd = fd
 	c.accepted = l.now()
@@ -240,11 +243,17 @@ func (c *conn) readHello() {
 		case errno == unix.EAGAIN:
 			c.register(client, unix.EPOLLIN)
 			return
-		case errno != 0:
-			c.close() // the client is gone
+		case errno != 0: // the client is gone
+			if p == nil {
+				l.counters.Empty.Add(1)
+			}
+			c.close()
+			return
+		case n == 0 && p == nil:
+			c.refuse(nil, report.Ended(nil))
 			return
 		case n == 0:
-			c.refuse(nil, report.ErrEOF)
+			c.refuse(nil, report.Ended(parser))
 			return
 		}
 		name, done, err := parser.Parse(space[:n])
@@ -258,6 +267,7 @@ func (c *conn) readHello() {
 			c.refuse(nil, err)
 			return
 		case done:
+			c.address = parser.Address()
 			c.dial(name, hello)
 			return
 		}
@@ -347,7 +357,9 @@ func (c *conn) begin(b hostdir.Backend, name, hello []byte) {
 	c.enter(relaying)
 	c.active, c.sample = l.rounds, l.load.samples
 	c.sockets[backend].fd = int32(b.FD)
-	c.access = l.engine.logAll.AccessLine(l.now(), int(c.sockets[client].fd), name, b.Log)
+	c.proxy = b.Proxy
+	l.recent.put(c, name)
+	c.access = l.engine.logAll.AccessLine(l.now(), c.peer, name, b.Log)
 	for i := range c.flows {
 		c.flows[i] = flow{conn: c, from: side(i), size: readMin}
 	}
@@ -390,7 +402,7 @@ func (c *conn) handOver(entry []byte, b hostdir.Backend, name, hello []byte) {
 		c.close()
 		return
 	}
-	access := l.engine.logAll.AccessLine(l.now(), int(s.fd), name, b.Log)
+	access := l.engine.logAll.AccessLine(l.now(), c.peer, name, b.Log)
 	first := hello[headroom-len(header):]
 	copy(first, header)
 	if s.registered != 0 { // closing it does not take it out of the poller
@@ -433,9 +445,8 @@ func (c *conn) handOver(entry []byte, b hostdir.Backend, name, hello []byte) {
 // refuse tells the client with an alert why it is not served, and sees to it that the alert
 // arrives.
 func (c *conn) refuse(name []byte, err error) {
-	alert := report.Alert(name, err)
-	report.Refused(int(c.sockets[client].fd), name, alert)
-	c.loop.counters.Refused[alert.Description].Add(1)
+	alert := report.Alert(name, c.address, err)
+	c.loop.counters.Refuse(c.peer, name, alert)
 	record := alert.Description.Record()
 	if _, errno := write(c.sockets[client].fd, record[:]); errno != 0 {
 		c.close()
@@ -476,8 +487,10 @@ func (l *loop) expireHellos() {
 	now := limits.Now()
 	for c := l.hellos.first; c != nil && c.deadline <= now; c = l.hellos.first {
 		switch {
+		case c.phase == greeting && c.pending == nil:
+			c.refuse(nil, report.Late(nil))
 		case c.phase == greeting:
-			c.refuse(nil, report.ErrTimeout)
+			c.refuse(nil, report.Late(&c.pending.parser))
 		case c.pending.err != nil: // what was in the way at the last try
 			c.refuse(c.pending.name, c.pending.err)
 		default:

@@ -11,6 +11,7 @@ import (
 	"sniproxy/cmd/internal/inherit"
 	"sniproxy/cmd/internal/report"
 	"sniproxy/cmd/internal/shares"
+	"sniproxy/cmd/internal/socket"
 	"sniproxy/hostdir"
 )
 
@@ -74,7 +75,7 @@ func Start(hosts *hostdir.Hosts, listeners []*inherit.Listener, clients []int, o
 	}
 	for _, fd := range clients {
 		first.shared = int32(fd)
-		c := first.add(first.shared)
+		c := first.add(first.shared, socket.Peer(fd))
 		c.register(client, unix.EPOLLIN)
 	}
 	started := make(chan error, n)

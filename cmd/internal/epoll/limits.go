@@ -64,6 +64,9 @@ const (
 	// other threads.
 	behindMost = 8
 
+	// recentNames is for how many relays, at most, a loop remembers the name.
+	recentNames = 128
+
 	// quietChecks is how often within limits.HalfClosed a half-closed relay must have moved
 	// nothing.
 	quietChecks = 8

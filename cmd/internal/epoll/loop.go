@@ -60,6 +60,7 @@ type loop struct {
 	conns   table
 	hellos  queue // those without a backend yet, until limits.Hello
 	lingers queue // those refused, until limits.Linger
+	recent  names
 	redials redials
 
 	halfClosed int64 // when to look for half-closed relays that do nothing, 0 if there was none

@@ -208,6 +208,9 @@ func (f *flow) got(n int, errno unix.Errno) bool {
 	switch {
 	case errno == unix.EAGAIN:
 	case errno != 0:
+		if f.from == backend {
+			f.conn.checkAnswered()
+		}
 		f.conn.abort(resetBy[f.from])
 	case n == 0:
 		f.finish()
@@ -290,6 +293,9 @@ func (f *flow) unsendable(errno unix.Errno) {
 // finish passes the end of a flow on, or ends the connection if there is nothing more to come.
 func (f *flow) finish() {
 	c := f.conn
+	if f.from == backend {
+		c.checkAnswered()
+	}
 	f.done = true
 	switch {
 	case f.other().done:
@@ -303,6 +309,16 @@ func (f *flow) finish() {
 		unix.Shutdown(int(f.dst().fd), unix.SHUT_WR)
 		c.loop.checkHalfClosed()
 	}
+}
+
+// checkAnswered is for a backend that ends: it logs if the backend has sent nothing, and the client
+// did not end before.
+func (c *conn) checkAnswered() {
+	up, down := &c.flows[client], &c.flows[backend]
+	if c.sent[backend] > 0 || down.done || down.stalled() || up.done && !c.deaf {
+		return
+	}
+	report.Unanswered(c.peer, c.tenant, c.loop.recent.of(c), c.proxy)
 }
 
 // settled tells whether the client has acknowledged all that was sent to it, and has sent nothing

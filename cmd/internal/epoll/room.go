@@ -165,7 +165,7 @@ func (l *loop) dropOldest(except *conn, age time.Duration) bool {
 	if oldest == nil || age > 0 && limits.Now()-oldest.accepted <= int64(age) {
 		return false
 	}
-	report.Dropped(int(oldest.sockets[client].fd))
+	report.Dropped(oldest.peer)
 	l.counters.Dropped.Add(1)
 	oldest.close()
 	return true
@@ -202,7 +202,7 @@ func (l *loop) resetOne(rich, needy *shares.Tenant) bool {
 	if silent == nil {
 		return false
 	}
-	report.Reset(int(silent.sockets[client].fd), rich)
+	report.Reset(silent.peer, rich)
 	l.counters.Dropped.Add(1)
 	silent.abort(report.ResetForRoom)
 	return true

@@ -2,6 +2,8 @@
 
 package epoll
 
+import "sniproxy/sni"
+
 // A table has the connections of a loop by their numbers.
 type table struct {
 	all  []*conn
@@ -45,6 +47,29 @@ func (t *table) put(c *conn) {
 	place := t.add()
 	c.number, c.generation = place.number, place.generation
 	t.all[c.number] = c
+}
+
+// Names are those that the latest relays were begun with: a name is wanted if the backend does not
+// answer, and until then not worth memory for each connection.
+type names [recentNames]struct {
+	number, next int32 // of the relay, and the generation after its own
+	size         int16 // 0 for a client that named no host
+	name         [sni.MaxName]byte
+}
+
+func (n *names) put(c *conn, name []byte) {
+	r := &n[c.number%recentNames]
+	r.number, r.next = c.number, c.generation+1
+	r.size = int16(copy(r.name[:], name))
+}
+
+// of returns the name of c, nil if it is not known any more.
+func (n *names) of(c *conn) []byte {
+	r := &n[c.number%recentNames]
+	if r.number != c.number || r.next != c.generation+1 {
+		return nil
+	}
+	return r.name[:r.size]
 }
 
 // A queue is a list of connections in the order of their deadlines. They come in this order, since

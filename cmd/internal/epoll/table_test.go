@@ -42,6 +42,35 @@ func TestTable(t *testing.T) {
 	}
 }
 
+// Goal: a name is that of the relay, until another one takes its place.
+func TestNames(t *testing.T) {
+	var table table
+	var names names
+	a := table.add()
+	if got := names.of(a); got != nil {
+		t.Errorf("got %q before there was a name", got)
+	}
+	names.put(a, []byte("a.example"))
+	if got := names.of(a); string(got) != "a.example" {
+		t.Errorf("got %q", got)
+	}
+	names.put(a, nil)
+	if got := names.of(a); got == nil || len(got) > 0 {
+		t.Errorf("got %q for a client that named no host", got)
+	}
+	table.release(a)
+	b := table.add()
+	if got := names.of(b); got != nil {
+		t.Errorf("got %q, the name of a relay that has ended", got)
+	}
+	names.put(b, []byte("b.example"))
+	later := conn{number: b.number + recentNames}
+	names.put(&later, []byte("c.example"))
+	if got := names.of(b); got != nil {
+		t.Errorf("got %q, the name of a later relay", got)
+	}
+}
+
 // Goal: a generation never runs over the bit of the side.
 func TestGeneration(t *testing.T) {
 	const last = 1<<30 - 1

@@ -59,7 +59,9 @@ type Engine struct {
 type conn struct {
 	engine   *Engine
 	client   *os.File
-	accepted int64              // by the clock of limits
+	accepted int64 // by the clock of limits
+	peer     socket.Address
+	address  bool               // it has sent an IPv6 address in place of a server name
 	cancel   context.CancelFunc // ends all that it waits for before its relay
 	tenant   *shares.Tenant     // whose host it is for, once that is known
 	queued   *list.Element      // in the engine's queue, under its lock; nil if it is not there
@@ -72,10 +74,12 @@ type conn struct {
 	header  int             // bytes of the header that are not sent yet
 	moved   atomic.Int64    // when bytes were sent on last
 	ended   [2]atomic.Int64 // when the ways Up and Down ended, with all sent on; 0 before
+	proxy   uint8           // version of the header
 	sent    report.Traffic
-	sending sync.Mutex // to the backend
-	lost    bool       // a write failed, and the backend was reset or may have been; under sending
-	deaf    bool       // the backend has stopped reading
+	sending sync.Mutex  // to the backend
+	lost    bool        // a write failed, and the backend was reset or may have been; under sending
+	deaf    bool        // the backend has stopped reading
+	gone    atomic.Bool // the client has ended, or the relay was ended
 	ending  sync.Once
 	how     string // the relay has ended
 }
@@ -110,7 +114,7 @@ func Start(hosts *hostdir.Hosts, listeners []*inherit.Listener, clients []int, o
 		if err != nil {
 			return nil, err
 		}
-		e.serve(f)
+		e.serve(f, socket.Peer(fd))
 	}
 	return e, nil
 }
@@ -122,10 +126,10 @@ const spare = 4
 // sniproxy-rs.
 func (e *Engine) accept(l *inherit.Listener, f *os.File) {
 	for {
-		fd, err := inherit.Accept(f)
+		fd, peer, err := inherit.Accept(f)
 		full := err == unix.EMFILE || err == unix.ENFILE
 		if err == nil {
-			e.serve(os.NewFile(uintptr(fd), "client"))
+			e.serve(os.NewFile(uintptr(fd), "client"), peer)
 			full = e.shares.Full(spare)
 		}
 		if full {
@@ -150,9 +154,9 @@ func (e *Engine) accept(l *inherit.Listener, f *os.File) {
 }
 
 // serve begins to serve a client. Whatever it waits for before its relay ends at one deadline.
-func (e *Engine) serve(client *os.File) {
+func (e *Engine) serve(client *os.File, peer socket.Address) {
 	ctx, cancel := context.WithTimeout(context.Background(), limits.Hello)
-	c := &conn{engine: e, client: client, accepted: limits.Now(), cancel: cancel}
+	c := &conn{engine: e, client: client, peer: peer, accepted: limits.Now(), cancel: cancel}
 	e.counters.Accepted.Add(1)
 	e.counters.Waiting.Add(1)
 	e.mu.Lock()
@@ -214,11 +218,18 @@ func (c *conn) hello() (hello, name []byte, err error) {
 			return err
 		})
 	}
-	switch {
+	c.address = parser.Address()
+	sent := &parser
+	if len(hello) == 0 {
+		sent = nil
+	}
+	switch _, failed := err.(unix.Errno); {
 	case errors.Is(err, io.EOF):
-		err = report.ErrEOF
+		err = report.Ended(sent)
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		err = report.ErrTimeout
+		err = report.Late(sent)
+	case failed && sent == nil: // a reset
+		c.engine.counters.Empty.Add(1)
 	}
 	return hello, name, err
 }
@@ -341,7 +352,7 @@ func (c *conn) handOverFD(fd int, b hostdir.Backend, name, hello []byte) (sent b
 	if err != nil {
 		return false, errGone
 	}
-	access := e.logAll.AccessLine(limits.Now(), fd, name, b.Log)
+	access := e.logAll.AccessLine(limits.Now(), c.peer, name, b.Log)
 	socket.SetPlain(fd)
 	if sent, err = socket.HandOver(b.FD, append(header, hello...), fd); !sent {
 		unix.SetNonblock(fd, true)
@@ -387,9 +398,8 @@ func (c *conn) refuse(name []byte, err error) {
 	if !waited {
 		return // it was dropped, and that was said
 	}
-	alert := report.Alert(name, err)
-	socket.Control(c.client, func(fd int) { report.Refused(fd, name, alert) })
-	e.counters.Refused[alert.Description].Add(1)
+	alert := report.Alert(name, c.address, err)
+	e.counters.Refuse(c.peer, name, alert)
 	record := alert.Description.Record()
 	c.client.SetWriteDeadline(time.Now().Add(limits.Linger))
 	if _, err := c.client.Write(record[:]); err != nil {

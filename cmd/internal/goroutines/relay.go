@@ -22,7 +22,7 @@ func (c *conn) relay(b hostdir.Backend, name, hello []byte) {
 	var access *report.AccessLine
 	var gone error
 	closed := socket.Control(c.client, func(fd int) {
-		access = c.engine.logAll.AccessLine(limits.Now(), fd, name, b.Log)
+		access = c.engine.logAll.AccessLine(limits.Now(), c.peer, name, b.Log)
 		if b.Proxy > 0 {
 			c.first, gone = socket.Header(fd, b.Proxy, name)
 		}
@@ -30,11 +30,11 @@ func (c *conn) relay(b hostdir.Backend, name, hello []byte) {
 	if closed != nil || gone != nil {
 		c.end(report.ResetByClient)
 	}
-	c.header = len(c.first)
+	c.header, c.proxy = len(c.first), b.Proxy
 	c.first = append(c.first, hello...)
 	var up sync.WaitGroup
 	up.Go(c.forwardUp)
-	c.forwardDown()
+	c.forwardDown(name)
 	up.Wait()
 	switch {
 	case c.lost:
@@ -59,6 +59,9 @@ func (c *conn) forwardUp() {
 		err = c.read(c.client, sni.MaxHello, up)
 	}
 	c.deaf = err == unix.EPIPE
+	if err == io.EOF {
+		c.gone.Store(true)
+	}
 	if err != io.EOF && !c.deaf {
 		c.end(report.ResetByClient)
 		return
@@ -67,11 +70,16 @@ func (c *conn) forwardUp() {
 	c.ended[report.Up].Store(limits.Now())
 }
 
-func (c *conn) forwardDown() {
+// forwardDown sends the client what the backend sends. If that is nothing, the log says so, with the
+// name.
+func (c *conn) forwardDown(name []byte) {
 	down := func(b []byte) error { return c.send(report.Down, c.client, b) }
 	var err error
 	for err == nil {
 		err = c.read(c.backend, sni.MaxHello, down)
+	}
+	if c.sent[report.Down] == 0 && !c.gone.Load() {
+		report.Unanswered(c.peer, c.tenant, name, c.proxy)
 	}
 	if err == io.EOF && socket.EventsOf(c.backend)&unix.POLLHUP != 0 {
 		// The backend has closed its socket, so a write that is under way fails now. Linux tells of
@@ -153,6 +161,9 @@ func (e *Engine) endSilent() {
 func (c *conn) end(how string) {
 	c.ending.Do(func() {
 		c.how = how
+		if how != report.ResetByBackend {
+			c.gone.Store(true)
+		}
 		if c.ended[report.Down].Load() == 0 {
 			socket.Control(c.client, func(fd int) {
 				unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1, Linger: 0})

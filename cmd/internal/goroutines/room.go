@@ -6,7 +6,6 @@ import (
 	"sniproxy/cmd/internal/limits"
 	"sniproxy/cmd/internal/report"
 	"sniproxy/cmd/internal/shares"
-	"sniproxy/cmd/internal/socket"
 )
 
 // leave takes c out of the queue. It fails if c was dropped to make room. The caller has the lock.
@@ -68,7 +67,7 @@ func (e *Engine) dropOldest(needy *conn, age time.Duration) bool {
 		if age > 0 && limits.Now()-oldest.accepted <= int64(age) {
 			return false
 		}
-		socket.Control(oldest.client, report.Dropped)
+		report.Dropped(oldest.peer)
 		e.counters.Dropped.Add(1)
 	}
 	e.drop(oldest)
@@ -94,7 +93,7 @@ func (c *conn) ResetSilent(rich, needy *shares.Tenant) bool {
 	if silent == nil {
 		return false
 	}
-	socket.Control(silent.client, func(fd int) { report.Reset(fd, rich) })
+	report.Reset(silent.peer, rich)
 	e.counters.Dropped.Add(1)
 	silent.end(report.ResetForRoom)
 	e.drop(silent)

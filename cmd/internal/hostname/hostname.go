@@ -70,6 +70,9 @@ func canonical(s string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
+	if len(name) < len(ascii) {
+		return nil, errors.New("name ends with two dots")
+	}
 	for label := range strings.SplitSeq(ascii, ".") {
 		if len(label) > maxLabel {
 			return nil, fmt.Errorf("a label is longer than %d bytes", maxLabel)

@@ -32,12 +32,13 @@ func Pollable(fd *int) (*os.File, error) {
 	}
 }
 
-// Accept waits for a client at a listener that [Pollable] has returned, and accepts it. The error
-// is [os.ErrClosed] once the listener was closed. EMFILE and ENFILE mean that a client waits.
-func Accept(listener *os.File) (client int, err error) {
+// Accept waits for a client at a listener that [Pollable] has returned, and accepts it. The address
+// of the client comes with it, also if the client is gone. The error is [os.ErrClosed] once the
+// listener was closed. EMFILE and ENFILE mean that a client waits.
+func Accept(listener *os.File) (client int, from socket.Address, err error) {
 	raw, err := listener.SyscallConn()
 	if err != nil {
-		return -1, os.ErrClosed
+		return -1, from, os.ErrClosed
 	}
 	closed := raw.Read(func(fd uintptr) bool {
 		err = unix.EINTR
@@ -45,7 +46,7 @@ func Accept(listener *os.File) (client int, err error) {
 			// Whoever shares the socket can make it blocking, as systemd does whenever it starts
 			// something with it: even between these two calls, but SO_RCVTIMEO bounds that wait.
 			if err = unix.SetNonblock(int(fd), true); err == nil {
-				client, err = accept(int(fd))
+				client, from, err = accept(int(fd))
 			}
 		}
 		if err == unix.EMFILE || err == unix.ENFILE {
@@ -54,7 +55,7 @@ func Accept(listener *os.File) (client int, err error) {
 		return err != unix.EAGAIN
 	})
 	if closed != nil {
-		return -1, os.ErrClosed
+		return -1, from, os.ErrClosed
 	}
-	return client, err
+	return client, from, err
 }

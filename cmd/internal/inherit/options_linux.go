@@ -6,6 +6,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sniproxy/cmd/internal/limits"
+	"sniproxy/cmd/internal/socket"
 )
 
 // setListenerOptions sets the options of a listening socket. On Linux accepted sockets inherit
@@ -35,9 +36,9 @@ func setClientOptions(fd int) error {
 }
 
 // accept accepts a client. Its socket has inherited its options from the listener.
-func accept(listener int) (client int, err error) {
-	client, _, err = unix.Accept4(listener, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
-	return client, err
+func accept(listener int) (client int, from socket.Address, err error) {
+	client, sa, err := unix.Accept4(listener, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
+	return client, socket.AddressOf(sa), err
 }
 
 func dup2(from, to int) error { return unix.Dup3(from, to, 0) }

@@ -2,7 +2,11 @@
 
 package inherit
 
-import "golang.org/x/sys/unix"
+import (
+	"golang.org/x/sys/unix"
+
+	"sniproxy/cmd/internal/socket"
+)
 
 // setListenerOptions finds nothing to do: accepted sockets do not inherit options everywhere.
 func setListenerOptions(int) error { return nil }
@@ -21,18 +25,18 @@ func SetAccepted(fd int) {
 }
 
 // accept accepts a client. No program is started that could inherit its socket meanwhile.
-func accept(listener int) (client int, err error) {
-	client, _, err = unix.Accept(listener)
+func accept(listener int) (client int, from socket.Address, err error) {
+	client, sa, err := unix.Accept(listener)
 	if err != nil {
-		return -1, err
+		return -1, from, err
 	}
 	unix.CloseOnExec(client)
 	if err := unix.SetNonblock(client, true); err != nil {
 		unix.Close(client)
-		return -1, err
+		return -1, from, err
 	}
 	SetAccepted(client)
-	return client, nil
+	return client, socket.AddressOf(sa), nil
 }
 
 func dup2(from, to int) error { return unix.Dup2(from, to) }

@@ -31,18 +31,21 @@ const (
 
 	// AcceptPause is how long accept rests after a failure that does not pass by itself.
 	AcceptPause = 100 * time.Millisecond
+
+	halfClosed = time.Hour
 )
 
 // HalfClosed is how long a relay may be silent in one direction when the other has ended. Tests
 // shorten it.
-var HalfClosed = time.Hour
+var HalfClosed = halfClosed
 
 // Keepalive, which sniproxy-rs does not set, finds clients that vanished without a word: after
 // KeepaliveIdle of silence they are probed every KeepaliveInterval and given up after
 // KeepaliveCount probes. The first is long enough not to wake up sleeping phones all the time and
-// shorter than what middleboxes commonly remember a connection for.
+// shorter than what middleboxes commonly remember a connection for: the load balancers of a large
+// cloud forget it after exactly four minutes.
 const (
-	KeepaliveIdle     = 4 * time.Minute
+	KeepaliveIdle     = 3 * time.Minute
 	KeepaliveInterval = 30 * time.Second
 	KeepaliveCount    = 4
 )

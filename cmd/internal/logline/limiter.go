@@ -19,6 +19,13 @@ func NewLimiter(period time.Duration, burst int) *Limiter {
 	return &Limiter{period: period, burst: burst}
 }
 
+// full reports whether it is as a new one.
+func (l *Limiter) full() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.used.Before(time.Now())
+}
+
 // Allow reports whether an event may happen now, and counts it if so.
 func (l *Limiter) Allow() bool {
 	l.mu.Lock()

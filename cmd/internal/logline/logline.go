@@ -6,6 +6,8 @@ package logline
 
 import (
 	"fmt"
+	"maps"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -36,6 +38,61 @@ func Rationed(line func() string) {
 	}
 }
 
+// RationedFor is like Rationed, with a ration for each tenant, so that none takes those of others
+// nor that of other lines: one line in ten seconds, in bursts of 5, and a quarter of the room at
+// most. Every minute a line counts those left out.
+func RationedFor(tenant string, line func() string) {
+	r := rations.of(tenant)
+	if stderr.spare() < 3*cap(stderr.lines)/4 || !r.often.Allow() || !Err("%s", line()) {
+		r.omitted.add()
+	}
+}
+
+// A rationsOf has the rations of tenants, by their names.
+type rationsOf struct {
+	mu    sync.Mutex
+	all   map[string]*ration
+	sweep int // the number at which those that are as new are looked for
+}
+
+type ration struct {
+	often   *Limiter
+	omitted count
+}
+
+const (
+	rationPeriod = 10 * time.Second
+	rationBurst  = 5
+	rationDelay  = time.Minute
+	rationsLeast = 64
+)
+
+var rations = rationsOf{all: map[string]*ration{}, sweep: rationsLeast}
+
+func (s *rationsOf) of(tenant string) *ration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r := s.all[tenant]
+	if r == nil {
+		if len(s.all) >= s.sweep {
+			maps.DeleteFunc(s.all, func(_ string, r *ration) bool { return r.often.full() && r.omitted.n.Load() == 0 })
+			s.sweep = max(rationsLeast, 2*len(s.all))
+		}
+		r = &ration{NewLimiter(rationPeriod, rationBurst), count{text: "more such lines about " + tenant + " were left out", delay: rationDelay}}
+		s.all[tenant] = r
+	}
+	return r
+}
+
+// print prints how many lines were left out.
+func (s *rationsOf) print() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, r := range s.all {
+		r.omitted.print()
+	}
+}
+
 // Asked prints a line that was asked for: it is left out only if the log does not take it.
 func Asked(line string) {
 	if stderr.spare() < cap(stderr.lines)/4 || !Err("%s", line) {
@@ -45,21 +102,22 @@ func Asked(line string) {
 
 var (
 	often   = NewLimiter(time.Second/10, 50)
-	omitted = count{text: "more such lines were left out"}
-	dropped = count{text: "lines about connections were dropped, as the log did not take them"}
+	omitted = count{text: "more such lines were left out", delay: countDelay}
+	dropped = count{text: "lines about connections were dropped, as the log did not take them", delay: countDelay}
 )
 
-// A count is how many lines were left out. It is printed countDelay after the first.
+// A count is how many lines were left out. It is printed some time after the first.
 type count struct {
-	text string
-	n    atomic.Int64
+	text  string
+	delay time.Duration
+	n     atomic.Int64
 }
 
 const countDelay = 2 * time.Second
 
 func (c *count) add() {
 	if c.n.Add(1) == 1 {
-		time.AfterFunc(countDelay, c.print)
+		time.AfterFunc(c.delay, c.print)
 	}
 }
 
@@ -69,7 +127,7 @@ func (c *count) print() {
 		return
 	}
 	if c.n.Add(n) == n {
-		time.AfterFunc(countDelay, c.print)
+		time.AfterFunc(c.delay, c.print)
 	}
 }
 
@@ -77,6 +135,7 @@ func (c *count) print() {
 func Flush() {
 	omitted.print()
 	dropped.print()
+	rations.print()
 	late := time.After(100 * time.Millisecond)
 	for _, o := range []*output{stdout, stderr} {
 		select {

@@ -12,7 +12,7 @@ import (
 // logged. A nil AccessLine is never printed.
 type AccessLine struct {
 	all    *LogAll
-	client string
+	client socket.Address
 	name   string // empty if the client named none
 	maybe  bool   // it is printed only if the connections of all hosts turn out to be logged
 }
@@ -31,14 +31,14 @@ const (
 	HandedOver       = "handed over"
 )
 
-// AccessLine returns the line about the client with the socket fd, nil if there will be none. The
-// relay begins now, and marked tells whether the connections of its host are logged.
-func (a *LogAll) AccessLine(now int64, fd int, name []byte, marked bool) *AccessLine {
+// AccessLine returns the line about a client, nil if there will be none. The relay begins now, and
+// marked tells whether the connections of its host are logged.
+func (a *LogAll) AccessLine(now int64, client socket.Address, name []byte, marked bool) *AccessLine {
 	yes, maybe := a.logs(now)
 	if !marked && !yes && !maybe {
 		return nil
 	}
-	return &AccessLine{all: a, client: socket.Peer(fd), name: string(name), maybe: !marked && !yes}
+	return &AccessLine{all: a, client: client, name: string(name), maybe: !marked && !yes}
 }
 
 // Print prints the line, if there is to be one.

@@ -15,6 +15,7 @@ type Counters struct {
 	Accepted, Ended atomic.Int64
 	Waiting         atomic.Int64      // connections that are neither relays nor refused, now
 	Refused         [256]atomic.Int64 // by alert
+	Empty           atomic.Int64      // clients that have ended without having sent a byte
 	Dropped         atomic.Int64      // to make room
 	Handed          atomic.Int64      // over to backends
 	Bytes           [2]atomic.Int64   // sent on, Up and Down
@@ -53,6 +54,9 @@ func (a All) accepted() int64 {
 func (a All) Handed() int64 {
 	return a.sum(func(c *Counters) *atomic.Int64 { return &c.Handed })
 }
+
+// Empty returns how many clients have ended without having sent a byte.
+func (a All) Empty() int64 { return a.sum(func(c *Counters) *atomic.Int64 { return &c.Empty }) }
 
 // String returns what SIGUSR1 asks for. Programs read it, too: names and places stay.
 func (a All) String() string {

@@ -15,7 +15,9 @@ import (
 
 // Refusals that do not come from the hello itself.
 var (
+	ErrEmpty   = sni.Alert{Description: sni.DecodeError, Reason: "the client ended the connection before its first byte"}
 	ErrEOF     = sni.Alert{Description: sni.DecodeError, Reason: "the client ended the connection before the server name"}
+	ErrSilent  = sni.Alert{Description: sni.UserCanceled, Reason: "sent nothing within the time limit; it may wait for the server to speak first, as SMTP, IMAP and MySQL clients do"}
 	ErrTimeout = sni.Alert{Description: sni.UserCanceled, Reason: "no complete server name within the time limit"}
 
 	ErrClogged       = sni.Alert{Description: sni.InternalError, Reason: "too many descriptors that backends of this tenant have passed wait to be closed"}
@@ -23,9 +25,27 @@ var (
 	ErrLookupTimeout = sni.Alert{Description: sni.UserCanceled, Reason: "the look-up has waited for a file system until the time limit"}
 )
 
+// Ended is why a client is refused that has ended before its server name. The parser has what it
+// sent, and is nil if that is nothing.
+func Ended(p *sni.Parser) error { return early(p, ErrEmpty, ErrEOF) }
+
+// Late is why a client is refused that has not sent its server name in time.
+func Late(p *sni.Parser) error { return early(p, ErrSilent, ErrTimeout) }
+
+func early(p *sni.Parser, nothing, part error) error {
+	if p == nil {
+		return nothing
+	}
+	if err := p.Foreign(); err != nil {
+		return err
+	}
+	return part
+}
+
 // Alert turns the failure of a connection that has no backend into the alert for its client. The
-// name is empty if the client sent none, or none that is canonical.
-func Alert(name []byte, err error) sni.Alert {
+// name is empty if the client sent none, or none that is canonical; address tells whether it sent
+// an IPv6 address in place of one.
+func Alert(name []byte, address bool, err error) sni.Alert {
 	var alert sni.Alert
 	if errors.As(err, &alert) {
 		return alert
@@ -36,7 +56,7 @@ func Alert(name []byte, err error) sni.Alert {
 		switch host.Problem {
 		case hostdir.NoDirectory:
 			if len(name) == 0 {
-				return nameless(host.Ignored)
+				return nameless(address, host.Ignored)
 			}
 			description = sni.UnrecognizedName
 		case hostdir.Other:
@@ -49,36 +69,63 @@ func Alert(name []byte, err error) sni.Alert {
 
 // nameless is for a client that named no host, when there is none for such clients, or one that
 // does not count.
-func nameless(ignored bool) sni.Alert {
+func nameless(address, ignored bool) sni.Alert {
 	alert := sni.Alert{Description: sni.UnrecognizedName, Reason: "no server name"}
+	if address {
+		alert.Reason = "no server name but an IPv6 address"
+	}
 	if ignored {
 		alert.Reason += ", and the directory * belongs neither to root nor to the owner of the hosts directory"
 	}
 	return alert
 }
 
-// Refused logs that the client with the socket fd is refused, and why. The name is empty if the
-// client did not send a canonical one: what it did send may be anything, and is never printed.
-func Refused(fd int, name []byte, alert sni.Alert) {
+// Refuse counts a client that is refused, and logs why. The name is empty if the client did not send
+// a canonical one: what it did send may be anything, and is never printed. A client that has ended
+// without having sent a byte is a health check or a scan: lines about those would leave no room for
+// others.
+func (n *Counters) Refuse(client socket.Address, name []byte, alert sni.Alert) {
+	if alert == ErrEmpty {
+		n.Empty.Add(1)
+		return
+	}
+	n.Refused[alert.Description].Add(1)
 	logline.Rationed(func() string {
 		if len(name) == 0 {
-			return fmt.Sprintf("refused %s: %v", socket.Peer(fd), alert)
+			return fmt.Sprintf("refused %v: %v", client, alert)
 		}
-		return fmt.Sprintf("refused %s for %s: %v", socket.Peer(fd), name, alert)
+		return fmt.Sprintf("refused %v for %s: %v", client, name, alert)
+	})
+}
+
+// Unanswered logs that a backend of a tenant has ended without having sent a byte, before its client
+// did: most often it does not expect what the markers say. Proxy is the version of the PROXY header
+// that it was sent, and name the one that the client asked for, nil if that is not known any more.
+func Unanswered(client socket.Address, tenant fmt.Stringer, name []byte, proxy uint8) {
+	whose := tenant.String()
+	logline.RationedFor(whose, func() string {
+		backend := "a backend of " + whose
+		switch {
+		case len(name) > 0:
+			backend = "the backend of " + string(name)
+		case name != nil:
+			backend = "the backend of *"
+		}
+		return fmt.Sprintf("%s has closed %v without an answer; %s", backend, client, hostdir.Expects(proxy))
 	})
 }
 
 // Dropped logs that a client that waits is dropped to make room.
-func Dropped(fd int) {
+func Dropped(client socket.Address) {
 	logline.Rationed(func() string {
-		return fmt.Sprintf("dropped %s to make room: no descriptor is left, and it has waited longest; raise the limit (ulimit -n, LimitNOFILE=)", socket.Peer(fd))
+		return fmt.Sprintf("dropped %v to make room: no descriptor is left, and it has waited longest; raise the limit (ulimit -n, LimitNOFILE=)", client)
 	})
 }
 
 // Reset logs that a relay of a tenant is ended to make room for another tenant's.
-func Reset(fd int, tenant fmt.Stringer) {
+func Reset(client socket.Address, tenant fmt.Stringer) {
 	logline.Rationed(func() string {
-		return fmt.Sprintf("reset %s to make room: no descriptor is left, and %v has the most connections; raise the limit (ulimit -n, LimitNOFILE=)", socket.Peer(fd), tenant)
+		return fmt.Sprintf("reset %v to make room: no descriptor is left, and %v has the most connections; raise the limit (ulimit -n, LimitNOFILE=)", client, tenant)
 	})
 }
 

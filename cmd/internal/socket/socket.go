@@ -3,6 +3,7 @@
 package socket
 
 import (
+	"encoding/binary"
 	"net/netip"
 	"os"
 
@@ -23,14 +24,53 @@ func AddrPort(sa unix.Sockaddr) netip.AddrPort {
 	return netip.AddrPort{}
 }
 
-// Peer returns the address of the client with the socket fd, as people read it.
-func Peer(fd int) string {
-	if sa, err := unix.Getpeername(fd); err == nil {
-		if addr := AddrPort(sa); addr.IsValid() {
-			return netip.AddrPortFrom(addr.Addr().Unmap(), addr.Port()).String()
-		}
+// An Address is that of a client: small, since it is kept for as long as the client is served. The
+// system tells it only while the client is there, and the log is to name those above all that are
+// gone. The zero Address is none.
+type Address struct {
+	ip   [16]byte // an IPv4 address is one of ::ffff:0:0/96
+	port uint16   // no client has port 0
+}
+
+// AddressOf returns the address in sa.
+func AddressOf(sa unix.Sockaddr) Address {
+	addr := AddrPort(sa)
+	return Address{addr.Addr().As16(), addr.Port()}
+}
+
+// Address4 returns an address as accept(2) writes it.
+func Address4(sa *unix.RawSockaddrInet4) Address {
+	a := Address{port: hostOrder(sa.Port)}
+	a.ip[10], a.ip[11] = 0xff, 0xff
+	copy(a.ip[12:], sa.Addr[:])
+	return a
+}
+
+// Address6 is Address4 for IPv6.
+func Address6(sa *unix.RawSockaddrInet6) Address { return Address{sa.Addr, hostOrder(sa.Port)} }
+
+// hostOrder returns a port that is in the byte order of the network.
+func hostOrder(port uint16) uint16 {
+	var b [2]byte
+	binary.NativeEndian.PutUint16(b[:], port)
+	return binary.BigEndian.Uint16(b[:])
+}
+
+// Peer returns the address of the client with the socket fd, if it is not gone.
+func Peer(fd int) Address {
+	sa, err := unix.Getpeername(fd)
+	if err != nil {
+		return Address{}
 	}
-	return "a client that is gone"
+	return AddressOf(sa)
+}
+
+// String returns the address as people read it.
+func (a Address) String() string {
+	if a.port == 0 {
+		return "a client that is gone"
+	}
+	return netip.AddrPortFrom(netip.AddrFrom16(a.ip).Unmap(), a.port).String()
 }
 
 // Header returns the header of a version of the PROXY protocol for the client with the socket fd,
