@@ -51,6 +51,9 @@ var (
 // examples want it.
 func build(t *testing.T, name string) string {
 	t.Helper()
+	if os.Getenv(inside) != "" {
+		return filepath.Dir(binary) + "/" + name
+	}
 	builtMu.Lock()
 	defer builtMu.Unlock()
 	if built[name] == "" {

@@ -395,7 +395,7 @@ func TestSystemdRecipes(t *testing.T) {
 	for _, program := range []string{"socat", "nginx", "python3", "/lib/systemd/systemd-socket-proxyd"} {
 		hostdirtest.Need(t, program)
 	}
-	args := []string{"-u", "alice", "-u", "sniproxy-to", "-f", daemon(t) + ":" + binary}
+	args := []string{"-u", "alice", "-u", "sniproxy-to", "-f", daemon(t) + ":" + binary, "-f", build(t, "sniproxy-check") + ":" + binary + "-check"}
 	absolute := func(file string) string {
 		path, err := filepath.Abs(file)
 		hostdirtest.Must(t, err)
