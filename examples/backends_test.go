@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/pem"
 	"fmt"
 	"io"
@@ -59,6 +60,12 @@ func newBackendSite(t *testing.T) *backendSite {
 // startProxy starts a daemon for a hosts directory, and returns its address.
 func startProxy(t *testing.T, hosts string) (addr string) {
 	t.Helper()
+	return startProxyLogged(t, hosts, nil)
+}
+
+// startProxyLogged starts one whose log is collected.
+func startProxyLogged(t *testing.T, hosts string, log *hostdirtest.Lines) (addr string) {
+	t.Helper()
 	l := hostdirtest.ListenTCP(t, "tcp", "127.0.0.1:0")
 	defer l.Close()
 	socket, err := l.File()
@@ -68,6 +75,9 @@ func startProxy(t *testing.T, hosts string) (addr string) {
 	defer socket.Close()
 	cmd := exec.Command(daemon(t))
 	cmd.Dir, cmd.Stdin = hosts, socket
+	if log != nil {
+		cmd.Stderr = log
+	}
 	start(t, cmd)
 	return l.Addr().String()
 }
@@ -79,6 +89,7 @@ func certificate(t *testing.T, names ...string) tls.Certificate {
 	hostdirtest.Must(t, err)
 	template := &x509.Certificate{
 		SerialNumber: big.NewInt(1),
+		Subject:      pkix.Name{CommonName: "sniproxy test"},
 		DNSNames:     names,
 		NotBefore:    time.Now().Add(-time.Hour),
 		NotAfter:     time.Now().Add(time.Hour),

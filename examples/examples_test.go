@@ -259,7 +259,9 @@ func command(t *testing.T, name string, args ...string) string {
 func start(t *testing.T, cmd *exec.Cmd) {
 	t.Helper()
 	var out bytes.Buffer
-	cmd.Stderr = &out
+	if cmd.Stderr == nil {
+		cmd.Stderr = &out
+	}
 	cmd.WaitDelay = time.Second // a service that outlives its supervisor holds the pipe
 	hostdirtest.Must(t, cmd.Start())
 	t.Cleanup(func() {

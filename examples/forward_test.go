@@ -189,6 +189,9 @@ func TestForwardSocat(t *testing.T) {
 	}
 	first := run()
 	hostdirtest.Must(t, exchangeHalf(addr, hello))
+	if info, err := os.Stat(filepath.Join(dir, "tls-socket")); err != nil || info.Mode().Perm() != 0o666 {
+		t.Errorf("the socket has mode %v, error %v, want 0666", info.Mode(), err)
+	}
 	first.Process.Kill()
 	first.Wait()
 	expectRefused(t, addr, hello)
