@@ -101,7 +101,7 @@ func TestManualLint(t *testing.T) {
 func TestManualPages(t *testing.T) {
 	section := func(name string) string {
 		switch name {
-		case "sniproxy":
+		case "sniproxy", "sniproxy-redirect":
 			return "8" // System Manager's Manual
 		case "sniproxy-hosts":
 			return "5" // File Formats Manual

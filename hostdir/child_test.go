@@ -35,6 +35,7 @@ type report struct {
 	Refuses, Unmapped bool
 	LogAll            bool
 	LogAllFailed      bool
+	AcceptProxy       bool
 	Names             map[string]found
 }
 
@@ -96,6 +97,9 @@ func makeReport(names []string) (r report, err error) {
 	r = report{
 		Paths: h.PathsOnly() != nil, Refuses: h.RefusesDescriptors(), Unmapped: h.Unmapped(),
 		LogAll: all, LogAllFailed: err != nil, Names: map[string]found{},
+	}
+	if r.AcceptProxy, _, err = h.AcceptProxy(); err != nil {
+		return r, err
 	}
 	for _, name := range names {
 		r.Names[name] = find(d, name)

@@ -13,6 +13,10 @@
 // where REST is the name without its first label, or else by the entry *. The entry * also serves
 // clients that name no host.
 //
+// Beside the hosts there may be .accept-proxy, a marker: clients come through a load balancer, and
+// all connections begin with a PROXY protocol header. It counts only if it is the administrator's,
+// whatever it is; for a symlink, the owner of the link counts.
+//
 // The administrator is root or the owner of the hosts directory. A wildcard speaks for names of
 // others, so it counts only if it is the administrator's, and if it is a directory or a symlink. A
 // symlink may lead to a directory of anybody. A file never counts: a tenant can move a file of

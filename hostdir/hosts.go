@@ -100,6 +100,35 @@ func (h *Hosts) LogAll() (bool, error) {
 	return h.administrators(append(star, "/log-connections\x00"...))
 }
 
+// AcceptProxy reports whether all connections must begin with a PROXY protocol header: whether the
+// marker .accept-proxy exists in the hosts directory and is the administrator's. If it exists and
+// does not count, ignored says why and what to do. An error means that this could not be found out.
+// It waits for no file system but that of the hosts directory: whoever mounts another one on a
+// marker of his own keeps nobody from finding out about the administrator's.
+func (h *Hosts) AcceptProxy() (yes bool, ignored string, err error) {
+	st, err := h.look([]byte(".accept-proxy\x00"), true)
+	switch {
+	case err == unix.ENOENT:
+		return false, "", nil
+	case err != nil:
+		return false, "", err
+	case st.unsure:
+		return false, "a file system is mounted on it, which may lie about its owner: unmount that, and make the marker itself there", nil
+	case h.Overflow(st.owner):
+		return false, fmt.Sprintf("it belongs to uid %d, which in a user namespace stands for all users unknown to it: chown -h it to a user that is known there, who owns the hosts directory, or to root", st.owner), nil
+	case st.owner == 0:
+		return true, "", nil
+	}
+	owner, err := h.owner()
+	if err != nil {
+		return false, "", err
+	}
+	if st.owner != owner {
+		return false, fmt.Sprintf("it belongs to uid %d, neither to root nor to the owner of the hosts directory: chown -h it to root, or remove it", st.owner), nil
+	}
+	return true, "", nil
+}
+
 // administrators reports whether something exists at a path in the hosts directory and is the
 // administrator's.
 func (h *Hosts) administrators(path []byte) (bool, error) {

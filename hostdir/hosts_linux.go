@@ -132,13 +132,9 @@ func (h *Hosts) askOwner() (uint32, error) {
 
 // lstat tells about an entry of the hosts directory, whose name ends in a zero.
 func (h *Hosts) lstat(entry []byte, wait bool) (status, error) {
-	st, errno := stat(h.fd, entry, wait || !h.local)
-	if errno != 0 {
-		return status{}, errno
-	}
-	is := h.status(&st)
-	if !is.unsure || !wait {
-		return is, nil
+	is, err := h.look(entry, wait || !h.local)
+	if err != nil || !is.unsure || !wait {
+		return is, err
 	}
 	fd, errno := openat(h.fd, &entry[0], unix.O_NOFOLLOW)
 	if errno != 0 {
@@ -146,6 +142,15 @@ func (h *Hosts) lstat(entry []byte, wait bool) (status, error) {
 	}
 	defer closeRaw(fd)
 	return h.fstat(fd, true)
+}
+
+// look tells about an entry as far as the kernel knows it.
+func (h *Hosts) look(entry []byte, slow bool) (status, error) {
+	st, errno := stat(h.fd, entry, slow)
+	if errno != 0 {
+		return status{}, errno
+	}
+	return h.status(&st), nil
 }
 
 // fstat tells about an entry that is open. If there is time to wait, the file system itself says

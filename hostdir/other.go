@@ -29,7 +29,9 @@ func (h *Hosts) askOwner() (uint32, error) {
 }
 
 // lstat tells about an entry of the hosts directory, whose name ends in a zero.
-func (h *Hosts) lstat(entry []byte, _ bool) (status, error) {
+func (h *Hosts) lstat(entry []byte, _ bool) (status, error) { return h.look(entry, true) }
+
+func (h *Hosts) look(entry []byte, _ bool) (status, error) {
 	var st unix.Stat_t
 	err := unix.Lstat(string(entry[:len(entry)-1]), &st)
 	return status{owner: st.Uid, kind: uint32(st.Mode) & unix.S_IFMT}, err

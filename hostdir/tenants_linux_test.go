@@ -8,6 +8,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -276,5 +277,33 @@ func TestMountOwner(t *testing.T) {
 		check("", r.Names[name])
 		want.FindNow = 0
 		check(", with paths", p.Names[name])
+	}
+}
+
+// Goal: who mounts a FUSE on a marker of his own, and has it say that it is root's, neither has it
+// counted nor keeps anybody waiting, although it answers nothing.
+func TestAcceptProxyMounted(t *testing.T) {
+	hostdirtest.NeedRoot(t)
+	hostdirtest.OwnMounts(t)
+	chdir(t)
+	must(t, os.Chmod(".", 0o755))
+	h := open(t)
+	must(t, os.Mkdir(".accept-proxy", 0o755))
+	path, err := filepath.Abs(".accept-proxy")
+	must(t, err)
+	fs := hostdirtest.MountUserFS(t, path, unix.S_IFDIR, fmt.Sprintf("user_id=%d", tenant))
+	fs.Serve(0)
+	fs.Hold()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		acceptProxy(t, h, false, "a file system is mounted on it")
+	}()
+	select {
+	case <-done:
+	case <-time.After(hostdirtest.Patience):
+		t.Error("the file system was asked")
+		fs.Abort()
+		<-done
 	}
 }

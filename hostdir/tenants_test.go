@@ -1,10 +1,12 @@
 package hostdir_test
 
 import (
+	"net"
 	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -150,6 +152,70 @@ func TestLogAll(t *testing.T) {
 	must(t, os.Symlink(star, star))
 	if got, err := h.LogAll(); got || err == nil {
 		t.Errorf("in a circle: %t, %v", got, err)
+	}
+}
+
+func acceptProxy(t *testing.T, h *hostdir.Hosts, want bool, wantIgnored string) {
+	t.Helper()
+	yes, ignored, err := h.AcceptProxy()
+	if yes != want || (ignored != "") != (wantIgnored != "") || !strings.Contains(ignored, wantIgnored) || err != nil {
+		t.Errorf("PROXY headers are expected: %t, ignored %q, %v; want %t, %q", yes, ignored, err, want, wantIgnored)
+	}
+}
+
+// Goal: PROXY headers are expected if there is an .accept-proxy of the administrator's, whatever it
+// is and wherever it leads. One of somebody else does not count, and it is said why. No descriptor
+// is needed.
+func TestAcceptProxy(t *testing.T) {
+	chdir(t)
+	h := open(t)
+	acceptProxy(t, h, false, "")
+	const marker = ".accept-proxy"
+	for what, put := range map[string]func() error{
+		"file":      func() error { return os.WriteFile(marker, nil, 0) },
+		"directory": func() error { return os.Mkdir(marker, 0) },
+		"symlink":   func() error { return os.Symlink("nowhere", marker) },
+		"circle":    func() error { return os.Symlink(marker, marker) },
+		"socket": func() error {
+			l, err := net.Listen("unix", marker)
+			if err == nil {
+				l.(*net.UnixListener).SetUnlinkOnClose(false)
+				l.Close()
+			}
+			return err
+		},
+	} {
+		must(t, put())
+		acceptProxy(t, h, true, "")
+		if r := elsewhere(t, "", with(noRoom, "1")); !r.AcceptProxy {
+			t.Errorf("%s, without a descriptor: %+v", what, r)
+		}
+		if os.Geteuid() == 0 {
+			const owner, nobody = 65533, 65534
+			must(t, os.Chown(".", owner, owner))
+			must(t, os.Lchown(marker, owner, owner))
+			acceptProxy(t, h, true, "")
+			must(t, os.Lchown(marker, tenant, tenant))
+			acceptProxy(t, h, false, "it belongs to uid 65532, neither to root nor to the owner of the hosts directory: chown -h it to root")
+			must(t, os.Lchown(marker, nobody, nobody))
+			acceptProxy(t, h, false, "in a user namespace stands for all users unknown to it")
+			must(t, os.Chown(".", nobody, nobody))
+			acceptProxy(t, h, false, "in a user namespace stands for all users unknown to it")
+			must(t, os.Lchown(marker, 0, 0))
+			acceptProxy(t, h, true, "")
+			must(t, os.Chown(".", 0, 0))
+		}
+		must(t, os.Remove(marker))
+		acceptProxy(t, h, false, "")
+	}
+	if os.Geteuid() == 0 && runtime.GOOS == "linux" { // what a symlink leads to may be anybody's
+		must(t, os.Mkdir("tenants", 0o755))
+		must(t, os.Chown("tenants", tenant, tenant))
+		must(t, os.Symlink("tenants", marker))
+		acceptProxy(t, h, true, "")
+		must(t, os.Lchown(marker, tenant, tenant))
+		must(t, os.Chown("tenants", 0, 0))
+		acceptProxy(t, h, false, "neither to root")
 	}
 }
 

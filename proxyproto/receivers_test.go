@@ -3,6 +3,7 @@ package proxyproto_test
 import (
 	"bufio"
 	"bytes"
+	"encoding/binary"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -11,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -177,28 +179,41 @@ func get(header []byte) (string, error) {
 	return string(page), err
 }
 
-// Goal: a Go parser of somebody else reads thousands of headers, one behind the other, to the byte.
-func TestV2GoProxyproto(t *testing.T) {
+// buildReader builds a program around a Go parser of somebody else, and returns its path.
+func buildReader(t testing.TB) string {
 	const (
 		module  = "github.com/pires/go-proxyproto"
 		version = "v0.15.0"
 	)
 	goTool := hostdirtest.Need(t, "go")
-	t.Chdir(t.TempDir())
+	dir := t.TempDir()
 	for name, text := range map[string]string{"go.mod": "module reader\n\ngo 1.26\n", "main.go": reader} {
-		if err := os.WriteFile(name, []byte(text), 0o644); err != nil {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
-	t.Setenv("GOWORK", "off")
-	// Only this test uses the module, so it is not in go.mod. It may not be available.
-	if out, err := exec.Command(goTool, "get", module+"@"+version).CombinedOutput(); err != nil {
-		t.Logf("%v: %s", err, out)
+	run := func(args ...string) error {
+		cmd := exec.Command(goTool, args...)
+		cmd.Dir, cmd.Env = dir, append(os.Environ(), "GOWORK=off")
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Logf("go %s: %v\n%s", args, err, out)
+		}
+		return err
+	}
+	// Only tests use the module, so it is not in go.mod. It may not be available.
+	if run("get", module+"@"+version) != nil {
 		hostdirtest.Missing(t, module)
 	}
-	if out, err := exec.Command(goTool, "build", "-o", "reader", ".").CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
+	if run("build", "-o", "reader", ".") != nil {
+		t.FailNow()
 	}
+	return filepath.Join(dir, "reader")
+}
+
+// Goal: a Go parser of somebody else reads thousands of headers, one behind the other, to the byte.
+func TestV2GoProxyproto(t *testing.T) {
+	program := buildReader(t)
 
 	all := connections()
 	random := rand.New(rand.NewPCG(1, 2))
@@ -221,7 +236,7 @@ func TestV2GoProxyproto(t *testing.T) {
 	for _, c := range all {
 		stream = append(stream, c.header()...)
 	}
-	cmd := exec.Command("./reader")
+	cmd := exec.Command(program)
 	cmd.Stdin, cmd.Stderr = bytes.NewReader(stream), os.Stderr
 	out, err := cmd.Output()
 	if err != nil {
@@ -233,18 +248,81 @@ func TestV2GoProxyproto(t *testing.T) {
 	}
 	for i, c := range all {
 		if got[i] != c.want {
-			t.Errorf("client %s: %s read %q, want %q", c.client, module, got[i], c.want)
+			t.Errorf("client %s: it read %q, want %q", c.client, got[i], c.want)
 		}
 	}
 }
 
-// reader prints a line for each header that it reads.
+// Goal: Parse and the Go parser of somebody else agree on what a header is, where it ends, and what
+// addresses are in it, but for what is known here.
+func FuzzParseGoProxyproto(f *testing.F) {
+	for _, test := range headers {
+		f.Add([]byte(test.header + "more"))
+		f.Add([]byte(test.header[:len(test.header)-1]))
+	}
+	for _, header := range []string{
+		"PROXY TCP4 192.0.2.1 192.0.2.2 01 2\r\n", "PROXY TCP6 192.0.2.1 ::1 1 2\r\n", "PROXY TCP6 fe80::1%a ::1 1 2\r\n", "PROXY\r\n",
+		v2(0x21, 0x12, addrs4), v2(0x21, 0x13, addrs4), v2(0x22, 0, ""), v2(0x21, 0x11, addrs4[1:]),
+	} {
+		f.Add([]byte(header))
+	}
+	cmd := exec.Command(buildReader(f), "each")
+	in, err := cmd.StdinPipe()
+	hostdirtest.Must(f, err)
+	out, err := cmd.StdoutPipe()
+	hostdirtest.Must(f, err)
+	cmd.Stderr = os.Stderr
+	hostdirtest.Must(f, cmd.Start())
+	f.Cleanup(func() {
+		in.Close()
+		cmd.Wait()
+	})
+	answers := bufio.NewReader(out)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		b = b[:min(len(b), 2*proxyproto.MaxParse)]
+		if _, err := in.Write(append(binary.BigEndian.AppendUint32(nil, uint32(len(b))), b...)); err != nil {
+			t.Fatal(err)
+		}
+		theirs, err := answers.ReadString('\n')
+		if err != nil {
+			t.Fatal(err)
+		}
+		theirs = strings.TrimSuffix(theirs, "\n")
+		h, n, err := proxyproto.Parse(b)
+		ours := "none"
+		switch {
+		case n > 0 && h.Client.IsValid():
+			ours = fmt.Sprint(n, " ", h.Client, " ", h.Listener)
+		case n > 0:
+			ours = fmt.Sprint(n, " local")
+		}
+		switch {
+		case ours == theirs:
+		case ours == "none" && bytes.HasPrefix(b, []byte("PROXY UNKNOWN ")) && strings.HasSuffix(theirs, " local") &&
+			bytes.Contains(b[:bytes.IndexByte(b, '\n')-1], []byte{'\r'}): // a CR within the line
+		case ours == "none" && len(b) > 13 && (b[13] == 0x12 || b[13] == 0x22): // UDP
+		case theirs == "none" && len(b) > 13 && b[0] == '\r' && b[12] == 0x20: // LOCAL, "including the family which is ignored"
+		case theirs == "none" && len(b) > 13 && b[0] == '\r' && b[13] == 0: // UNSPEC, which a receiver may accept
+		default:
+			t.Errorf("%q: %s and error %v here, %s there", b, ours, err, theirs)
+		}
+	})
+}
+
+// reader prints a line for each header of version 2 that it reads, one behind the other. With an
+// argument it is given beginnings of connections, each behind its length, and says of each what is
+// in its header, of either version.
 const reader = `package main
 
 import (
 	"bufio"
+	"bytes"
+	"encoding/binary"
 	"fmt"
+	"io"
 	"log"
+	"net"
+	"net/netip"
 	"os"
 
 	"github.com/pires/go-proxyproto"
@@ -252,6 +330,10 @@ import (
 
 func main() {
 	in := bufio.NewReader(os.Stdin)
+	if len(os.Args) > 1 {
+		each(in)
+		return
+	}
 	for {
 		if _, err := in.Peek(1); err != nil {
 			return
@@ -277,5 +359,37 @@ func main() {
 		}
 		fmt.Printf("%v %d %v %d %s\n", client.IP, client.Port, listener.IP, listener.Port, authority)
 	}
+}
+
+func each(in io.Reader) {
+	for {
+		var length uint32
+		if err := binary.Read(in, binary.BigEndian, &length); err != nil {
+			return
+		}
+		b := make([]byte, length)
+		if _, err := io.ReadFull(in, b); err != nil {
+			log.Fatal(err)
+		}
+		rest := bytes.NewReader(b)
+		buffered := bufio.NewReaderSize(rest, len(b)+1)
+		header, err := proxyproto.Read(buffered)
+		if err != nil {
+			fmt.Println("none")
+			continue
+		}
+		n := len(b) - rest.Len() - buffered.Buffered()
+		client, listener, ok := header.TCPAddrs()
+		if !ok || header.Command.IsLocal() {
+			fmt.Println(n, "local")
+			continue
+		}
+		fmt.Println(n, unmap(client), unmap(listener))
+	}
+}
+
+func unmap(a *net.TCPAddr) netip.AddrPort {
+	p := a.AddrPort()
+	return netip.AddrPortFrom(p.Addr().Unmap(), p.Port())
 }
 `

@@ -224,6 +224,9 @@ func (o *options) check(e eyes, stdout io.Writer, complain func(string, ...any))
 	for _, line := range hosts.Remarks() {
 		complain("%s", line)
 	}
+	if _, ignored, _ := hosts.AcceptProxy(); ignored != "" {
+		complain(".accept-proxy in the hosts directory does not count: %s", ignored)
+	}
 	status := 0
 	make := named
 	if len(names) == 0 {

@@ -197,6 +197,24 @@ func TestEmpty(t *testing.T) {
 	}
 }
 
+// Goal: an .accept-proxy is no host, and has a line only if it is a tenant's, and does not count.
+func TestAcceptProxy(t *testing.T) {
+	hostdirtest.NeedRoot(t)
+	hosts := hostdirtest.Dir(t)
+	serve(t, filepath.Join(hosts, entryOf("one.example")))
+	marker := filepath.Join(hosts, ".accept-proxy")
+	hostdirtest.Touch(t, marker)
+	root := users()[0]
+	if stdout, stderr, status := check(t, root, hosts); strings.Count(stdout, "\n") != 1 || stderr != "" || status != 0 {
+		t.Errorf("stdout %q, stderr %q, exit status %d", stdout, stderr, status)
+	}
+	must(t, os.Chown(marker, 65532, 65532))
+	const want = "sniproxy-check: .accept-proxy in the hosts directory does not count: it belongs to uid 65532, "
+	if stdout, stderr, status := check(t, root, hosts); strings.Count(stdout, "\n") != 1 || !strings.HasPrefix(stderr, want) || status != 0 {
+		t.Errorf("stdout %q, stderr %q, exit status %d", stdout, stderr, status)
+	}
+}
+
 // Goal: if the hosts directory cannot be entered or listed, one line on stderr says what is missing
 // and where, and the exit status is 1. A directory that cannot be listed can be checked by name,
 // since sniproxy can serve it.

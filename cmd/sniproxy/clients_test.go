@@ -325,6 +325,7 @@ func spawn(t testing.TB, dir, name string, args ...string) *program {
 	t.Helper()
 	p := &program{cmd: exec.Command(hostdirtest.Need(t, name), args...), exited: make(chan struct{})}
 	p.cmd.Dir = dir
+	p.cmd.WaitDelay = time.Second // a process that it has started may outlive it, and hold its output
 	p.cmd.Stdout, p.cmd.Stderr = &p.out, &p.out
 	var err error
 	if p.stdin, err = p.cmd.StdinPipe(); err != nil {

@@ -29,7 +29,7 @@ type counted struct {
 }
 
 var countersLine = regexp.MustCompile(`^sniproxy: accepted (\d+), open (\d+), waiting (\d+), ` +
-	`refused (\d+)(?: \((\d+: \d+(?:, \d+: \d+)*)\))?, dropped (\d+), ` +
+	`refused (\d+)(?: \(((?:\d+|none): \d+(?:, (?:\d+|none): \d+)*)\))?, dropped (\d+), ` +
 	`bytes up (\d+), bytes down (\d+), descriptors (\d+) of (\d+), handed (\d+), empty (\d+)$`)
 
 // parseCounters parses a line of counters. The test fails if it is not well-formed, or if what it
@@ -63,12 +63,12 @@ func parseCounters(t testing.TB, line string) (c counted) {
 	return c
 }
 
-// alerts yields the alerts, and how many clients were refused with each.
+// alerts yields the alerts, 256 for none, and how many clients were refused with each.
 func (c counted) alerts() func(yield func(alert, n int) bool) {
 	return func(yield func(alert, n int) bool) {
 		for _, part := range strings.Split(c.refused, ", ") {
 			var alert, n int
-			if k, _ := fmt.Sscanf(part, "%d: %d", &alert, &n); k == 2 && !yield(alert, n) {
+			if k, _ := fmt.Sscanf(strings.Replace(part, "none", "256", 1), "%d: %d", &alert, &n); k == 2 && !yield(alert, n) {
 				return
 			}
 		}

@@ -17,6 +17,7 @@ import (
 	"sniproxy/cmd/internal/shares"
 	"sniproxy/cmd/internal/socket"
 	"sniproxy/hostdir"
+	"sniproxy/proxyproto"
 	"sniproxy/sni"
 )
 
@@ -47,6 +48,7 @@ type conn struct {
 	header int32 // bytes of the PROXY header that are not sent yet
 	sent   report.Traffic
 
+	headed   bool  // a PROXY header must come before the hello, and is not complete yet
 	address  bool  // the client has sent an IPv6 address in place of a server name
 	proxy    uint8 // version of the PROXY header that the backend was sent
 	deaf     bool  // the backend does not read any more
@@ -91,9 +93,10 @@ type endpoint struct {
 	urgent     bool   // there is, or was, urgent data: a short read may end before it
 }
 
-// Pending is what a connection needs before its relay, if the ClientHello did not come in one piece
-// or the backend is not ready.
+// Pending is what a connection needs before its relay, if the ClientHello did not come in one piece,
+// or behind a PROXY header, or the backend is not ready.
 type pending struct {
+	from   *proxyproto.Header // what a balancer has sent of the client's addresses, if anything
 	parser sni.Parser
 	name   []byte
 	hello  []byte // all bytes read so far, behind headroom
@@ -218,6 +221,7 @@ func (l *loop) listen(yes bool) {
 func (l *loop) add(fd int32, peer socket.Address) *conn {
 	c := l.conns.add()
 	c.peer = peer
+	c.headed = l.engine.front.Yes()
 	c.loop = l
 	c.sockets[client].fd = fd
 	c.accepted = l.now()
@@ -244,24 +248,36 @@ func (c *conn) readHello() {
 			c.register(client, unix.EPOLLIN)
 			return
 		case errno != 0: // the client is gone
-			if p == nil {
+			if c.silent() {
 				l.counters.Empty.Add(1)
 			}
 			c.close()
 			return
-		case n == 0 && p == nil:
+		case n == 0 && c.silent():
 			c.refuse(nil, report.Ended(nil))
+			return
+		case n == 0 && c.headed:
+			c.closeUnheaded(report.ErrHeaderEnded)
 			return
 		case n == 0:
 			c.refuse(nil, report.Ended(parser))
 			return
 		}
-		name, done, err := parser.Parse(space[:n])
-		hello := l.buffer[:headroom+n]
-		if p != nil {
-			p.hello = append(p.hello, space[:n]...)
-			hello = p.hello
+		b, hello := space[:n], l.buffer[:headroom+n]
+		switch {
+		case c.headed:
+			p = c.keepMore(hello)
+			if !c.readHeader() {
+				return
+			}
+			b, hello, parser = p.hello[headroom:], p.hello, &p.parser
+			if c.headed {
+				b = nil
+			}
+		case p != nil:
+			hello = c.keepMore(hello).hello
 		}
+		name, done, err := parser.Parse(b)
 		switch {
 		case err != nil:
 			c.refuse(nil, err)
@@ -279,6 +295,36 @@ func (c *conn) readHello() {
 			return
 		}
 	}
+}
+
+// silent tells whether nothing has come, or nothing behind a PROXY header.
+func (c *conn) silent() bool {
+	return c.pending == nil || !c.headed && len(c.pending.hello) == headroom
+}
+
+// readHeader reads the PROXY header at the beginning of what is kept, and takes it away once it is
+// complete. It fails if that is not a header.
+func (c *conn) readHeader() bool {
+	p := c.pending
+	h, n, err := proxyproto.Parse(p.hello[headroom:])
+	switch {
+	case err != nil:
+		c.closeUnheaded(err)
+		return false
+	case n == 0:
+		return true
+	case h.Client.IsValid():
+		p.from, c.peer = &h, socket.AddressFrom(h.Client)
+	}
+	c.headed = false
+	p.hello = append(p.hello[:headroom], p.hello[headroom+n:]...)
+	return true
+}
+
+// closeUnheaded ends a connection without the PROXY header that it must have.
+func (c *conn) closeUnheaded(why error) {
+	c.loop.counters.CloseUnheaded(c.peer, why)
+	c.close()
 }
 
 // register has the poller tell of events on a side, as soon as there are any and then whenever
@@ -330,6 +376,15 @@ func (c *conn) keep(hello []byte) *pending {
 	return c.pending
 }
 
+// keepMore is keep for what was read just now, behind headroom.
+func (c *conn) keepMore(b []byte) *pending {
+	if c.pending == nil {
+		return c.keep(b)
+	}
+	c.pending.hello = append(c.pending.hello, b[headroom:]...)
+	return c.pending
+}
+
 // wait has a connection wait in a phase, for the backend of a name.
 func (c *conn) wait(in phase, name, hello []byte) *pending {
 	c.enter(in)
@@ -354,6 +409,10 @@ func (c *conn) dropPending() {
 // one write.
 func (c *conn) begin(b hostdir.Backend, name, hello []byte) {
 	l := c.loop
+	var from *proxyproto.Header
+	if c.pending != nil {
+		from = c.pending.from
+	}
 	c.enter(relaying)
 	c.active, c.sample = l.rounds, l.load.samples
 	c.sockets[backend].fd = int32(b.FD)
@@ -365,7 +424,7 @@ func (c *conn) begin(b hostdir.Backend, name, hello []byte) {
 	}
 	first := hello[headroom:]
 	if b.Proxy > 0 {
-		header, err := socket.Header(int(c.sockets[client].fd), b.Proxy, name)
+		header, err := socket.Header(int(c.sockets[client].fd), from, b.Proxy, name)
 		if err != nil {
 			c.abort(report.ResetByClient)
 			return
@@ -393,7 +452,11 @@ func (c *conn) handOver(entry []byte, b hostdir.Backend, name, hello []byte) {
 	var header []byte
 	var gone error
 	if b.Proxy > 0 {
-		header, gone = socket.Header(int(s.fd), b.Proxy, name)
+		var from *proxyproto.Header
+		if c.pending != nil {
+			from = c.pending.from
+		}
+		header, gone = socket.Header(int(s.fd), from, b.Proxy, name)
 	} else if c.pending != nil || s.eof { // it may have ended since it was read from
 		_, gone = unix.Getpeername(int(s.fd))
 	}
@@ -487,7 +550,9 @@ func (l *loop) expireHellos() {
 	now := limits.Now()
 	for c := l.hellos.first; c != nil && c.deadline <= now; c = l.hellos.first {
 		switch {
-		case c.phase == greeting && c.pending == nil:
+		case c.phase == greeting && c.headed:
+			c.closeUnheaded(report.ErrHeaderLate)
+		case c.phase == greeting && c.silent():
 			c.refuse(nil, report.Late(nil))
 		case c.phase == greeting:
 			c.refuse(nil, report.Late(&c.pending.parser))

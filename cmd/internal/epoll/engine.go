@@ -27,6 +27,7 @@ type Engine struct {
 	shares    *shares.Shares
 	watch     watch
 	logAll    *report.LogAll
+	front     *report.AcceptProxy
 
 	bulkBuffer int32 // how much a backend's socket takes of a bulk upload that is not read
 
@@ -45,6 +46,7 @@ func Start(hosts *hostdir.Hosts, listeners []*inherit.Listener, clients []int, o
 		hosts:     hosts,
 		listeners: listeners,
 		logAll:    report.NewLogAll(hosts),
+		front:     report.NewAcceptProxy(hosts),
 		Failed:    make(chan error, 1),
 		Drained:   make(chan struct{}),
 	}

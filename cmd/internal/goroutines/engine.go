@@ -31,6 +31,7 @@ import (
 	"sniproxy/cmd/internal/shares"
 	"sniproxy/cmd/internal/socket"
 	"sniproxy/hostdir"
+	"sniproxy/proxyproto"
 	"sniproxy/sni"
 )
 
@@ -39,6 +40,7 @@ type Engine struct {
 	hosts     *hostdir.Hosts
 	shares    *shares.Shares
 	logAll    *report.LogAll
+	front     *report.AcceptProxy
 	counters  report.Counters
 	listeners []*os.File
 	running   sync.WaitGroup // goroutines that accept, and one for each client
@@ -61,6 +63,8 @@ type conn struct {
 	client   *os.File
 	accepted int64 // by the clock of limits
 	peer     socket.Address
+	headed   bool               // a PROXY header must come before the hello, and is not complete yet
+	from     *proxyproto.Header // what a balancer has sent of the client's addresses, if anything
 	address  bool               // it has sent an IPv6 address in place of a server name
 	cancel   context.CancelFunc // ends all that it waits for before its relay
 	tenant   *shares.Tenant     // whose host it is for, once that is known
@@ -90,6 +94,7 @@ func Start(hosts *hostdir.Hosts, listeners []*inherit.Listener, clients []int, o
 	e := &Engine{
 		hosts:   hosts,
 		logAll:  report.NewLogAll(hosts),
+		front:   report.NewAcceptProxy(hosts),
 		Failed:  make(chan error, len(listeners)),
 		Drained: make(chan struct{}),
 		relays:  map[*conn]struct{}{},
@@ -156,7 +161,7 @@ func (e *Engine) accept(l *inherit.Listener, f *os.File) {
 // serve begins to serve a client. Whatever it waits for before its relay ends at one deadline.
 func (e *Engine) serve(client *os.File, peer socket.Address) {
 	ctx, cancel := context.WithTimeout(context.Background(), limits.Hello)
-	c := &conn{engine: e, client: client, peer: peer, accepted: limits.Now(), cancel: cancel}
+	c := &conn{engine: e, client: client, peer: peer, accepted: limits.Now(), cancel: cancel, headed: e.front.Yes()}
 	e.counters.Accepted.Add(1)
 	e.counters.Waiting.Add(1)
 	e.mu.Lock()
@@ -207,13 +212,20 @@ func (c *conn) run(ctx context.Context) {
 	}
 }
 
-// hello reads until the server name is known. It returns all that was read, and the name, which is
-// empty if the client names no host.
+// hello reads until the server name is known. It returns all that was read, without the PROXY header
+// of a balancer, and the name, which is empty if the client names no host.
 func (c *conn) hello() (hello, name []byte, err error) {
 	var parser sni.Parser
+	var bad error // in place of a PROXY header
 	for done := false; !done && err == nil; {
 		err = c.read(c.client, sni.MaxHello-len(hello), func(b []byte) error {
 			hello = append(hello, b...)
+			if c.headed {
+				if hello, bad = c.readHeader(hello); bad != nil || c.headed {
+					return bad
+				}
+				b = hello
+			}
 			name, done, err = parser.Parse(b)
 			return err
 		})
@@ -224,6 +236,12 @@ func (c *conn) hello() (hello, name []byte, err error) {
 		sent = nil
 	}
 	switch _, failed := err.(unix.Errno); {
+	case bad != nil:
+		err = c.closeUnheaded(bad)
+	case c.headed && sent != nil && errors.Is(err, io.EOF):
+		err = c.closeUnheaded(report.ErrHeaderEnded)
+	case c.headed && errors.Is(err, os.ErrDeadlineExceeded):
+		err = c.closeUnheaded(report.ErrHeaderLate)
 	case errors.Is(err, io.EOF):
 		err = report.Ended(sent)
 	case errors.Is(err, os.ErrDeadlineExceeded):
@@ -232,6 +250,29 @@ func (c *conn) hello() (hello, name []byte, err error) {
 		c.engine.counters.Empty.Add(1)
 	}
 	return hello, name, err
+}
+
+// readHeader reads the PROXY header at the beginning of b, and takes it away once it is complete.
+func (c *conn) readHeader(b []byte) ([]byte, error) {
+	h, n, err := proxyproto.Parse(b)
+	if n > 0 {
+		c.headed = false
+		if h.Client.IsValid() {
+			c.from, c.peer = &h, socket.AddressFrom(h.Client)
+		}
+	}
+	return b[n:], err
+}
+
+// closeUnheaded is for a client without the PROXY header that it must have.
+func (c *conn) closeUnheaded(why error) error {
+	c.engine.mu.Lock()
+	waited := c.engine.leave(c)
+	c.engine.mu.Unlock()
+	if waited { // otherwise it was dropped, and that was said
+		c.engine.counters.CloseUnheaded(c.peer, why)
+	}
+	return errGone
 }
 
 // dial connects to the backend of the host with a name, or hands the connection over. At the
@@ -347,7 +388,7 @@ func (c *conn) handOverFD(fd int, b hostdir.Backend, name, hello []byte) (sent b
 	var header []byte
 	_, err = unix.Getpeername(fd)
 	if b.Proxy > 0 && err == nil {
-		header, err = socket.Header(fd, b.Proxy, name)
+		header, err = socket.Header(fd, c.from, b.Proxy, name)
 	}
 	if err != nil {
 		return false, errGone

@@ -24,8 +24,9 @@ func (c *conn) relay(b hostdir.Backend, name, hello []byte) {
 	closed := socket.Control(c.client, func(fd int) {
 		access = c.engine.logAll.AccessLine(limits.Now(), c.peer, name, b.Log)
 		if b.Proxy > 0 {
-			c.first, gone = socket.Header(fd, b.Proxy, name)
+			c.first, gone = socket.Header(fd, c.from, b.Proxy, name)
 		}
+		c.from = nil // as the relay may last
 	})
 	if closed != nil || gone != nil {
 		c.end(report.ResetByClient)

@@ -14,6 +14,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// Program begins each line on standard error. Change it only before the first.
+var Program = "sniproxy"
+
 var (
 	stdout = newOutput(1)
 	stderr = newOutput(2)
@@ -27,7 +30,7 @@ func Text(text string) { stderr.print(text) }
 
 // Err prints a line on standard error. It reports whether there was room for it.
 func Err(format string, args ...any) bool {
-	return stderr.print("sniproxy: " + fmt.Sprintf(format, args...) + "\n")
+	return stderr.print(Program + ": " + fmt.Sprintf(format, args...) + "\n")
 }
 
 // Rationed prints what line returns on standard error, or counts it among those left out. It is for

@@ -15,6 +15,7 @@ type Counters struct {
 	Accepted, Ended atomic.Int64
 	Waiting         atomic.Int64      // connections that are neither relays nor refused, now
 	Refused         [256]atomic.Int64 // by alert
+	Shut            atomic.Int64      // refused without an alert, since there was no PROXY header
 	Empty           atomic.Int64      // clients that have ended without having sent a byte
 	Dropped         atomic.Int64      // to make room
 	Handed          atomic.Int64      // over to backends
@@ -70,6 +71,10 @@ func (a All) String() string {
 			refused += n
 			alerts = append(alerts, fmt.Sprintf("%d: %d", i, n))
 		}
+	}
+	if n := a.sum(func(c *Counters) *atomic.Int64 { return &c.Shut }); n > 0 {
+		refused += n
+		alerts = append(alerts, fmt.Sprintf("none: %d", n))
 	}
 	var byAlert string
 	if refused > 0 {

@@ -21,15 +21,12 @@ const (
 )
 
 // LogAll knows whether the connections of all hosts are logged: whether there is a log-connections
-// of the administrator's in the directory *. Looking there may take any time, since a symlink of
-// the administrator's can lead to a tenant's file system. So a goroutine does it, once in
-// LogAllPeriod while there are connections, and nobody waits for it. If it cannot find out, the
-// last answer stays.
+// of the administrator's in the directory *. A symlink of the administrator's there can lead to a
+// tenant's file system, which may never answer. It is asked once in LogAllPeriod while there are
+// connections.
 type LogAll struct {
-	yes   atomic.Bool
-	busy  atomic.Bool  // the goroutine is looking
-	again atomic.Int64 // when to look again, by the clock of limits
-	look  chan struct{}
+	asker
+	again atomic.Int64 // when to ask again, by the clock of limits
 
 	mu    sync.Mutex
 	lines []func() // about connections that have ended before the answer was known
@@ -37,26 +34,24 @@ type LogAll struct {
 
 // NewLogAll returns a LogAll.
 func NewLogAll(hosts *hostdir.Hosts) *LogAll {
-	a := &LogAll{look: make(chan struct{}, 1)}
-	go func() {
-		for range a.look {
-			if yes, err := hosts.LogAll(); err == nil {
-				a.yes.Store(yes)
-			}
-			a.again.Store(limits.Now() + int64(LogAllPeriod))
-			a.mu.Lock()
-			a.busy.Store(false)
-			lines := a.lines
-			a.lines = nil
-			a.mu.Unlock()
-			for _, print := range lines {
-				if a.yes.Load() {
-					print()
-				}
-			}
-		}
-	}()
+	a := &LogAll{}
+	a.start(hosts.LogAll, a.printLines)
 	return a
+}
+
+// printLines prints the lines that have waited for the answer.
+func (a *LogAll) printLines() {
+	a.again.Store(limits.Now() + int64(LogAllPeriod))
+	a.mu.Lock()
+	a.busy.Store(false)
+	lines := a.lines
+	a.lines = nil
+	a.mu.Unlock()
+	for _, print := range lines {
+		if a.yes.Load() {
+			print()
+		}
+	}
 }
 
 // Await waits a moment for the answer, for a program that ends with its one connection.
@@ -73,8 +68,8 @@ func (a *LogAll) Await() {
 
 // logs tells whether connections are logged, and if not, whether that is being found out.
 func (a *LogAll) logs(now int64) (yes, maybe bool) {
-	if now >= a.again.Load() && !a.busy.Swap(true) {
-		a.look <- struct{}{}
+	if now >= a.again.Load() {
+		a.ask()
 	}
 	maybe = a.busy.Load()
 	yes = a.yes.Load()

@@ -25,6 +25,13 @@ var (
 	ErrLookupTimeout = sni.Alert{Description: sni.UserCanceled, Reason: "the look-up has waited for a file system until the time limit"}
 )
 
+// Reasons to close a connection that must begin with a PROXY header, besides those of package
+// proxyproto.
+var (
+	ErrHeaderEnded = errors.New("the connection ended within the PROXY protocol header")
+	ErrHeaderLate  = errors.New("no complete PROXY protocol header within the time limit")
+)
+
 // Ended is why a client is refused that has ended before its server name. The parser has what it
 // sent, and is nil if that is nothing.
 func Ended(p *sni.Parser) error { return early(p, ErrEmpty, ErrEOF) }
@@ -95,6 +102,15 @@ func (n *Counters) Refuse(client socket.Address, name []byte, alert sni.Alert) {
 			return fmt.Sprintf("refused %v: %v", client, alert)
 		}
 		return fmt.Sprintf("refused %v for %s: %v", client, name, alert)
+	})
+}
+
+// CloseUnheaded counts a connection that does not begin with a PROXY header and must, and logs why
+// it is closed. What sends no header is no client of the balancer's that waits for an alert.
+func (n *Counters) CloseUnheaded(peer socket.Address, why error) {
+	n.Shut.Add(1)
+	logline.Rationed(func() string {
+		return fmt.Sprintf("refused %v: %v; .accept-proxy asks for one (closed without an alert)", peer, why)
 	})
 }
 

@@ -28,26 +28,29 @@ func AddrPort(sa unix.Sockaddr) netip.AddrPort {
 // system tells it only while the client is there, and the log is to name those above all that are
 // gone. The zero Address is none.
 type Address struct {
-	ip   [16]byte // an IPv4 address is one of ::ffff:0:0/96
-	port uint16   // no client has port 0
+	ip    [16]byte // an IPv4 address is one of ::ffff:0:0/96
+	port  uint16
+	known bool
 }
 
 // AddressOf returns the address in sa.
-func AddressOf(sa unix.Sockaddr) Address {
-	addr := AddrPort(sa)
-	return Address{addr.Addr().As16(), addr.Port()}
+func AddressOf(sa unix.Sockaddr) Address { return AddressFrom(AddrPort(sa)) }
+
+// AddressFrom returns an address as it is kept.
+func AddressFrom(addr netip.AddrPort) Address {
+	return Address{addr.Addr().As16(), addr.Port(), addr.IsValid()}
 }
 
 // Address4 returns an address as accept(2) writes it.
 func Address4(sa *unix.RawSockaddrInet4) Address {
-	a := Address{port: hostOrder(sa.Port)}
+	a := Address{port: hostOrder(sa.Port), known: true}
 	a.ip[10], a.ip[11] = 0xff, 0xff
 	copy(a.ip[12:], sa.Addr[:])
 	return a
 }
 
 // Address6 is Address4 for IPv6.
-func Address6(sa *unix.RawSockaddrInet6) Address { return Address{sa.Addr, hostOrder(sa.Port)} }
+func Address6(sa *unix.RawSockaddrInet6) Address { return Address{sa.Addr, hostOrder(sa.Port), true} }
 
 // hostOrder returns a port that is in the byte order of the network.
 func hostOrder(port uint16) uint16 {
@@ -67,29 +70,33 @@ func Peer(fd int) Address {
 
 // String returns the address as people read it.
 func (a Address) String() string {
-	if a.port == 0 {
+	if !a.known {
 		return "a client that is gone"
 	}
 	return netip.AddrPortFrom(netip.AddrFrom16(a.ip).Unmap(), a.port).String()
 }
 
 // Header returns the header of a version of the PROXY protocol for the client with the socket fd,
-// at most [proxyproto.MaxV2] bytes. The name is the one that the client asked for, empty if none.
-// An error means that the client is gone.
-func Header(fd int, version uint8, name []byte) ([]byte, error) {
+// at most [proxyproto.MaxV2] bytes. The addresses are those that a balancer has sent, or those of
+// the socket if from is nil. The name is the one that the client asked for, empty if none. An error
+// means that the client is gone.
+func Header(fd int, from *proxyproto.Header, version uint8, name []byte) ([]byte, error) {
 	remote, err := unix.Getpeername(fd)
 	if err != nil {
 		return nil, err
 	}
-	local, err := unix.Getsockname(fd)
-	if err != nil {
-		return nil, err
+	if from == nil {
+		local, err := unix.Getsockname(fd)
+		if err != nil {
+			return nil, err
+		}
+		from = &proxyproto.Header{Client: AddrPort(remote), Listener: AddrPort(local)}
 	}
 	header := make([]byte, 0, proxyproto.MaxV2)
 	if version == 1 {
-		return proxyproto.AppendV1(header, AddrPort(remote), AddrPort(local)), nil
+		return proxyproto.AppendV1(header, from.Client, from.Listener), nil
 	}
-	return proxyproto.AppendV2(header, AddrPort(remote), AddrPort(local), name), nil
+	return proxyproto.AppendV2(header, from.Client, from.Listener, name), nil
 }
 
 // ControlSize is more than it takes for as many descriptors as one message can pass (253 on Linux).
