@@ -388,6 +388,7 @@ func TestSystemdRecipes(t *testing.T) {
 		t.Run("forward", testUnitsForward)
 		t.Run("socat", testUnitsSocat)
 		t.Run("activated", testUnitsActivated)
+		t.Run("activated for a user", testUnitsActivatedUser)
 		t.Run("nginx", testUnitsNginx)
 		return
 	}
@@ -404,7 +405,7 @@ func TestSystemdRecipes(t *testing.T) {
 		hostdirtest.Must(t, err)
 		return path
 	}
-	for _, file := range []string{"backends/nginx.conf", "backends/nginx.service.conf", "backends/server.py"} {
+	for _, file := range []string{"backends/nginx.conf", "backends/nginx.service.conf", "backends/server.py", "backends/one.example.socket", "backends/one.example.service"} {
 		args = append(args, "-f", absolute(file)+":"+documents+filepath.Base(file)+":644")
 	}
 	for _, dir := range []string{"systemd", "forward", "backends"} {
@@ -464,6 +465,37 @@ func testUnitsActivated(t *testing.T) {
 	command(t, "systemctl", "disable", "--now", socket, service)
 	hostdirtest.Must(t, os.RemoveAll(s.dir))
 	expectRefused(t, unitAddr, snitest.Hello("one.example"))
+}
+
+// Goal: a tenant has the same from its own systemd, also after the machine has started and nobody has
+// logged in.
+func testUnitsActivatedUser(t *testing.T) {
+	const tenant = "bob"
+	startUnits(t)
+	command(t, "useradd", "--create-home", "--groups=sniproxy-hosts", tenant)
+	uid := command(t, "id", "-u", tenant)
+	as := func(line string) {
+		t.Helper()
+		command(t, "setpriv", "--reuid="+tenant, "--regid="+tenant, "--init-groups", "--reset-env", "env", "-C", "/home/"+tenant,
+			"USER="+tenant, "XDG_RUNTIME_DIR=/run/user/"+uid, "sh", "-euc", line)
+	}
+	s := &backendSite{t: t, dir: "/srv/sniproxy/one.example", addr: unitAddr}
+	s.makeCertificate()
+	as("mkdir -m 0711 " + s.dir)
+	manager := "user@" + uid + ".service"
+	t.Cleanup(func() {
+		command(t, "systemctl", "stop", manager)
+		os.RemoveAll(s.dir)
+	})
+	as(`loginctl enable-linger "$USER"`)
+	awaitProperty(t, manager, "ActiveState", "active")
+	as("mkdir -p ~/.config/systemd/user; cp " + documents + "one.example.socket ~/.config/systemd/user/; " +
+		"sed '/^# What systemd can do as root/,$d; s|/srv/one.example/|%h/|' " + documents + "one.example.service >~/.config/systemd/user/one.example.service; " +
+		"sed 's|/etc/ssl/one.example.crt|" + s.chain + "|; s|/etc/ssl/private/one.example.key|" + s.key + "|' " + documents + "server.py >~/server.py; " +
+		"systemctl --user daemon-reload; systemctl --user enable --now one.example.socket")
+	s.expect(false)
+	command(t, "systemctl", "restart", manager)
+	s.expect(false)
 }
 
 // Goal: with the drop-in nginx starts although its sockets are still there, and without it does not.
