@@ -38,14 +38,31 @@ func TestSystemd(t *testing.T) {
 		return
 	}
 	t.Parallel()
+	hostdirtest.InSystemd(t, "..", inside+"=1", installed(t)...)
+}
+
+// installed returns the arguments with which systemd-run.sh installs the programs and the units.
+func installed(t *testing.T) (args []string) {
+	t.Helper()
 	units, err := filepath.Abs("systemd")
-	if err != nil {
-		t.Fatal(err)
+	hostdirtest.Must(t, err)
+	for from, to := range map[string]string{
+		daemon(t):                             binary + ":755",
+		build(t, "sniproxy-check"):            binary + "-check:755",
+		build(t, "sniproxy-tls"):              binary + "-tls:755",
+		units + "/several/socket.conf":        severalDir + "socket.conf:644",
+		units + "/several/service.conf":       severalDir + "service.conf:644",
+		units + "/user/sniproxy-tls@.service": userUnit + ":644",
+	} {
+		args = append(args, "-f", from+":"+to)
 	}
-	dropIn := func(file string) string {
-		return filepath.Join(units, "several", file) + ":" + severalDir + file + ":644"
+	// The units of users are not for the system.
+	for _, pattern := range []string{"*.socket", "*.service", "*.timer", "*.d/*.conf"} {
+		files, err := filepath.Glob(filepath.Join(units, pattern))
+		hostdirtest.Must(t, err)
+		args = append(args, files...)
 	}
-	hostdirtest.InSystemd(t, "..", inside+"=1", "-f", daemon(t)+":"+binary, "-f", build(t, "sniproxy-check")+":"+binary+"-check", "-f", dropIn("socket.conf"), "-f", dropIn("service.conf"), units)
+	return args
 }
 
 const (
@@ -56,6 +73,8 @@ const (
 	unitHanded = "handed.example" // a host whose connections are handed over
 
 	severalDir = "/usr/share/doc/sniproxy/several/" // the drop-ins, which one test installs
+
+	userUnit = "/usr/share/doc/sniproxy/user/sniproxy-tls@.service" // which one test installs for a user
 )
 
 func mainPID(t *testing.T, unit string) int {

@@ -56,8 +56,19 @@ const (
 	tcpOverIPv6 = 0x21
 )
 
-// typeAuthority is PP2_TYPE_AUTHORITY, "the host name value passed by the client" (Section 2.2.2).
-const typeAuthority = 0x02
+// Types of TLVs, and of those within PP2_TYPE_SSL (Section 2.2).
+const (
+	typeALPN      = 0x01 // PP2_TYPE_ALPN
+	typeAuthority = 0x02 // PP2_TYPE_AUTHORITY, "the host name value passed by the client"
+	typeSSL       = 0x20 // PP2_TYPE_SSL
+	typeVersion   = 0x21 // PP2_SUBTYPE_SSL_VERSION
+	typeCN        = 0x22 // PP2_SUBTYPE_SSL_CN
+	typeCipher    = 0x23 // PP2_SUBTYPE_SSL_CIPHER
+
+	clientSSL         = 0x01 // PP2_CLIENT_SSL
+	clientCertConn    = 0x02 // PP2_CLIENT_CERT_CONN
+	clientCertSession = 0x04 // PP2_CLIENT_CERT_SESS
+)
 
 // AppendV2 appends the header of version 2 for a TCP connection from client to listener, the
 // address that it was accepted on, and returns the longer slice. The authority is the host name
@@ -67,30 +78,97 @@ const typeAuthority = 0x02
 // It writes the same addresses as [AppendV1]. Where AppendV1 writes "PROXY UNKNOWN", this header
 // says UNSPEC and has neither addresses nor authority.
 func AppendV2(dst []byte, client, listener netip.AddrPort, authority []byte) []byte {
+	start := len(dst)
 	dst = append(dst, signatureV2...)
 	src, to, ok := addresses(client, listener)
 	if !ok {
 		return append(dst, proxyV2, unspec, 0, 0)
 	}
-	protocol, length := byte(tcpOverIPv4), 4+4+2+2
+	protocol := byte(tcpOverIPv4)
 	if src.Is6() {
-		protocol, length = tcpOverIPv6, 16+16+2+2
+		protocol = tcpOverIPv6
 	}
-	if len(authority) > 0 {
-		length += 3 + len(authority)
-	}
-	dst = append(dst, proxyV2, protocol)
-	dst = binary.BigEndian.AppendUint16(dst, uint16(length))
+	dst = append(dst, proxyV2, protocol, 0, 0)
 	dst, _ = src.AppendBinary(dst) // never fails
 	dst, _ = to.AppendBinary(dst)
 	dst = binary.BigEndian.AppendUint16(dst, client.Port())
 	dst = binary.BigEndian.AppendUint16(dst, listener.Port())
-	if len(authority) > 0 {
-		dst = append(dst, typeAuthority)
-		dst = binary.BigEndian.AppendUint16(dst, uint16(len(authority)))
-		dst = append(dst, authority...)
-	}
+	dst = appendTLV(dst, typeAuthority, authority)
+	setLengthV2(dst[start:])
 	return dst
+}
+
+// TLS is what a header of version 2 says about a client's TLS connection, which its sender has
+// ended. What is empty is left out.
+type TLS struct {
+	ALPN    string // the protocol that was agreed on
+	Version string // such as "TLSv1.3"
+	Cipher  string // as OpenSSL calls it, such as "ECDHE-RSA-AES128-GCM-SHA256"
+
+	// Verified tells that the client has presented a certificate, which was verified; Resumed, that
+	// it did so in an earlier connection of the same session. CommonName is that of its subject.
+	Verified, Resumed bool
+	CommonName        string
+}
+
+// MaxField is the length in bytes of the longest field of a [TLS].
+const MaxField = 255
+
+// MaxV2TLS is the length in bytes of the longest header that [AppendV2TLS] appends.
+const MaxV2TLS = MaxV2 + 3 + MaxField + 3 + 5 + 3*(3+MaxField)
+
+// AppendV2TLS is [AppendV2] for a client whose TLS connection the sender has ended: behind the
+// authority it writes the TLVs PP2_TYPE_ALPN and PP2_TYPE_SSL. A field that is longer than
+// [MaxField] is left out: part of a name could be another name.
+func AppendV2TLS(dst []byte, client, listener netip.AddrPort, authority []byte, t TLS) []byte {
+	start := len(dst)
+	dst = AppendV2(dst, client, listener, authority)
+	if dst[start+13] == unspec {
+		return dst
+	}
+	dst = appendField(dst, typeALPN, t.ALPN)
+	ssl := len(dst)
+	dst = append(dst, typeSSL, 0, 0)
+	flags, verify := byte(clientSSL), uint32(1) // 0 is for a certificate that was verified
+	if t.Verified {
+		flags, verify = flags|clientCertSession, 0
+		if !t.Resumed {
+			flags |= clientCertConn
+		}
+	}
+	dst = append(dst, flags)
+	dst = binary.BigEndian.AppendUint32(dst, verify)
+	dst = appendField(dst, typeVersion, t.Version)
+	if t.Verified {
+		dst = appendField(dst, typeCN, t.CommonName)
+	}
+	dst = appendField(dst, typeCipher, t.Cipher)
+	binary.BigEndian.PutUint16(dst[ssl+1:], uint16(len(dst)-ssl-3))
+	setLengthV2(dst[start:])
+	return dst
+}
+
+// appendField appends a field of a TLS, unless it is too long.
+func appendField(dst []byte, kind byte, value string) []byte {
+	if len(value) > MaxField {
+		return dst
+	}
+	return appendTLV(dst, kind, []byte(value))
+}
+
+// appendTLV appends a TLV, unless it is empty.
+func appendTLV(dst []byte, kind byte, value []byte) []byte {
+	if len(value) == 0 {
+		return dst
+	}
+	dst = append(dst, kind)
+	dst = binary.BigEndian.AppendUint16(dst, uint16(len(value)))
+	return append(dst, value...)
+}
+
+// setLengthV2 writes how many bytes follow the fixed part of a header.
+func setLengthV2(header []byte) {
+	binary.BigEndian.PutUint16(header[14:], uint16(len(header)-fixedV2))
 }
 
 // addresses returns the addresses of both ends as headers have them, and whether their families are

@@ -160,6 +160,44 @@ func TestAppendV2Appends(t *testing.T) {
 	}
 }
 
+// Goal: what a header says about TLS is laid out as Section 2.2.6 of the specification has it; what is empty or
+// too long is left out; and without addresses there is nothing of it.
+func TestAppendV2TLS(t *testing.T) {
+	ends := netip.MustParseAddrPort("192.0.2.1:1")
+	const start = "0d0a0d0a000d0a515549540a 21 11"
+	const addrs = "c0000201 c0000201 0001 0001"
+	for _, test := range []struct {
+		tls  proxyproto.TLS
+		want string
+	}{
+		{proxyproto.TLS{}, start + "0018" + addrs + "02 0001 61" + "20 0005 01 00000001"},
+		{proxyproto.TLS{ALPN: "h2", Version: "TLSv1.3", Cipher: "X", CommonName: "not verified"},
+			start + "002b" + addrs + "02 0001 61" + "01 0002 6832" + "20 0013 01 00000001" + "21 0007 544c5376312e33" + "23 0001 58"},
+		{proxyproto.TLS{Verified: true, CommonName: "bob"}, start + "001e" + addrs + "02 0001 61" + "20 000b 07 00000000" + "22 0003 626f62"},
+		{proxyproto.TLS{Verified: true, Resumed: true}, start + "0018" + addrs + "02 0001 61" + "20 0005 05 00000000"},
+		{proxyproto.TLS{Verified: true, CommonName: strings.Repeat("b", proxyproto.MaxField+1)}, start + "0018" + addrs + "02 0001 61" + "20 0005 07 00000000"},
+	} {
+		got := proxyproto.AppendV2TLS([]byte("before"), ends, ends, []byte("a"), test.tls)
+		want := "6265666f7265" + strings.ReplaceAll(test.want, " ", "")
+		if hex.EncodeToString(got) != want {
+			t.Errorf("%+v: %x, want %s", test.tls, got, want)
+		}
+		if h, n, err := proxyproto.Parse(got[len("before"):]); err != nil || n != len(got)-len("before") || h.Client != ends {
+			t.Errorf("%+v: %v, %d, %v", test.tls, h, n, err)
+		}
+	}
+	got := proxyproto.AppendV2TLS(nil, netip.AddrPort{}, ends, []byte("a"), proxyproto.TLS{ALPN: "h2"})
+	if want := "\r\n\r\n\x00\r\nQUIT\n\x21\x00\x00\x00"; string(got) != want {
+		t.Errorf("no addresses: %q, want %q", got, want)
+	}
+	long := netip.MustParseAddrPort("[ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff]:65535")
+	field := strings.Repeat("x", proxyproto.MaxField)
+	full := proxyproto.TLS{ALPN: field, Version: field, Cipher: field, Verified: true, CommonName: field}
+	if got := proxyproto.AppendV2TLS(nil, long, long, make([]byte, sni.MaxName), full); len(got) != proxyproto.MaxV2TLS {
+		t.Errorf("%d bytes, want %d", len(got), proxyproto.MaxV2TLS)
+	}
+}
+
 // Goal: whatever the addresses, the result is a header of one family and says what it was given.
 func FuzzAppendV2(f *testing.F) {
 	f.Add([]byte{127, 0, 0, 1}, []byte{127, 0, 0, 1}, uint16(1), uint16(2), "", []byte("site.example"))

@@ -77,11 +77,13 @@ type Listener struct {
 	file *os.File
 	raw  syscall.RawConn // of file
 
+	stopOnce  sync.Once
 	closing   chan struct{} // closed by Close
 	closeOnce sync.Once
 
 	mu       sync.Mutex
 	receiver receiver // guarded by mu
+	stopped  bool     // by Stop: the socket has no file any more; guarded by mu
 }
 
 // Listen makes the socket in the directory of a host. The host is served by this process from then
@@ -126,14 +128,14 @@ func Listen(dir string) (*Listener, error) {
 // Addr returns the path of the socket, as a [*net.UnixAddr].
 func (l *Listener) Addr() net.Addr { return l.addr }
 
-// Accept waits for a connection and returns it, a [*Conn]. It fails only once the listener is
-// closed, with an error that is [net.ErrClosed].
+// Accept waits for a connection and returns it, a [*Conn]. It fails only once the listener is closed,
+// or is stopped and has none left, with an error that is [net.ErrClosed].
 func (l *Listener) Accept() (net.Conn, error) {
 	var pause time.Duration
 	for {
 		m, err := l.receive()
 		if err != nil {
-			if !l.wait(&pause) {
+			if errors.Is(err, net.ErrClosed) || !l.wait(&pause) {
 				return nil, l.closed("accept")
 			}
 			continue
@@ -147,7 +149,7 @@ func (l *Listener) Accept() (net.Conn, error) {
 
 // receive waits for a message. An error may be gone the next time, unless the listener is closed.
 func (l *Listener) receive() (m message, err error) {
-	failed := l.raw.Read(func(fd uintptr) bool {
+	take := func(fd uintptr) bool {
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		if l.isClosed() {
@@ -155,9 +157,24 @@ func (l *Listener) receive() (m message, err error) {
 			return true
 		}
 		m, err = l.receiver.receive(int(fd))
+		if err == unix.EAGAIN && l.stopped {
+			err = net.ErrClosed
+		}
 		return err != unix.EAGAIN
-	})
+	}
+	var failed error
+	if l.isStopped() {
+		failed = l.raw.Control(func(fd uintptr) { take(fd) }) // it must not wait
+	} else {
+		failed = l.raw.Read(take)
+	}
 	return m, errors.Join(failed, err)
+}
+
+func (l *Listener) isStopped() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.stopped
 }
 
 func (l *Listener) isClosed() bool {
@@ -212,6 +229,26 @@ func passes(err error) bool {
 		}
 	}
 	return false
+}
+
+// Stop removes the socket, unless another backend has replaced it. Accept still returns the connections
+// that wait already, and fails when there are no more. Call Close then.
+func (l *Listener) Stop() error {
+	err := l.closed("stop")
+	l.stopOnce.Do(func() { err = l.stop() })
+	return err
+}
+
+func (l *Listener) stop() error {
+	_, err := l.dir.remove(l.own)
+	l.mu.Lock()
+	l.stopped = true
+	l.mu.Unlock()
+	l.file.SetReadDeadline(time.Unix(1, 0)) // each Accept that waits looks again
+	if err != nil {
+		return &net.OpError{Op: "stop", Net: l.addr.Net, Addr: l.addr, Err: err}
+	}
+	return nil
 }
 
 // Close removes the socket, unless another backend has replaced it, and ends Accept. Connections

@@ -523,6 +523,51 @@ func TestMoved(t *testing.T) {
 	only(t, filepath.Join(parent, "a"))
 }
 
+// Goal: Stop removes the socket at once; Accept returns what had come before, and then fails, also where it has
+// waited; Close leaves the socket of another backend alone.
+func TestStop(t *testing.T) {
+	dir := hostDir(t)
+	for _, waiting := range []int{0, 1, 5} {
+		l := listen(t, dir)
+		var ended sync.WaitGroup
+		if waiting == 0 {
+			for range 3 {
+				ended.Go(func() {
+					if _, err := l.Accept(); !errors.Is(err, net.ErrClosed) {
+						t.Errorf("Accept: %v, want net.ErrClosed", err)
+					}
+				})
+			}
+		}
+		var clients []*net.TCPConn
+		for range waiting {
+			clients = append(clients, handOver(t, dir, "hello"))
+		}
+		must(t, l.Stop())
+		only(t, dir)
+		for _, client := range clients {
+			c := accept(t, l)
+			client.CloseWrite()
+			if got, err := io.ReadAll(c); string(got) != "hello" || err != nil {
+				t.Errorf("the connection reads %q, error %v", got, err)
+			}
+			c.Close()
+			client.Close()
+		}
+		if _, err := l.Accept(); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("Accept afterwards: %v, want net.ErrClosed", err)
+		}
+		ended.Wait()
+		if err := l.Stop(); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("stopped twice: %v", err)
+		}
+		next := listen(t, dir)
+		must(t, l.Close())
+		only(t, dir, "tls-socket")
+		must(t, next.Close())
+	}
+}
+
 // Goal: Close ends each Accept, removes the socket, and closes what nobody has accepted; what was
 // accepted goes on.
 func TestClose(t *testing.T) {

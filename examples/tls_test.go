@@ -1,0 +1,213 @@
+package examples_test
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"fmt"
+	"io"
+	"math/big"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"os/user"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"sniproxy/hostdir/hostdirtest"
+)
+
+// Goal: under a real systemd the units for sniproxy-tls serve hosts, of the administrator and of a user.
+func TestSystemdTLS(t *testing.T) {
+	if os.Getenv(inside) != "" {
+		t.Run("system", testUnitsTLS)
+		t.Run("user", testUnitsUserTLS)
+		return
+	}
+	t.Parallel()
+	hostdirtest.InSystemd(t, "..", inside+"=1", installed(t)...)
+}
+
+// installCertificate makes a certificate of its own for a host, in cert.pem and key.pem in its directory,
+// which become its owner's. It returns what a client must trust.
+func installCertificate(t *testing.T, dir, name string) *x509.CertPool {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	hostdirtest.Must(t, err)
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(time.Now().UnixNano()), DNSNames: []string{name},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	hostdirtest.Must(t, err)
+	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
+	hostdirtest.Must(t, err)
+	var owner syscall.Stat_t
+	hostdirtest.Must(t, syscall.Stat(dir, &owner))
+	for file, block := range map[string]*pem.Block{
+		"cert.pem": {Type: "CERTIFICATE", Bytes: der}, "key.pem": {Type: "PRIVATE KEY", Bytes: keyDER},
+	} {
+		path := filepath.Join(dir, file)
+		hostdirtest.Must(t, os.WriteFile(path, pem.EncodeToMemory(block), 0o600))
+		hostdirtest.Must(t, os.Chown(path, int(owner.Uid), int(owner.Gid)))
+	}
+	pool := x509.NewCertPool()
+	cert, err := x509.ParseCertificate(der)
+	hostdirtest.Must(t, err)
+	pool.AddCert(cert)
+	return pool
+}
+
+// startService starts a plain HTTP service that tells which client it has, and returns its address.
+func startService(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	hostdirtest.Must(t, err)
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprint(w, r.Host, " for ", r.Header.Get("X-Forwarded-For"))
+	})}
+	go server.Serve(l)
+	t.Cleanup(func() { server.Close() })
+	return l.Addr().String()
+}
+
+// getHTTPS returns the page of a host behind the proxy at unitAddr.
+func getHTTPS(name string, roots *x509.CertPool) (string, error) {
+	transport := &http.Transport{
+		TLSClientConfig:   &tls.Config{RootCAs: roots},
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "tcp", unitAddr)
+		},
+	}
+	answer, err := (&http.Client{Transport: transport, Timeout: hostdirtest.Patience}).Get("https://" + name + "/")
+	if err != nil {
+		return "", err
+	}
+	defer answer.Body.Close()
+	text, err := io.ReadAll(answer.Body)
+	return string(text), err
+}
+
+// awaitPage waits until a host is served.
+func awaitPage(t *testing.T, name string, roots *x509.CertPool) {
+	t.Helper()
+	var text string
+	var err error
+	want := name + " for 127.0.0.1"
+	if !hostdirtest.AwaitFor(hostdirtest.Patience, func() bool {
+		text, err = getHTTPS(name, roots)
+		return text == want
+	}) {
+		t.Fatalf("%q, %v", text, err)
+	}
+}
+
+// uidOf returns the user of a process.
+func uidOf(t *testing.T, pid int) string {
+	t.Helper()
+	var stat syscall.Stat_t
+	hostdirtest.Must(t, syscall.Stat(fmt.Sprintf("/proc/%d", pid), &stat))
+	return strconv.Itoa(int(stat.Uid))
+}
+
+// Goal: sniproxy-tls@.service, installed as its comment says, serves a host with HTTPS as a user of its own,
+// restarts without a trace, keeps what an ACME server knows it by, and stops as a success.
+func testUnitsTLS(t *testing.T) {
+	const name, unit = "tls.example", "sniproxy-tls@tls.example.service"
+	startUnits(t)
+	dir := "/srv/sniproxy/" + name
+	command(t, "install", "-d", "-m", "0710", "-o", "sniproxy-tls", "-g", "sniproxy", dir)
+	command(t, "install", "-d", "/etc/sniproxy-tls")
+	hostdirtest.Must(t, os.WriteFile("/etc/sniproxy-tls/"+name, []byte("BACKEND=http://"+startService(t)+"\n"), 0o644))
+	roots := installCertificate(t, dir, name)
+	command(t, "systemctl", "enable", "--now", unit)
+	t.Cleanup(func() {
+		command(t, "systemctl", "stop", "sniproxy-tls@*.service")
+		os.RemoveAll(dir)
+	})
+	awaitPage(t, name, roots)
+	account, err := user.Lookup("sniproxy-tls")
+	hostdirtest.Must(t, err)
+	if got := uidOf(t, mainPID(t, unit)); got != account.Uid {
+		t.Errorf("it runs as user %s, want %s", got, account.Uid)
+	}
+	command(t, "systemctl", "restart", unit)
+	awaitPage(t, name, roots)
+	command(t, "systemctl", "stop", unit)
+	checkStopped(t, unit)
+
+	// Without a certificate it wants one of an ACME server, of which there is none here.
+	for _, file := range []string{"cert.pem", "key.pem"} {
+		hostdirtest.Must(t, os.Remove(filepath.Join(dir, file)))
+	}
+	hostdirtest.Must(t, os.WriteFile("/etc/sniproxy-tls/"+name, []byte("BACKEND=tcp://127.0.0.1:1\nNAMES=www.tls.example more.tls.example\nACME_DIRECTORY=https://127.0.0.1:1/dir\n"), 0o644))
+	command(t, "systemctl", "start", unit)
+	for _, line := range []string{"serving tls.example www.tls.example more.tls.example", "www.tls.example: cannot get a certificate: cannot reach the ACME server: "} {
+		hostdirtest.Await(t, line+" in the journal", func() bool {
+			out, err := exec.Command("journalctl", "--no-pager", "--output=cat", "--unit="+unit).Output()
+			return err == nil && strings.Contains(string(out), line)
+		})
+	}
+	if _, err := os.Stat("/var/lib/sniproxy-tls/127.0.0.1_1_dir/account.key"); err != nil {
+		t.Error(err)
+	}
+}
+
+// Goal: with user/sniproxy-tls@.service a user serves a host of his own without an administrator; it is served
+// without a login, as after a start of the machine.
+func testUnitsUserTLS(t *testing.T) {
+	const name, alice = "alice.example", "alice"
+	startUnits(t)
+	command(t, "useradd", "--create-home", alice)
+	account, err := user.Lookup(alice)
+	hostdirtest.Must(t, err)
+	// as runs a command line as alice, who is not logged in.
+	as := func(line string) string {
+		t.Helper()
+		return command(t, "setpriv", "--reuid="+alice, "--regid="+alice, "--init-groups", "--reset-env", "env", "-C", account.HomeDir,
+			"XDG_RUNTIME_DIR=/run/user/"+account.Uid, "sh", "-euc", line)
+	}
+	dir := "/srv/sniproxy/" + name
+	command(t, "usermod", "-aG", "sniproxy-hosts", alice)
+	as("mkdir -m 0711 " + dir)
+	roots := installCertificate(t, dir, name)
+	// Her manager runs from here on, whether she is there or not.
+	as("loginctl enable-linger \"$(id -un)\"")
+	manager := "user@" + account.Uid + ".service"
+	t.Cleanup(func() {
+		command(t, "loginctl", "disable-linger", alice)
+		command(t, "systemctl", "stop", manager)
+		os.RemoveAll(dir)
+	})
+	awaitProperty(t, manager, "ActiveState", "active")
+	as("mkdir -p ~/.config/systemd/user ~/.config/sniproxy-tls && cp " + userUnit + " ~/.config/systemd/user/ && echo BACKEND=http://" + startService(t) + " >~/.config/sniproxy-tls/" + name)
+	as("systemctl --user daemon-reload && systemctl --user enable --now sniproxy-tls@" + name)
+	awaitPage(t, name, roots)
+	pid := as("systemctl --user show --value --property=MainPID sniproxy-tls@" + name)
+	n, err := strconv.Atoi(pid)
+	hostdirtest.Must(t, err)
+	if got := uidOf(t, n); got != account.Uid {
+		t.Errorf("it runs as user %s, want %s", got, account.Uid)
+	}
+
+	// The machine starts: nobody has logged in, and her manager starts with it.
+	command(t, "systemctl", "stop", manager)
+	if text, err := getHTTPS(name, roots); err == nil {
+		t.Errorf("the host is served while nothing runs: %q", text)
+	}
+	command(t, "systemctl", "start", manager)
+	awaitPage(t, name, roots)
+	if _, err := os.Stat("/var/lib/systemd/linger/" + alice); err != nil {
+		t.Error(err)
+	}
+}
