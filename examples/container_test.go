@@ -76,7 +76,7 @@ exec $as podman --runtime crun --cgroup-manager cgroupfs --events-backend none -
 			}
 		}
 	})
-	for _, program := range []string{"sniproxy", "sniproxy-listen"} {
+	for _, program := range []string{"sniproxy", "sniproxy-listen", "sniproxy-tls"} {
 		content, err := os.ReadFile(build(t, program))
 		hostdirtest.Must(t, err)
 		hostdirtest.Must(t, os.WriteFile(e.path("bin/"+program), content, 0o755))
@@ -132,13 +132,15 @@ func (e *engine) arguments(file, name string, oldnew ...string) []string {
 	text := fileText(e.t, example(e.t, file, hostdirtest.Dir(e.t), oldnew...))
 	_, text, _ = strings.Cut(text, "\n[Container]\n")
 	text, _, _ = strings.Cut(text, "\n[")
-	args, image := append([]string{"run", "--rm", "--name=" + name}, confined...), ""
+	args, image, command := append([]string{"run", "--rm", "--name=" + name}, confined...), "", []string(nil)
 	for line := range strings.Lines(text) {
 		key, value, _ := strings.Cut(strings.TrimSpace(line), "=")
 		switch {
 		case key == "" || key[0] == '#':
 		case key == "Image":
 			image = value
+		case key == "Exec":
+			command = strings.Fields(value)
 		case key == "PodmanArgs":
 			args = append(args, strings.Fields(value)...)
 		case key == "NoNewPrivileges" && value == "true":
@@ -153,7 +155,7 @@ func (e *engine) arguments(file, name string, oldnew ...string) []string {
 			e.t.Fatalf("%s: unknown line %q", file, line)
 		}
 	}
-	return append(args, image)
+	return append(append(args, image), command...)
 }
 
 // run runs a container in the foreground.
@@ -213,6 +215,7 @@ func (e *engine) testContainers(makeDir func(dir string), volume string) {
 		}
 	}
 	expectRefused(t, addr, snitest.Hello("one.example"))
+	e.testSidecar(hosts, addr, makeDir, volume)
 
 	// A client that stays for the ten seconds of the stop does not make the engine kill the proxy.
 	stays, err := connect(addr, hello)
@@ -222,6 +225,61 @@ func (e *engine) testContainers(makeDir func(dir string), volume string) {
 	stays.Close()
 	if err := proxy.Wait(); err != nil {
 		t.Errorf("the proxy ended with: %v", err)
+	}
+}
+
+// testSidecar tests a plain service in a container, and sniproxy-tls in another one with the same
+// network, which tells it its clients' addresses.
+func (e *engine) testSidecar(hosts, addr string, makeDir func(dir string), volume string) {
+	t := e.t
+	t.Helper()
+	const name = "app.example"
+	dir := filepath.Join(hosts, hostdirtest.Entry(name))
+	makeDir(dir)
+	source := e.path("app.go")
+	hostdirtest.Must(t, os.WriteFile(source, []byte(`package main
+
+import (
+	"io"
+	"log"
+	"net/http"
+)
+
+func main() {
+	log.Fatal(http.ListenAndServe("127.0.0.1:8080", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		io.WriteString(w, r.Host+" for "+r.Header.Get("X-Forwarded-For"))
+	})))
+}
+`), 0o644))
+	hostdirtest.Must(t, os.Mkdir(e.path("app"), 0o755))
+	compile := exec.Command(hostdirtest.Need(t, "go"), "build", "-o", e.path("app/app"), source)
+	compile.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := compile.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	hostdirtest.Must(t, os.WriteFile(e.path("Containerfile.app"), []byte("FROM scratch\nCOPY app /\nUSER 65534:65534\nENTRYPOINT [\"/app\"]\n"), 0o644))
+	e.podman("build", "--quiet", "--tag=localhost/app", "--file="+e.path("Containerfile.app"), e.path("app"))
+	roots := installCertificate(t, dir, name)
+
+	app := e.run(e.arguments("container/app.container", "systemd-app")...)
+	hostdirtest.Await(t, "the service", func() bool {
+		state, _ := exec.Command(e.script, "inspect", "--format={{.State.Running}}", "systemd-app").Output()
+		return strings.TrimSpace(string(state)) == "true"
+	})
+	e.expectNoNetwork("systemd-app")
+	tls := e.run(e.arguments("container/app-tls.container", "systemd-app-tls",
+		"Volume=/srv/sniproxy/app.example:", "Volume="+dir+":", ":/app.example\n", ":/app.example"+volume+"\n")...)
+	var page string
+	var err error
+	if !hostdirtest.AwaitFor(hostdirtest.Patience, func() bool {
+		page, err = getHTTPS(addr, name, roots)
+		return err == nil && page == name+" for 127.0.0.1"
+	}) {
+		t.Errorf("the page is %q, error %v", page, err)
+	}
+	for container, cmd := range map[string]*exec.Cmd{"systemd-app-tls": tls, "systemd-app": app} {
+		e.podman("stop", "--time=1", container)
+		cmd.Wait()
 	}
 }
 
