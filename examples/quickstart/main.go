@@ -2,16 +2,17 @@
 //
 //	go run ./examples/quickstart [-check]
 //
-// It builds the daemon and starts it with a listening socket on its standard input and a new hosts directory as its
-// working directory. It serves two HTTPS sites behind Unix sockets, reaches both through the daemon to check them, and
-// prints how to reach them with curl and how to add a host. At Ctrl-C it stops the daemon and removes what it made.
-// With -check it leaves after the check.
+// It builds sniproxy and sniproxy-tls. It starts sniproxy with a listening socket on its standard
+// input and a new hosts directory as its working directory, and serves three HTTPS sites there: one
+// is handed its connections, one is told who the client is by a PROXY line, and one is a plain HTTP
+// service behind sniproxy-tls. It reaches all three through sniproxy to check them, and prints how to
+// see them and how to add a name. At Ctrl-C it stops the programs and removes what it made. With
+// -check it leaves after the check.
 //
 // The exit status is 0; 1 when something failed; 2 for wrong usage.
 package main
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"flag"
@@ -34,7 +35,7 @@ func main() {
 		flag.Usage()
 		os.Exit(2)
 	}
-	// The thread that starts the daemon must not end before we do: see dieWithUs.
+	// The thread that starts the programs must not end before we do: see dieWithUs.
 	runtime.LockOSThread()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	context.AfterFunc(ctx, stop) // so a second Ctrl-C ends us at once
@@ -44,24 +45,23 @@ func main() {
 	}
 }
 
-func run(ctx context.Context, checkOnly bool) error {
+func run(ctx context.Context, checkOnly bool) (err error) {
 	dir, err := os.MkdirTemp("", "sniproxy-")
 	if err != nil {
 		return err
 	}
 	defer os.RemoveAll(dir)
 
-	fmt.Println("building sniproxy")
-	program := filepath.Join(dir, "sniproxy")
+	fmt.Println("building sniproxy and sniproxy-tls")
 	// Without the version stamp, which needs git, and needs it to trust the owner of the source.
-	build := exec.CommandContext(ctx, "go", "build", "-buildvcs=false", "-o", program, "sniproxy/cmd/sniproxy")
+	build := exec.CommandContext(ctx, "go", "build", "-buildvcs=false", "-o", dir+"/", "sniproxy/cmd/sniproxy", "sniproxy/cmd/sniproxy-tls")
 	build.Stderr = os.Stderr
 	if err := build.Run(); err != nil {
-		return fmt.Errorf("go build sniproxy/cmd/sniproxy: %w", err)
+		return fmt.Errorf("go build: %w", err)
 	}
 
-	// The address of a Unix socket holds only about a hundred bytes. From here the path of each is NAME/tls-socket,
-	// however long the name of the temporary directory is.
+	// The address of a Unix socket holds only about a hundred bytes. From here the path of each is
+	// NAME/tls-socket, however long the name of the temporary directory is.
 	hosts := filepath.Join(dir, "hosts")
 	if err := os.Mkdir(hosts, 0o755); err != nil {
 		return err
@@ -69,39 +69,65 @@ func run(ctx context.Context, checkOnly bool) error {
 	if err := os.Chdir(hosts); err != nil {
 		return err
 	}
+	ca, err := newAuthority(filepath.Join(dir, "ca.pem"))
+	if err != nil {
+		return err
+	}
 	sites := []*site{
-		{name: "one.example", ca: filepath.Join(dir, "one.example.pem")},
-		{name: "two.example", ca: filepath.Join(dir, "two.example.pem"), proxyV1: true},
+		{name: "one.localhost", alias: "four.localhost", kind: handed},
+		{name: "two.localhost", kind: proxyLine},
+		{name: "three.localhost", kind: plain},
 	}
 	for _, s := range sites {
-		if err := s.start(); err != nil {
+		if err := s.start(ca); err != nil {
 			return fmt.Errorf("site %s: %w", s.name, err)
 		}
+		defer s.server.Close()
 	}
+
+	plainSite := sites[2]
+	terminator := exec.Command(filepath.Join(dir, "sniproxy-tls"), "http://"+plainSite.addr)
+	terminator.Dir = filepath.Join(hosts, plainSite.name)
+	behind, err := startProgram("sniproxy-tls", terminator, "serving ")
+	if err != nil {
+		return err
+	}
+	defer behind.stop(&err)
 
 	listener, err := listen(ctx)
 	if err != nil {
 		return err
 	}
-	proxy, err := startDaemon(program, hosts, listener)
+	proxy, err := startProxy(filepath.Join(dir, "sniproxy"), hosts, listener)
 	if err != nil {
 		return err
 	}
-	showErr := show(ctx, proxy, hosts, sites, checkOnly)
+	// After a SIGHUP it waits for its connections, and the sites may keep some open for a next request.
+	defer proxy.stop(&err)
+	defer func() {
+		for _, s := range sites {
+			s.server.Close()
+		}
+	}()
 
-	// After a SIGHUP the daemon waits for its connections, and the sites may keep some open for a next request.
-	proxy.Process.Signal(syscall.SIGHUP) // fails if it has ended, which show then tells
-	for _, s := range sites {
-		s.server.Close()
+	for _, p := range []*program{proxy, behind} {
+		if err := p.await(ctx); err != nil {
+			return err
+		}
 	}
-	<-proxy.exited
-	if showErr != nil {
-		return showErr
+	addr := listener.Addr().(*net.TCPAddr)
+	if err := check(ctx, addr, ca, sites); err != nil || checkOnly {
+		return err
 	}
-	if !proxy.ProcessState.Success() {
-		return fmt.Errorf("sniproxy: %v", proxy.ProcessState)
+	show(addr.Port, ca, hosts, sites)
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-proxy.exited:
+		return fmt.Errorf("sniproxy has ended: %v", proxy.ProcessState)
+	case <-behind.exited:
+		return fmt.Errorf("sniproxy-tls has ended: %v", behind.ProcessState)
 	}
-	return nil
 }
 
 // listen binds port 8443 of 127.0.0.1 or, if that is taken, the next one that is free.
@@ -120,96 +146,86 @@ func listen(ctx context.Context) (*net.TCPListener, error) {
 	}
 }
 
-// A daemon is a running sniproxy.
-type daemon struct {
-	*exec.Cmd
-	addr   string
-	ready  chan struct{} // closed when it accepts connections
-	exited chan struct{} // closed when ProcessState is set
-}
-
-// startDaemon starts sniproxy on the listening socket, which is its own from then on.
-func startDaemon(program, hosts string, listener *net.TCPListener) (*daemon, error) {
+// startProxy starts sniproxy on the listening socket, which is its own from then on.
+func startProxy(path, hosts string, listener *net.TCPListener) (*program, error) {
 	defer listener.Close()
 	stdin, err := listener.File()
 	if err != nil {
 		return nil, err
 	}
 	defer stdin.Close()
-
-	d := &daemon{
-		Cmd:    exec.Command(program),
-		addr:   listener.Addr().String(),
-		ready:  make(chan struct{}),
-		exited: make(chan struct{}),
-	}
-	d.Stdin = stdin
-	d.Dir = hosts
-	d.Stderr = os.Stderr
-	// A process group of its own keeps a Ctrl-C at the terminal from it: it is ours to stop.
-	d.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	dieWithUs(d.SysProcAttr)
-	stdout, err := d.StdoutPipe()
-	if err != nil {
-		return nil, err
-	}
-	if err := d.Start(); err != nil {
-		return nil, err
-	}
-	go func() {
-		for lines := bufio.NewScanner(stdout); lines.Scan(); {
-			fmt.Printf("sniproxy (process %d): %s\n", d.Process.Pid, lines.Text())
-			if strings.HasPrefix(lines.Text(), "listening on ") {
-				close(d.ready)
-			}
-		}
-		d.Wait() // its outcome is in ProcessState
-		close(d.exited)
-	}()
-	return d, nil
+	cmd := exec.Command(path)
+	cmd.Stdin, cmd.Dir = stdin, hosts
+	return startProgram("sniproxy", cmd, "listening on ")
 }
 
-// show checks the sites, tells how to use them, and stays until ctx is done.
-func show(ctx context.Context, proxy *daemon, hosts string, sites []*site, checkOnly bool) error {
-	select {
-	case <-proxy.ready:
-	case <-proxy.exited:
-		return fmt.Errorf("sniproxy did not start: %v", proxy.ProcessState)
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
+// check checks the sites, and prints what they say.
+func check(ctx context.Context, addr *net.TCPAddr, ca *authority, sites []*site) error {
 	for _, s := range sites {
-		page, err := s.check(ctx, proxy.addr)
+		page, err := s.check(ctx, addr.String(), ca)
 		if err != nil {
 			return fmt.Errorf("site %s: %w", s.name, err)
 		}
-		fmt.Printf("checked https://%s: %s", s.name, page)
+		fmt.Println(paint(green, "checked") + " " + s.name)
+		fmt.Print(indent(page))
 	}
-	if checkOnly {
-		return nil
-	}
+	return nil
+}
 
-	_, port, err := net.SplitHostPort(proxy.addr)
-	if err != nil {
-		return err
+// show tells how to use the sites.
+func show(port int, ca *authority, hosts string, sites []*site) {
+	const way = `
+         curl, a browser
+                |  TLS
+         127.0.0.1:%d
+                |
+            sniproxy    reads the name, and decrypts nothing
+                |
+      +---------+-----------+------------------------+
+      |                     |                        |
+one.localhost         two.localhost           three.localhost
+is handed the         gets a PROXY line,      sniproxy-tls ends TLS
+connection itself     then the bytes                 |
+                                              plain HTTP service
+`
+	fmt.Printf(way, port)
+	line := func(name string) string {
+		return paint(bold, fmt.Sprintf("curl --cacert %s https://%s:%d/", ca.path, name, port))
 	}
-	fmt.Print("\nTwo sites share one port. The first is handed its connections, the second is told who the\nclient is by a PROXY line. To see them:\n\n")
+	fmt.Print("\nThree sites share one port. To see them:\n\n")
 	for _, s := range sites {
-		fmt.Printf("  curl --cacert %s --resolve %s:%s:127.0.0.1 https://%[2]s:%[3]s/\n", s.ca, s.name, port)
+		fmt.Printf("  %s\n", line(s.name))
 	}
 	fmt.Printf(`
-The hosts directory is %[1]s.
-To add a host, make its directory, and let a TLS server listen on the socket in it. The proxy needs no restart:
+A browser shows them too. It warns, since it does not know who made the
+certificates.
 
-  mkdir %[1]s/three.example
-  (listen on the Unix socket %[1]s/three.example/tls-socket)
+A host is a directory, here in %[1]s.
+Give the first one another name. Nothing needs a restart:
 
-Ctrl-C stops the proxy and removes all this.
-`, hosts)
-	select {
-	case <-ctx.Done():
-		return nil
-	case <-proxy.exited:
-		return fmt.Errorf("sniproxy has ended: %v", proxy.ProcessState)
+  %[2]s
+  %[3]s
+
+Ctrl-C stops all this and removes it.
+`, hosts, paint(bold, fmt.Sprintf("ln -s %s %s", sites[0].name, filepath.Join(hosts, sites[0].alias))), line(sites[0].alias))
+}
+
+// Colours, as terminals understand them.
+const (
+	bold  = "1"
+	green = "32"
+)
+
+// paint returns s in a colour, if the standard output is a terminal whose user wants colours
+// (https://no-color.org).
+func paint(colour, s string) string {
+	if info, err := os.Stdout.Stat(); err != nil || info.Mode()&os.ModeCharDevice == 0 || os.Getenv("NO_COLOR") != "" {
+		return s
 	}
+	return "\x1b[" + colour + "m" + s + "\x1b[0m"
+}
+
+// indent puts two spaces before each line.
+func indent(s string) string {
+	return "  " + strings.ReplaceAll(strings.TrimSuffix(s, "\n"), "\n", "\n  ") + "\n"
 }

@@ -66,8 +66,8 @@ func start(t *testing.T, cmd *exec.Cmd) *quickstart {
 	return q
 }
 
-// program returns the command that runs the quick start itself.
-func program(args ...string) *exec.Cmd {
+// command returns the command that runs the quick start itself.
+func command(args ...string) *exec.Cmd {
 	cmd := exec.Command(os.Args[0], args...)
 	cmd.Env = hostdirtest.Environ(runMain + "=1")
 	return cmd
@@ -115,21 +115,29 @@ func (q *quickstart) wait(t *testing.T, status int) {
 
 const listening = `^sniproxy \(process (\d+)\): listening on (127\.0\.0\.1:\d+)$`
 
-// Goal: the command at the beginning of the README works, shows that both sites answer, and exits
-// with status 0.
+// Goal: the command at the beginning of the README works, shows that all sites answer, and exits with
+// status 0.
 func TestCheck(t *testing.T) {
 	cmd := exec.Command("go", "run", "./examples/quickstart", "-check")
 	cmd.Dir = filepath.Join("..", "..")
 	q := start(t, cmd)
 	q.wait(t, 0)
-	want := regexp.MustCompile(`^building sniproxy
+	want := regexp.MustCompile(`^building sniproxy and sniproxy-tls
 (go: downloading .*
 )*(port \d+ is taken, trying the next
-)*sniproxy \(process \d+\): listening on 127\.0\.0\.1:\d+
-checked https://one\.example: this is one\.example, which was handed your connection: you are 127\.0\.0\.1:\d+
-checked https://two\.example: this is two\.example, which got a PROXY line from sniproxy: you are 127\.0\.0\.1:\d+
+)*(sniproxy(-tls)? \(process \d+\): (listening on 127\.0\.0\.1:\d+|serving three.localhost)
+){2}checked one\.localhost
+  this is one\.localhost, you are 127\.0\.0\.1:\d+
+  sniproxy has handed me your connection and is out of the way
+checked two\.localhost
+  this is two\.localhost, you are 127\.0\.0\.1:\d+
+  sniproxy forwards the bytes, and told me by a PROXY line who you are
+checked three\.localhost
+  this is three\.localhost, you are 127\.0\.0\.1
+  I am a plain HTTP service; sniproxy-tls ends TLS for me
 sniproxy \(process \d+\): got SIGHUP, shutting down
-$`)
+(sniproxy-tls \(process \d+\): .*
+)*$`)
 	if !want.MatchString(q.output.String()) {
 		t.Errorf("output does not match %s", want)
 	}
@@ -143,7 +151,7 @@ func TestPortTaken(t *testing.T) {
 	} else if !errors.Is(err, syscall.EADDRINUSE) { // taken by another program is as good
 		t.Fatal(err)
 	}
-	q := start(t, program("-check"))
+	q := start(t, command("-check"))
 	q.readUntil(t, `^port 8443 is taken, trying the next$`)
 	if addr := q.readUntil(t, listening)[1]; addr == "127.0.0.1:8443" {
 		t.Errorf("listening on %s, which is taken", addr)
@@ -156,19 +164,24 @@ func TestPortTaken(t *testing.T) {
 func TestSignal(t *testing.T) {
 	for _, signal := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP} {
 		t.Run(signal.String(), func(t *testing.T) {
-			q := start(t, program())
+			q := start(t, command())
 			addr := q.readUntil(t, listening)[1]
-			for _, page := range []string{"this is one.example, which was handed", "this is two.example, which got"} {
+			for _, name := range []string{"one", "two", "three"} {
 				line := q.readUntil(t, `^ +(curl .*)$`)[0]
 				hostdirtest.Need(t, "curl")
-				out, err := exec.Command("sh", "-c", line+" -sS --noproxy '*'").CombinedOutput()
-				if err != nil || !strings.HasPrefix(string(out), page) {
-					t.Errorf("%s: %v, output %q; want %q", line, err, out, page)
+				want := "this is " + name + ".localhost, you are 127.0.0.1"
+				if got := shell(t, line+" -sS --noproxy '*'"); !strings.HasPrefix(got, want) {
+					t.Errorf("%s: %q, want %q", line, got, want)
+				}
+				want = "<h1>" + name + ".localhost</h1>\n<p>You are <b>127.0.0.1"
+				if got := shell(t, line+" -sS --noproxy '*' -H 'Accept: text/html'"); !strings.Contains(got, want) {
+					t.Errorf("%s: %q, want %q", line, got, want)
 				}
 			}
-			line := q.readUntil(t, `^ +(mkdir .*)$`)[0]
-			if out, err := exec.Command("sh", "-c", line).CombinedOutput(); err != nil {
-				t.Errorf("%s: %v, output %q", line, err, out)
+			shell(t, q.readUntil(t, `^ +(ln .*)$`)[0])
+			line := q.readUntil(t, `^ +(curl .*)$`)[0]
+			if got := shell(t, line+" -sS --noproxy '*'"); !strings.HasPrefix(got, "this is one.localhost") {
+				t.Errorf("%s: %q, want the page of one.localhost", line, got)
 			}
 			q.readUntil(t, "^Ctrl-C stops")
 
@@ -184,9 +197,44 @@ func TestSignal(t *testing.T) {
 	}
 }
 
+// shell runs a line that the quick start has printed.
+func shell(t *testing.T, line string) string {
+	t.Helper()
+	out, err := exec.Command("sh", "-c", line).CombinedOutput()
+	if err != nil {
+		t.Errorf("%s: %v, output %q", line, err, out)
+	}
+	return string(out)
+}
+
+// Goal: what it prints fits into 80 columns, if the directory for temporary files has its usual name,
+// and has no colours where it is no terminal. On a terminal it has some.
+func TestColumns(t *testing.T) {
+	q := start(t, command())
+	q.readUntil(t, "^Ctrl-C stops")
+	for line := range strings.Lines(q.output.String()) {
+		line = strings.ReplaceAll(line, q.tempDir, "/tmp")
+		if n := len(line) - 1; n > 80 {
+			t.Errorf("%d columns: %s", n, line)
+		}
+		if strings.Contains(line, "\x1b") {
+			t.Errorf("colours: %q", line)
+		}
+	}
+	hostdirtest.Must(t, q.Process.Signal(syscall.SIGINT))
+	q.wait(t, 0)
+
+	// script(1) runs a command at a terminal.
+	cmd := exec.Command(hostdirtest.Need(t, "script"), "-qec", os.Args[0]+" -check", "/dev/null")
+	cmd.Env = hostdirtest.Environ(runMain + "=1")
+	q = start(t, cmd)
+	q.readUntil(t, "\x1b\\[32mchecked\x1b\\[0m one")
+	q.wait(t, 0)
+}
+
 // Goal: when the daemon dies, it says so and ends with exit status 1.
 func TestDaemonDies(t *testing.T) {
-	q := start(t, program())
+	q := start(t, command())
 	pid := atoi(t, q.readUntil(t, listening)[0])
 	q.readUntil(t, "^Ctrl-C stops")
 	hostdirtest.Must(t, syscall.Kill(pid, syscall.SIGKILL))
@@ -199,7 +247,7 @@ func TestKilled(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("only Linux signals a process when its parent is killed")
 	}
-	q := start(t, program())
+	q := start(t, command())
 	pid := atoi(t, q.readUntil(t, listening)[0])
 	t.Cleanup(func() {
 		if t.Failed() {
@@ -229,7 +277,6 @@ func TestProxyLine(t *testing.T) {
 			"[" + strings.Repeat("ffff:", 7) + "ffff]:65535"},
 		{"PROXY TCP4 192.0.2.1 192.0.2.2 1234 443\n", ""},
 		{"PROXY TCP4 192.0.2.1 192.0.2.2 65536 443\r\n", ""},
-		{"PROXY TCP4 localhost 192.0.2.2 1234 443\r\n", ""},
 		{"PROXY UNKNOWN\r\n", ""},
 		{"\r\n", ""},
 		{"PROXY TCP4 192.0.2.1 192.0.2.2 1234 443", ""}, // and then the end

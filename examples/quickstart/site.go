@@ -3,19 +3,13 @@ package main
 import (
 	"bufio"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/pem"
-	"errors"
 	"fmt"
+	"html/template"
 	"io"
 	"net"
 	"net/http"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -23,6 +17,7 @@ import (
 	"time"
 
 	"sniproxy/hostdir/backend"
+	"sniproxy/proxyproto"
 )
 
 // checkTimeout bounds the check of a site, and headerTimeout the wait for a PROXY line.
@@ -31,80 +26,127 @@ const (
 	headerTimeout = 5 * time.Second
 )
 
-// A site is an HTTPS server with a certificate of its own. Its page is one line of text.
+// A site is an HTTPS server with a certificate of its own, or a plain HTTP service for sniproxy-tls.
 type site struct {
-	name    string
-	ca      string // the file that its certificate is written to
-	proxyV1 bool   // it wants the PROXY line; otherwise it is handed its connections
+	name  string
+	alias string // another name that its certificate is for; it may be empty
+	kind  kind
 
-	certificate *x509.Certificate
-	server      http.Server
+	addr   string // of the plain HTTP service
+	server http.Server
 }
 
-// start makes the site's directory, relative to the working directory, and serves the site behind the socket in it.
-func (s *site) start() error {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return err
-	}
-	template := &x509.Certificate{
-		Subject:     pkix.Name{CommonName: s.name}, // curl refuses a certificate whose issuer has no name
-		DNSNames:    []string{s.name},
-		NotBefore:   time.Now().Add(-time.Hour),
-		NotAfter:    time.Now().AddDate(0, 0, 30),
-		KeyUsage:    x509.KeyUsageDigitalSignature,
-		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	if err != nil {
-		return err
-	}
-	if s.certificate, err = x509.ParseCertificate(der); err != nil {
-		return err
-	}
-	if err := os.WriteFile(s.ca, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o644); err != nil {
-		return err
-	}
+// A kind of site is by how its connections come.
+type kind int
 
+const (
+	handed    kind = iota // the connection itself is handed over
+	proxyLine             // a PROXY line and the bytes are forwarded
+	plain                 // plain HTTP, from sniproxy-tls
+)
+
+func (k kind) String() string {
+	return [...]string{
+		"sniproxy has handed me your connection and is out of the way",
+		"sniproxy forwards the bytes, and told me by a PROXY line who you are",
+		"I am a plain HTTP service; sniproxy-tls ends TLS for me",
+	}[k]
+}
+
+// start makes the site's directory, relative to the working directory, and serves the site behind
+// the socket in it. The plain HTTP service leaves that to sniproxy-tls, and gives it a certificate.
+func (s *site) start(ca *authority) error {
+	names := []string{s.name}
+	if s.alias != "" {
+		names = append(names, s.alias)
+	}
+	certificate, key, err := ca.issue(names)
+	if err != nil {
+		return err
+	}
 	if err := os.Mkdir(s.name, 0o755); err != nil {
 		return err
 	}
-	if s.proxyV1 {
+	s.server.Handler = s
+	if s.kind == plain {
+		for file, content := range map[string][]byte{"cert.pem": certificate, "key.pem": key} {
+			if err := os.WriteFile(filepath.Join(s.name, file), content, 0o600); err != nil {
+				return err
+			}
+		}
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			return err
+		}
+		s.addr = l.Addr().String()
+		go s.server.Serve(l)
+		return nil
+	}
+
+	pair, err := tls.X509KeyPair(certificate, key)
+	if err != nil {
+		return err
+	}
+	s.server.TLSConfig = &tls.Config{Certificates: []tls.Certificate{pair}}
+	var l net.Listener
+	if s.kind == proxyLine {
 		if err := os.WriteFile(filepath.Join(s.name, "send-proxy-v1"), nil, 0o644); err != nil {
 			return err
 		}
-	}
-	var listener net.Listener
-	if s.proxyV1 {
-		listener, err = net.Listen("unix", filepath.Join(s.name, "tls-socket"))
-		listener = proxyListener{listener}
+		l, err = net.Listen("unix", filepath.Join(s.name, "tls-socket"))
+		l = proxyListener{l}
 	} else {
-		listener, err = backend.Listen(s.name)
+		l, err = backend.Listen(s.name)
 	}
 	if err != nil {
 		return err
 	}
-	s.server.Handler = s
-	s.server.TLSConfig = &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}}
-	go s.server.ServeTLS(listener, "", "")
+	go s.server.ServeTLS(l, "", "")
 	return nil
 }
 
-func (s *site) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	how := "was handed your connection"
-	if s.proxyV1 {
-		how = "got a PROXY line from sniproxy"
-	}
-	fmt.Fprintf(w, "this is %s, which %s: you are %s\n", s.name, how, r.RemoteAddr)
+// A page is what a site shows.
+type page struct{ Name, Client, How string }
+
+func (p page) text() string {
+	return fmt.Sprintf("this is %s, you are %s\n%s\n", p.Name, p.Client, p.How)
 }
 
-// check fetches the page through the proxy at addr. Only the site's own certificate will do, and the client address on
-// the page must be ours.
-func (s *site) check(ctx context.Context, addr string) (page string, err error) {
+var html = template.Must(template.New("").Parse(`<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{{.Name}}</title>
+<style>
+body { font: 18px/1.5 sans-serif; max-width: 32em; margin: 4em auto; padding: 0 1em }
+</style>
+<h1>{{.Name}}</h1>
+<p>You are <b>{{.Client}}</b>.</p>
+<p>How you got here: {{.How}}.</p>
+</html>
+`))
+
+// ServeHTTP shows the page, as text to those who do not ask for HTML.
+func (s *site) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	p := page{s.name, r.RemoteAddr, s.kind.String()}
+	if s.kind == plain {
+		p.Client = r.Header.Get("X-Forwarded-For")
+	}
+	if strings.Contains(r.Header.Get("Accept"), "text/html") {
+		w.Header().Set("Content-Type", "text/html; charset=utf-8")
+		html.Execute(w, p) // fails if the client has gone
+		return
+	}
+	io.WriteString(w, p.text())
+}
+
+// check fetches the page through the proxy at addr. The certificate must be from our authority, and
+// the client address on the page must be ours.
+func (s *site) check(ctx context.Context, addr string, ca *authority) (text string, err error) {
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
 	roots := x509.NewCertPool()
-	roots.AddCert(s.certificate)
+	roots.AddCert(ca.certificate)
 	var local net.Addr
 	transport := &http.Transport{
 		TLSClientConfig: &tls.Config{RootCAs: roots},
@@ -130,18 +172,17 @@ func (s *site) check(ctx context.Context, addr string) (page string, err error) 
 	if err != nil {
 		return "", err
 	}
-	page = string(body)
-	if !strings.HasPrefix(page, "this is "+s.name+",") {
-		return "", fmt.Errorf("not the page of this site: %q", page)
+	want := page{s.name, local.String(), s.kind.String()}
+	if s.kind == plain {
+		want.Client = local.(*net.TCPAddr).IP.String() // X-Forwarded-For has no port
 	}
-	if !strings.HasSuffix(page, " "+local.String()+"\n") {
-		return "", fmt.Errorf("the client address is %v, not that of the page: %q", local, page)
+	if got := string(body); got != want.text() {
+		return "", fmt.Errorf("the page is %q, not %q", got, want.text())
 	}
-	return page, nil
+	return want.text(), nil
 }
 
-// A proxyListener accepts connections that begin with a line of version 1 of the PROXY protocol,
-// https://www.haproxy.org/download/3.0/doc/proxy-protocol.txt.
+// A proxyListener accepts connections that begin with a line of version 1 of the PROXY protocol.
 type proxyListener struct{ net.Listener }
 
 func (l proxyListener) Accept() (net.Conn, error) {
@@ -149,17 +190,17 @@ func (l proxyListener) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	// "a 108-byte buffer is always enough to store all the line and a trailing zero for string processing": 107 for us.
-	return &proxyConn{Conn: conn, r: bufio.NewReaderSize(conn, 107)}, nil
+	return &proxyConn{Conn: conn, r: bufio.NewReaderSize(conn, proxyproto.MaxV1)}, nil
 }
 
-// A proxyConn is a connection whose remote address is the one in its PROXY line. It reads the line when the address or
-// the first byte is asked for, not when it is accepted: a silent client must not keep others waiting.
+// A proxyConn is a connection whose remote address is the one in its PROXY line. It reads the line
+// when the address or the first byte is asked for, not when it is accepted: a silent client must not
+// keep others waiting.
 type proxyConn struct {
 	net.Conn
 	r      *bufio.Reader
 	once   sync.Once
-	client netip.AddrPort
+	client net.Addr
 	err    error
 }
 
@@ -174,7 +215,7 @@ func (c *proxyConn) RemoteAddr() net.Addr {
 	if c.once.Do(c.readLine); c.err != nil {
 		return c.Conn.RemoteAddr()
 	}
-	return net.TCPAddrFromAddrPort(c.client)
+	return c.client
 }
 
 func (c *proxyConn) readLine() {
@@ -185,15 +226,10 @@ func (c *proxyConn) readLine() {
 		c.err = fmt.Errorf("no PROXY line: %w", err)
 		return
 	}
-	c.client, c.err = parseProxyLine(string(line))
-}
-
-// parseProxyLine returns the client's address in a line "PROXY TCP4|TCP6 CLIENT LISTENER CPORT LPORT\r\n".
-func parseProxyLine(line string) (netip.AddrPort, error) {
-	line, ended := strings.CutSuffix(line, "\r\n")
-	fields := strings.Split(line, " ")
-	if !ended || len(fields) != 6 || fields[0] != "PROXY" || fields[1] != "TCP4" && fields[1] != "TCP6" {
-		return netip.AddrPort{}, errors.New("not a PROXY line of version 1")
+	header, n, err := proxyproto.Parse(line)
+	if err != nil || n != len(line) || !header.Client.IsValid() {
+		c.err = fmt.Errorf("not a PROXY line of a TCP connection: %q (%v)", line, err)
+		return
 	}
-	return netip.ParseAddrPort(net.JoinHostPort(fields[2], fields[4]))
+	c.client = net.TCPAddrFromAddrPort(header.Client)
 }
