@@ -428,6 +428,37 @@ func TestBackendHAProxy(t *testing.T) {
 	pages.end()
 }
 
+// Goal: HAProxy and Caddy take the socket of systemd, as one.example.service says.
+func TestBackendActivated(t *testing.T) {
+	t.Parallel()
+	service := fileText(t, "backends/one.example.service")
+	for name, bind := range map[string]string{"HAProxy": "bind fd@3", "Caddy": "bind fd/3"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			if !strings.Contains(service, "`"+bind+"`") {
+				t.Errorf("one.example.service does not have %q", bind)
+			}
+			s := newBackendSite(t)
+			if name == "HAProxy" {
+				config := s.configure("backends/haproxy.cfg", "bind /srv/sniproxy/one.example/tls-socket mode 666", bind)
+				s.activate(s, hostdirtest.Need(t, "systemd-socket-activate"), hostdirtest.Need(t, "haproxy"), "-db", "-f", haproxyDefaults(t), "-f", config)
+			} else {
+				if testing.Short() {
+					t.Skip("takes long to build")
+				}
+				caddy, err := caddyPath()
+				if err != nil {
+					hostdirtest.Missing(t, "caddy "+caddyVersion+": "+err.Error())
+				}
+				config := s.configure("backends/Caddyfile", "bind unix//srv/sniproxy/one.example/tls-socket|0666", bind, "\tauto_https", "\tadmin off\n\tauto_https")
+				s.activate(s, hostdirtest.Need(t, "systemd-socket-activate"), caddy, "run", "--config", config, "--adapter", "caddyfile")
+			}
+			s.mark("send-proxy-v2")
+			s.expect(true)
+		})
+	}
+}
+
 // haproxyDefaults returns the path of a file with what Debian's haproxy.cfg has in front of an example.
 func haproxyDefaults(t *testing.T) string {
 	t.Helper()
