@@ -166,6 +166,7 @@ var readmeLimits = map[string]string{
 	"those of one entry":  "TasksOfEntry",
 	"part of the descriptors that is kept for new clients": "ReserveParts",
 	"but at least": "ReserveLeast",
+	"connections of one tenant on their way to backends that they are handed to":  "UnderWay",
 	"descriptors that a tenant's backends have passed and that are left to close": "Closing",
 }
 
