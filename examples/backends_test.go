@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/pem"
 	"fmt"
 	"io"
@@ -17,8 +18,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
+	"slices"
+	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -55,6 +60,12 @@ func newBackendSite(t *testing.T) *backendSite {
 // startProxy starts a daemon for a hosts directory, and returns its address.
 func startProxy(t *testing.T, hosts string) (addr string) {
 	t.Helper()
+	return startProxyLogged(t, hosts, nil)
+}
+
+// startProxyLogged starts one whose log is collected.
+func startProxyLogged(t *testing.T, hosts string, log *hostdirtest.Lines) (addr string) {
+	t.Helper()
 	l := hostdirtest.ListenTCP(t, "tcp", "127.0.0.1:0")
 	defer l.Close()
 	socket, err := l.File()
@@ -64,6 +75,9 @@ func startProxy(t *testing.T, hosts string) (addr string) {
 	defer socket.Close()
 	cmd := exec.Command(daemon(t))
 	cmd.Dir, cmd.Stdin = hosts, socket
+	if log != nil {
+		cmd.Stderr = log
+	}
 	start(t, cmd)
 	return l.Addr().String()
 }
@@ -75,6 +89,7 @@ func certificate(t *testing.T, names ...string) tls.Certificate {
 	hostdirtest.Must(t, err)
 	template := &x509.Certificate{
 		SerialNumber: big.NewInt(1),
+		Subject:      pkix.Name{CommonName: "sniproxy test"},
 		DNSNames:     names,
 		NotBefore:    time.Now().Add(-time.Hour),
 		NotAfter:     time.Now().Add(time.Hour),
@@ -161,13 +176,132 @@ func (s *backendSite) page() (page, client string, err error) {
 	defer c.Close()
 	c.SetDeadline(time.Now().Add(hostdirtest.Patience))
 	client, _, _ = net.SplitHostPort(c.LocalAddr().String())
+	page, err = get(c)
+	return page, client, err
+}
+
+// many is how many clients a recipe is tried with at once.
+func many() int {
+	if testing.Short() {
+		return 100
+	}
+	return 1000
+}
+
+// expectMany opens many connections, and expects the page from each while all are open.
+func (s *backendSite) expectMany() {
+	s.t.Helper()
+	config := &tls.Config{ServerName: "one.example", RootCAs: s.pool}
+	conns := make([]*tls.Conn, many())
+	each := func(what string, do func(i int) error) {
+		s.t.Helper()
+		failed := inParallel(len(conns), do)
+		if len(failed) > 0 {
+			s.t.Errorf("%d of %d clients at once: %s: %v", len(failed), len(conns), what, failed[0])
+		}
+	}
+	defer func() {
+		for _, c := range conns {
+			if c != nil {
+				c.Close()
+			}
+		}
+	}()
+	each("handshake", func(i int) error {
+		c, err := tls.DialWithDialer(&net.Dialer{Timeout: hostdirtest.Patience}, "tcp", s.addr, config)
+		if err == nil {
+			c.SetDeadline(time.Now().Add(2 * hostdirtest.Patience))
+			conns[i] = c
+		}
+		return err
+	})
+	if s.t.Failed() {
+		return
+	}
+	each("request", func(i int) error {
+		_, err := get(conns[i])
+		return err
+	})
+}
+
+// inParallel does something n times, and returns the errors.
+func inParallel(n int, do func(i int) error) (failed []error) {
+	var mu sync.Mutex
+	var next atomic.Int64
+	var workers sync.WaitGroup
+	for range 32 {
+		workers.Go(func() {
+			for i := int(next.Add(1)) - 1; i < n; i = int(next.Add(1)) - 1 {
+				if err := do(i); err != nil {
+					mu.Lock()
+					failed = append(failed, err)
+					mu.Unlock()
+				}
+			}
+		})
+	}
+	workers.Wait()
+	return failed
+}
+
+// get asks for the page on a connection, and returns it.
+func get(c *tls.Conn) (page string, err error) {
 	io.WriteString(c, "GET / HTTP/1.1\r\nHost: one.example\r\nConnection: close\r\n\r\n")
 	response, err := http.ReadResponse(bufio.NewReader(c), nil)
 	if err != nil {
-		return "", client, err
+		return "", err
 	}
 	body, err := io.ReadAll(response.Body)
-	return string(body), client, err
+	if err == nil && response.StatusCode != http.StatusOK {
+		err = fmt.Errorf("%s: %s", response.Status, body)
+	}
+	return string(body), err
+}
+
+// startPages has clients get the page, over and over.
+func (s *backendSite) startPages() *load {
+	return startLoadOf(s.t, func() error {
+		page, _, err := s.page()
+		if err == nil && !strings.HasPrefix(page, "This is one.example") {
+			err = fmt.Errorf("the page is %q", page)
+		}
+		return err
+	})
+}
+
+// expectReplaced tests that a second run of a backend replaces the first, under load, so that no client
+// is lost, and that the end of the first takes nothing from the second.
+func (s *backendSite) expectReplaced(backend func() *exec.Cmd) {
+	s.t.Helper()
+	socket := filepath.Join(s.dir, "tls-socket")
+	first := backend()
+	s.run(first)
+	pages := s.startPages()
+	pages.more(20)
+	before, err := os.Stat(socket)
+	hostdirtest.Must(s.t, err)
+	start(s.t, backend())
+	hostdirtest.Await(s.t, "another socket", func() bool {
+		after, err := os.Stat(socket)
+		return err == nil && !os.SameFile(before, after)
+	})
+	pages.more(50)
+	hostdirtest.Must(s.t, first.Process.Signal(syscall.SIGTERM))
+	if err := first.Wait(); err != nil {
+		s.t.Errorf("the first run ended with: %v", err)
+	}
+	pages.more(20)
+	pages.end()
+}
+
+// kill kills a backend. Its socket stays, as after a power loss.
+func (s *backendSite) kill(cmd *exec.Cmd) {
+	s.t.Helper()
+	cmd.Process.Kill()
+	cmd.Wait()
+	if _, err := os.Lstat(filepath.Join(s.dir, "tls-socket")); err != nil {
+		s.t.Errorf("the killed backend has left no socket: %v", err)
+	}
 }
 
 // expect fails the test if the page is another one. With withClient it must have the client's
@@ -206,20 +340,14 @@ func (s *backendSite) expectFailure() {
 	}
 }
 
-// Goal: nginx with the example serves a host, and learns the client's address from either version
-// of the PROXY header.
-func TestBackendNginx(t *testing.T) {
-	t.Parallel()
-	nginx := hostdirtest.Need(t, "nginx")
-	s := newBackendSite(t)
-	dir := hostdirtest.Dir(t)
-	config := filepath.Join(dir, "nginx.conf")
-	if err := os.WriteFile(config, fmt.Appendf(nil, `
+// nginxMain is a main configuration for nginx, in which the paths of its directory and of the example
+// are missing.
+const nginxMain = `
 daemon off;
-master_process off;
 error_log stderr;
 pid %[1]s/pid;
-events {}
+worker_rlimit_nofile 65536;
+events { worker_connections 20000; }
 http {
 	access_log off;
 	client_body_temp_path %[1]s/body;
@@ -229,120 +357,250 @@ http {
 	scgi_temp_path %[1]s/scgi;
 	include %[2]s;
 }
-`, dir, s.configure("backends/nginx.conf")), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	s.run(exec.Command(nginx, "-e", "stderr", "-c", config))
+`
+
+// Goal: nginx with the example serves a host, and learns the client's address from either version
+// of the PROXY header. It serves many clients at once, with the limits that the example names, and
+// a reload loses none.
+func TestBackendNginx(t *testing.T) {
+	t.Parallel()
+	nginx := hostdirtest.Need(t, "nginx")
+	s := newBackendSite(t)
+	dir := hostdirtest.Dir(t)
+	config := filepath.Join(dir, "nginx.conf")
+	hostdirtest.Must(t, os.WriteFile(config, fmt.Appendf(nil, nginxMain, dir, s.configure("backends/nginx.conf")), 0o644))
+	cmd := exec.Command(nginx, "-e", "stderr", "-c", config)
+	s.run(cmd)
+	t.Cleanup(func() { terminate(cmd) }) // with its workers
 	s.expectFailure()
 	s.mark("send-proxy-v1")
 	s.expect(true)
 	s.mark("send-proxy-v2")
 	s.expect(true)
+	s.expectMany()
+	pages := s.startPages()
+	pages.more(20)
+	workers := children(cmd.Process.Pid)
+	hostdirtest.Must(t, cmd.Process.Signal(syscall.SIGHUP))
+	hostdirtest.Await(t, "new workers", func() bool {
+		now := children(cmd.Process.Pid)
+		return len(now) > 0 && !slices.ContainsFunc(now, func(pid int) bool { return slices.Contains(workers, pid) })
+	})
+	pages.more(20)
+	pages.end()
 }
 
-// Goal: the same for HAProxy, also if an earlier run was killed.
+// terminate ends a program with SIGTERM, and waits for it.
+func terminate(cmd *exec.Cmd) {
+	if cmd.ProcessState == nil {
+		cmd.Process.Signal(syscall.SIGTERM)
+		cmd.Wait()
+	}
+}
+
+// Goal: the same for HAProxy, also if an earlier run was killed, and if one takes over from another,
+// as at a reload.
 func TestBackendHAProxy(t *testing.T) {
 	t.Parallel()
 	haproxy := hostdirtest.Need(t, "haproxy")
 	s := newBackendSite(t)
-	defaults := filepath.Join(hostdirtest.Dir(t), "haproxy.cfg")
-	hostdirtest.Must(t, os.WriteFile(defaults, []byte("defaults\n\ttimeout connect 30s\n\ttimeout client 30s\n\ttimeout server 30s\n"), 0o644))
+	defaults := haproxyDefaults(t)
 	config := s.configure("backends/haproxy.cfg")
-	run := func() *exec.Cmd {
-		cmd := exec.Command(haproxy, "-db", "-f", defaults, "-f", config)
-		s.run(cmd)
-		return cmd
+	command := func(args ...string) *exec.Cmd {
+		return exec.Command(haproxy, append([]string{"-db", "-f", defaults, "-f", config}, args...)...)
 	}
-	first := run()
+	first := command()
+	s.run(first)
 	s.expectFailure()
 	s.mark("send-proxy-v1")
 	s.expect(true)
-	first.Process.Kill()
-	first.Wait()
-	run()
+	s.kill(first)
+	second := command()
+	s.run(second)
 	s.mark("send-proxy-v2")
+	s.expect(true)
+	s.expectMany()
+	pages := s.startPages()
+	pages.more(20)
+	start(t, command("-sf", strconv.Itoa(second.Process.Pid)))
+	second.Wait()
+	pages.more(20)
+	pages.end()
+}
+
+// Goal: HAProxy and Caddy take the socket of systemd, as one.example.service says.
+func TestBackendActivated(t *testing.T) {
+	t.Parallel()
+	service := fileText(t, "backends/one.example.service")
+	for name, bind := range map[string]string{"HAProxy": "bind fd@3", "Caddy": "bind fd/3"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			if !strings.Contains(service, "`"+bind+"`") {
+				t.Errorf("one.example.service does not have %q", bind)
+			}
+			s := newBackendSite(t)
+			if name == "HAProxy" {
+				config := s.configure("backends/haproxy.cfg", "bind /srv/sniproxy/one.example/tls-socket mode 666", bind)
+				s.activate(s, hostdirtest.Need(t, "systemd-socket-activate"), hostdirtest.Need(t, "haproxy"), "-db", "-f", haproxyDefaults(t), "-f", config)
+			} else {
+				if testing.Short() {
+					t.Skip("takes long to build")
+				}
+				caddy, err := caddyPath()
+				if err != nil {
+					hostdirtest.Missing(t, "caddy "+caddyVersion+": "+err.Error())
+				}
+				config := s.configure("backends/Caddyfile", "bind unix//srv/sniproxy/one.example/tls-socket|0666", bind, "\tauto_https", "\tadmin off\n\tauto_https")
+				s.activate(s, hostdirtest.Need(t, "systemd-socket-activate"), caddy, "run", "--config", config, "--adapter", "caddyfile")
+			}
+			s.mark("send-proxy-v2")
+			s.expect(true)
+		})
+	}
+}
+
+// haproxyDefaults returns the path of a file with what Debian's haproxy.cfg has in front of an example.
+func haproxyDefaults(t *testing.T) string {
+	t.Helper()
+	path := filepath.Join(hostdirtest.Dir(t), "defaults.cfg")
+	hostdirtest.Must(t, os.WriteFile(path, []byte("defaults\n\ttimeout connect 5s\n\ttimeout client 50s\n\ttimeout server 50s\n"), 0o644))
+	return path
+}
+
+// caddyVersion is the version of Caddy that the Caddyfile is for. Debian has none so new: see
+// caddyPath.
+const caddyVersion = "v2.10.0"
+
+// caddyPath returns the path of that Caddy, which it builds, once.
+var caddyPath = sync.OnceValues(func() (string, error) {
+	build := exec.Command("go", "install", "github.com/caddyserver/caddy/v2/cmd/caddy@"+caddyVersion)
+	build.Dir = workspace
+	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=", "GOBIN="+workspace)
+	if out, err := build.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("%v\n%s", err, out)
+	}
+	return filepath.Join(workspace, "caddy"), nil
+})
+
+// runCaddy starts a Caddy with the example, in which some strings are replaced.
+func (s *backendSite) runCaddy(caddy string, umask int, oldnew ...string) *exec.Cmd {
+	s.t.Helper()
+	dir := hostdirtest.Dir(s.t)
+	config := s.configure("backends/Caddyfile", append(oldnew,
+		"\tauto_https", "\tadmin unix/"+filepath.Join(dir, "admin")+"\n\tauto_https", // its port is one for all
+		"unix//srv/sniproxy/one.example/tls-socket", "unix/"+filepath.Join(s.dir, "tls-socket"))...)
+	cmd := exec.Command(hostdirtest.Need(s.t, "sh"), "-c", fmt.Sprintf(`umask %03o; exec "$@"`, umask), "sh",
+		caddy, "run", "--config", config, "--adapter", "caddyfile")
+	cmd.Env = append(os.Environ(), "HOME="+dir, "XDG_DATA_HOME="+dir, "XDG_CONFIG_HOME="+dir)
+	s.run(cmd)
+	return cmd
+}
+
+// Goal: Caddy with the example serves a host, with the clients' addresses if there is a marker, also if
+// an earlier run was killed, and after a reload; it serves many clients at once.
+func TestBackendCaddy(t *testing.T) {
+	t.Parallel()
+	if testing.Short() {
+		t.Skip("takes long to build")
+	}
+	hostdirtest.Need(t, "go")
+	caddy, err := caddyPath()
+	if err != nil {
+		hostdirtest.Missing(t, "caddy "+caddyVersion+": "+err.Error())
+	}
+	s := newBackendSite(t)
+	cmd := s.runCaddy(caddy, 0o22)
+	if page, _, err := s.page(); err != nil || !strings.HasPrefix(page, "This is one.example for ") {
+		t.Errorf("without a marker the page is %q, error %v", page, err)
+	}
+	s.mark("send-proxy-v2")
+	s.expect(true)
+	s.kill(cmd)
+	cmd = s.runCaddy(caddy, 0o22)
+	s.expect(true)
+	s.expectMany()
+	config := cmd.Args[slices.Index(cmd.Args, "--config")+1]
+	reload := exec.Command(caddy, "reload", "--force", "--config", config, "--adapter", "caddyfile")
+	reload.Env = cmd.Env
+	if out, err := reload.CombinedOutput(); err != nil {
+		t.Errorf("reload: %v\n%s", err, out)
+	}
 	s.expect(true)
 }
 
-// Goal: Caddy with the example serves a host, also if an earlier run was killed; since 2.7 also with
-// the lines about the PROXY header, from which it learns the client's address.
-func TestBackendCaddy(t *testing.T) {
+// Goal: the Caddy of Debian serves a host with what the comment in the example says of it.
+func TestBackendOldCaddy(t *testing.T) {
 	t.Parallel()
 	caddy := hostdirtest.Need(t, "caddy")
-	version := regexp.MustCompile(`^v?2\.(\d+)\.`).FindStringSubmatch(command(t, caddy, "version"))
-	if version == nil {
-		t.Fatalf("caddy is not of version 2: %s", command(t, caddy, "version"))
-	}
-	old := len(version[1]) == 1 && version[1] < "7"
-	run := func(s *backendSite, oldnew ...string) *exec.Cmd {
-		t.Helper()
-		dir := hostdirtest.Dir(t)
-		// Its administrator's port is one for all.
-		oldnew = append(oldnew, "\tauto_https", "\tadmin off\n\tauto_https")
-		config := s.configure("backends/Caddyfile", append(oldnew,
-			"unix//srv/sniproxy/one.example/tls-socket", "unix/"+filepath.Join(s.dir, "tls-socket"))...)
-		cmd := exec.Command(caddy, "run", "--config", config, "--adapter", "caddyfile")
-		cmd.Env = append(os.Environ(), "HOME="+dir, "XDG_DATA_HOME="+dir, "XDG_CONFIG_HOME="+dir)
-		if old { // and so as the comment in the file says
-			cmd.Args = append([]string{"sh", "-c", `umask 0; exec "$@"`, "sh"}, cmd.Args...)
-			cmd.Path = hostdirtest.Need(t, "sh")
-		}
-		s.run(cmd)
-		return cmd
+	if version := command(t, caddy, "version"); !strings.HasPrefix(version, "2.6.") && !strings.HasPrefix(version, "v2.6.") {
+		t.Skipf("this is Caddy %s", version)
 	}
 	s := newBackendSite(t)
 	for range 2 {
-		var cmd *exec.Cmd
-		if old {
-			cmd = run(s, "|0666", "")
-		} else {
-			cmd = run(s)
-		}
+		cmd := s.runCaddy(caddy, 0, "|0666", "",
+			"\t\tlistener_wrappers {\n\t\t\tproxy_protocol\n\t\t\ttls\n\t\t}\n", "")
 		page, _, err := s.page()
 		if err != nil || !strings.HasPrefix(page, "This is one.example for ") {
 			t.Errorf("the page is %q, error %v", page, err)
 		}
-		cmd.Process.Kill()
-		cmd.Wait()
+		s.kill(cmd)
 	}
-	if old {
-		return
-	}
-	s = newBackendSite(t)
-	run(s, "\t\t#l", "\t\tl", "\t\t#\t", "\t\t\t", "\t\t#}", "\t\t}")
-	s.mark("send-proxy-v2")
-	s.expect(true)
 }
 
-// Goal: the example for Node.js serves a host, also if an earlier run was killed.
+// testServer tests a server that makes its own socket, or takes that of systemd: it serves many clients
+// at once, is no worse for an earlier run that was killed, and lets a second run replace it.
+func testServer(t *testing.T, s *backendSite, server func() *exec.Cmd) {
+	t.Helper()
+	first := server()
+	s.run(first)
+	s.expect(false)
+	s.kill(first)
+	s.expectReplaced(server)
+	s.expectMany()
+
+	activate := hostdirtest.Need(t, "systemd-socket-activate")
+	activated := newBackendSite(t)
+	s.activate(activated, activate, server().Args...)
+	activated.pool = s.pool
+	activated.expect(false)
+}
+
+// activate starts a server with the socket of another site, as systemd does.
+func (s *backendSite) activate(other *backendSite, activate string, args ...string) {
+	s.t.Helper()
+	socket := filepath.Join(other.dir, "tls-socket")
+	start(s.t, exec.Command(activate, append([]string{"--listen=" + socket}, args...)...))
+	hostdirtest.Await(s.t, "the socket of systemd-socket-activate", func() bool {
+		_, err := os.Stat(socket)
+		return err == nil
+	})
+	hostdirtest.Must(s.t, os.Chmod(socket, 0o666))
+}
+
+// Goal: the example for Node.js serves a host.
 func TestBackendNode(t *testing.T) {
 	t.Parallel()
 	node := hostdirtest.Need(t, "node")
 	s := newBackendSite(t)
 	script := s.configure("backends/server.js")
-	for range 2 {
-		cmd := exec.Command(node, script)
-		s.run(cmd)
-		s.expect(false)
-		cmd.Process.Kill()
-		cmd.Wait()
-	}
+	testServer(t, s, func() *exec.Cmd { return exec.Command(node, script) })
+}
+
+// Goal: the same for Python.
+func TestBackendPython(t *testing.T) {
+	t.Parallel()
+	python := hostdirtest.Need(t, "python3")
+	s := newBackendSite(t)
+	script := s.configure("backends/server.py")
+	testServer(t, s, func() *exec.Cmd { return exec.Command(python, script) })
 }
 
 // Goal: the same for Go.
 func TestBackendGo(t *testing.T) {
 	t.Parallel()
 	s := newBackendSite(t)
-	build := exec.Command(hostdirtest.Need(t, "go"), "build", "-o", "server", filepath.Base(s.configure("backends/server.go")))
-	build.Dir = filepath.Dir(s.configure("backends/server.go"))
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
-	for range 2 {
-		cmd := exec.Command(filepath.Join(build.Dir, "server"))
-		s.run(cmd)
-		s.expect(false)
-		cmd.Process.Kill()
-		cmd.Wait()
-	}
+	source := s.configure("backends/server.go")
+	server := filepath.Join(filepath.Dir(source), "server")
+	command(t, hostdirtest.Need(t, "go"), "build", "-o", server, source)
+	testServer(t, s, func() *exec.Cmd { return exec.Command(server) })
 }

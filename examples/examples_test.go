@@ -1,5 +1,5 @@
 // Package examples_test runs the files of this directory under the programs they are written for:
-// a real systemd, inetd, xinetd and s6, and in a chroot. Where a file names a user, a port or a
+// a real systemd, inetd, xinetd and s6, and in a chroot, behind a real nginx, HAProxy or socat. Where a file names a user, a port or a
 // directory that a test cannot have, the test replaces just that.
 package examples_test
 
@@ -51,6 +51,9 @@ var (
 // examples want it.
 func build(t *testing.T, name string) string {
 	t.Helper()
+	if os.Getenv(inside) != "" {
+		return filepath.Dir(binary) + "/" + name
+	}
 	builtMu.Lock()
 	defer builtMu.Unlock()
 	if built[name] == "" {
@@ -195,12 +198,17 @@ type load struct {
 }
 
 func startLoad(t *testing.T, addr string, hello []byte) *load {
+	return startLoadOf(t, func() error { return exchange(addr, hello) })
+}
+
+// startLoadOf is startLoad for clients of another kind.
+func startLoadOf(t *testing.T, client func() error) *load {
 	l := &load{t: t, failed: make(chan error, 1)}
 	t.Cleanup(func() { l.ended.Store(true) })
 	for range 8 {
 		l.wg.Go(func() {
 			for !l.ended.Load() {
-				if err := exchange(addr, hello); err != nil {
+				if err := client(); err != nil {
 					select {
 					case l.failed <- err:
 					default:
@@ -251,7 +259,9 @@ func command(t *testing.T, name string, args ...string) string {
 func start(t *testing.T, cmd *exec.Cmd) {
 	t.Helper()
 	var out bytes.Buffer
-	cmd.Stderr = &out
+	if cmd.Stderr == nil {
+		cmd.Stderr = &out
+	}
 	cmd.WaitDelay = time.Second // a service that outlives its supervisor holds the pipe
 	hostdirtest.Must(t, cmd.Start())
 	t.Cleanup(func() {

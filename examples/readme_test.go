@@ -75,7 +75,7 @@ func TestReadmeLinks(t *testing.T) {
 // Goal: users find each file that is there to be pasted: the README links it, or the files beside
 // it name it. Each begins with a comment that says what it is.
 func TestReadmeExamples(t *testing.T) {
-	for _, dir := range []string{"backends", "inetd", "s6", "systemd"} {
+	for _, dir := range []string{"backends", "container", "forward", "inetd", "s6", "systemd"} {
 		texts := map[string]string{}
 		err := filepath.WalkDir(dir, func(file string, entry fs.DirEntry, err error) error {
 			if err == nil && !entry.IsDir() {

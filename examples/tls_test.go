@@ -80,13 +80,13 @@ func startService(t *testing.T) string {
 	return l.Addr().String()
 }
 
-// getHTTPS returns the page of a host behind the proxy at unitAddr.
-func getHTTPS(name string, roots *x509.CertPool) (string, error) {
+// getHTTPS returns the page of a host behind the proxy at an address.
+func getHTTPS(addr, name string, roots *x509.CertPool) (string, error) {
 	transport := &http.Transport{
 		TLSClientConfig:   &tls.Config{RootCAs: roots},
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, "tcp", unitAddr)
+			return (&net.Dialer{}).DialContext(ctx, "tcp", addr)
 		},
 	}
 	answer, err := (&http.Client{Transport: transport, Timeout: hostdirtest.Patience}).Get("https://" + name + "/")
@@ -105,7 +105,7 @@ func awaitPage(t *testing.T, name string, roots *x509.CertPool) {
 	var err error
 	want := name + " for 127.0.0.1"
 	if !hostdirtest.AwaitFor(hostdirtest.Patience, func() bool {
-		text, err = getHTTPS(name, roots)
+		text, err = getHTTPS(unitAddr, name, roots)
 		return text == want
 	}) {
 		t.Fatalf("%q, %v", text, err)
@@ -202,7 +202,7 @@ func testUnitsUserTLS(t *testing.T) {
 
 	// The machine starts: nobody has logged in, and her manager starts with it.
 	command(t, "systemctl", "stop", manager)
-	if text, err := getHTTPS(name, roots); err == nil {
+	if text, err := getHTTPS(unitAddr, name, roots); err == nil {
 		t.Errorf("the host is served while nothing runs: %q", text)
 	}
 	command(t, "systemctl", "start", manager)

@@ -153,8 +153,14 @@ static struct client *receive(int listener) {
 	return NULL;
 }
 
+static void stop(int signal) {
+	(void)signal;
+	_exit(0);
+}
+
 int main(void) {
 	signal(SIGPIPE, SIG_IGN);
+	signal(SIGTERM, stop); // as PID 1 of a container it would ignore the signal
 	context = SSL_CTX_new(TLS_server_method());
 	if (!context || SSL_CTX_use_certificate_chain_file(context, CERTIFICATE) != 1 ||
 	    SSL_CTX_use_PrivateKey_file(context, KEY, SSL_FILETYPE_PEM) != 1) {
