@@ -100,7 +100,7 @@ const (
 var alerts = [...]error{
 	notTLS:           Alert{UnexpectedMessage, "neither TLS nor anything else that is known here"},
 	notHandshake:     Alert{UnexpectedMessage, "first record is not a handshake"},
-	proxyHeader:      Alert{UnexpectedMessage, "a PROXY protocol header in place of TLS; only where .accept-proxy is in the hosts directory one is read, and only one"},
+	proxyHeader:      Alert{UnexpectedMessage, "a PROXY protocol header in place of TLS: one is read only where .accept-proxy is in the hosts directory, and only one"},
 	plainHTTP:        Alert{UnexpectedMessage, "plain HTTP, not TLS"},
 	ssh:              Alert{UnexpectedMessage, "SSH, not TLS"},
 	postgreSQL:       Alert{UnexpectedMessage, "PostgreSQL without direct TLS (sslnegotiation=direct, since PostgreSQL 17)"},

@@ -65,7 +65,7 @@ func TestLogForeignPrograms(t *testing.T) {
 	}{
 		{"curl", []string{"-q", "-sS", "--noproxy", "*", "http://" + d.addr + "/"}, "plain HTTP, not TLS"},
 		{"curl", []string{"-q", "-sS", "--noproxy", "*", "--http2-prior-knowledge", "http://" + d.addr + "/"}, "plain HTTP, not TLS"},
-		{"curl", []string{"-q", "-sS", "--noproxy", "*", "--haproxy-protocol", "-k", "https://" + d.addr + "/"}, "a PROXY protocol header in place of TLS; only where .accept-proxy is in the hosts directory one is read, and only one"},
+		{"curl", []string{"-q", "-sS", "--noproxy", "*", "--haproxy-protocol", "-k", "https://" + d.addr + "/"}, "a PROXY protocol header in place of TLS: one is read only where .accept-proxy is in the hosts directory, and only one"},
 		{"ssh", []string{"-F", "none", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-p", port, "127.0.0.1"}, "SSH, not TLS"},
 		{"psql", []string{"host=127.0.0.1 user=a sslmode=require port=" + port}, "PostgreSQL without direct TLS (sslnegotiation=direct, since PostgreSQL 17)"},
 		{"psql", []string{"host=127.0.0.1 user=a sslmode=disable port=" + port}, "PostgreSQL without direct TLS (sslnegotiation=direct, since PostgreSQL 17)"},

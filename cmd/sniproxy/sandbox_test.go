@@ -69,7 +69,8 @@ func TestSandboxCalls(t *testing.T) {
 	names := slices.Sorted(maps.Keys(made))
 	t.Logf("%d system calls are made: %v", len(names), names)
 	for _, name := range names {
-		if !allowed[name] {
+		// When a thread ends, strace may take something else for the number of a call.
+		if !allowed[name] && !strings.HasPrefix(name, "syscall_0x") {
 			t.Errorf("%s is made %d times, and not allowed by %s", name, made[name], exampleService)
 		}
 	}
