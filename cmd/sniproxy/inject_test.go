@@ -130,6 +130,24 @@ func TestInject(t *testing.T) {
 	})
 }
 
+// Goal: after a failed accept, also if the listening socket cannot be watched again at the first try,
+// clients are served.
+func TestInjectListener(t *testing.T) {
+	if isPortable(t) {
+		t.Skip("Go's poller ends the program if its own epoll_ctl fails")
+	}
+	strace := hostdirtest.Need(t, "strace")
+	d := start(t, oneLoop, func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, traceable+"=1") })
+	d.serve("greet.example", hostdirtest.Greet)
+	// The loop takes the socket out of epoll, which succeeds, and then puts it there again.
+	s := attach(t, strace, "-f", "-p", fmt.Sprint(d.cmd.Process.Pid), "-e", "trace=accept4,epoll_ctl",
+		"-e", "inject=accept4:error=ENOMEM:when=1", "-e", "inject=epoll_ctl:error=ENOMEM:when=2")
+	err := d.greeted("greet.example")
+	if log := s.detach(); err != nil || strings.Count(log, "(INJECTED)") != 2 {
+		t.Errorf("%v; the calls:\n%s", err, log)
+	}
+}
+
 func (in injection) run(t *testing.T, strace string) {
 	d := start(t, func(cmd *exec.Cmd) {
 		// One loop, which makes all the calls.

@@ -147,7 +147,7 @@ func (c *conn) enter(p phase) {
 // acceptSome accepts connections after a full batch of events. As long as more is ready than fits
 // into one batch, the listening sockets take turns with all that: they are in one batch of many.
 func (l *loop) acceptSome() {
-	for _, from := range l.engine.listeners {
+	for _, from := range l.engine.listeners[:l.listening] {
 		for n := 0; n < acceptMost && l.accept(from); n++ {
 		}
 	}
@@ -199,22 +199,28 @@ func (l *loop) pause(from *inherit.Listener, errno unix.Errno) {
 // listen adds the listening sockets to the poller, or takes them away. Of all loops that wait for
 // one, of this program and others, the kernel wakes up one for a client (EPOLLEXCLUSIVE).
 func (l *loop) listen(yes bool) {
-	if l.listening == yes {
-		return
-	}
-	op, events := unix.EPOLL_CTL_DEL, uint32(0)
-	if yes {
-		op, events = unix.EPOLL_CTL_ADD, unix.EPOLLIN|unix.EPOLLEXCLUSIVE
-	}
-	l.listening = true // to some at least
-	for i, from := range l.engine.listeners {
-		errno := l.poller.control(op, int32(from.FD), events, token{number: int32(listenerEvent - i)})
-		if errno != 0 && errno != unix.ENOENT { // the kernel is out of memory, or of what it grants a user
-			l.pause(from, errno)
+	for yes && l.listening < len(l.engine.listeners) {
+		if !l.listenTo(l.listening, unix.EPOLL_CTL_ADD, unix.EPOLLIN|unix.EPOLLEXCLUSIVE) {
 			return
 		}
+		l.listening++
 	}
-	l.listening = yes
+	for !yes && l.listening > 0 {
+		if !l.listenTo(l.listening-1, unix.EPOLL_CTL_DEL, 0) {
+			return
+		}
+		l.listening--
+	}
+}
+
+// listenTo does so with one of them. After a failure the loop pauses, and tries again.
+func (l *loop) listenTo(i, op int, events uint32) bool {
+	from := l.engine.listeners[i]
+	errno := l.poller.control(op, int32(from.FD), events, token{number: int32(listenerEvent - i)})
+	if errno != 0 { // the kernel is out of memory, or of what it grants a user
+		l.pause(from, errno)
+	}
+	return errno == 0
 }
 
 // add makes a connection of the socket of a client.

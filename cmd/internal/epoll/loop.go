@@ -47,7 +47,7 @@ type loop struct {
 	stopped   bool
 	invited   atomic.Bool // by the loop before
 	rest      int64       // until when, after a failure; 0 if there was none
-	listening bool        // the poller has the listening sockets
+	listening int         // how many of the listening sockets the poller has
 
 	next    *loop    // the one that takes work from this one
 	queries []*query // from the inbox, not dealt with yet
@@ -132,7 +132,7 @@ func (l *loop) run(r *runner) {
 			l.queries = l.queries[1:]
 			l.found(q)
 		}
-		if l.poller.full() && l.listening {
+		if l.poller.full() {
 			l.acceptSome()
 		}
 		if !l.stopped && l.stopping.Load() {
@@ -151,7 +151,7 @@ func (l *loop) run(r *runner) {
 		}
 		if !l.stopped {
 			invited := l.invited.Load()
-			if !invited && l.listening {
+			if !invited && l.listening > 0 {
 				l.invite(false) // it may sleep from now on, and not notice that it is not busy
 			}
 			l.listen(invited && l.rest == 0)
