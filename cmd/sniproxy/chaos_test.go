@@ -105,7 +105,7 @@ func TestChaos(t *testing.T) {
 // chaosLine is what the daemons may print.
 var chaosLine = regexp.MustCompile(`^sniproxy: (refused [0-9.:]+( for [a-z0-9.]+)?: .* \(alert \d+, [a-z_]+\)|` +
 	`.* to make room.*|.*passed.*descriptor.*|\d+ more such lines( about .*)? were left out|` +
-	`(the backend of [a-z0-9.]+|a backend of [a-z0-9.* ]+) has closed [0-9.:]+ without an answer; .*|` +
+	`(the backend of [a-z0-9.]+|a backend of [A-Za-z0-9.*_ -]+) has closed [0-9.:]+ without an answer; .*|` +
 	`cannot accept connections for the moment: too many open files)\n$`)
 
 // chaos is what all conversations share.
