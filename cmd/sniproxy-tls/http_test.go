@@ -353,6 +353,7 @@ func TestMisdirected(t *testing.T) {
 		{"GET / HTTP/1.1\r\nHost: two.example\r\n\r\n", "421 "},
 		{"GET / HTTP/1.1\r\nHost: a.one.example\r\n\r\n", "421 "},
 		{"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", "421 "},
+		{"GET / HTTP/1.1\r\nHost: one.example..\r\n\r\n", "421 "},
 		{"GET / HTTP/1.1\r\nHost: [::1]:443\r\n\r\n", "421 "},
 		{"GET / HTTP/1.1\r\nHost:\r\n\r\n", "421 "},
 		{"GET / HTTP/1.1\r\n\r\n", "400 "},

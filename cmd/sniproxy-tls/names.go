@@ -52,7 +52,7 @@ func (n names) find(host string) (name string, ok bool) {
 	if host == "" {
 		return n[0], true
 	}
-	canonical, err := sni.AppendCanonical(nil, []byte(strings.TrimSuffix(host, ".")))
+	canonical, err := sni.AppendCanonical(nil, []byte(host))
 	if err != nil {
 		return "", false
 	}
