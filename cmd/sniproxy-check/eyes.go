@@ -230,7 +230,6 @@ type aclEntry struct {
 
 // The tags of entries, as in the kernel's include/uapi/linux/posix_acl.h.
 const (
-	aclUserObj  = 0x01
 	aclUser     = 0x02
 	aclGroupObj = 0x04
 	aclGroup    = 0x08

@@ -39,7 +39,7 @@
 //
 // The exit status is 0 if every host can be served; 1 if one cannot, if that cannot be told, if
 // something was left out, if the hosts directory cannot be read, or if the output cannot be written; 2
-// for wrong usage.
+// for wrong usage, or if there is no such USER.
 package main
 
 import (

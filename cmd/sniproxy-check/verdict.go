@@ -18,7 +18,7 @@ import (
 	"sniproxy/hostdir"
 )
 
-// Limits that sniproxy has as well.
+// How a look-up that has to wait is tried again. sniproxy tries more often: see limits.Redial.
 const (
 	redialMin = time.Millisecond      // the first pause before another try; it doubles each time
 	redialMax = 64 * time.Millisecond // the longest pause
@@ -423,7 +423,8 @@ func connectDatagram(d *hostdir.Dialer, wait bool) (hostdir.Backend, error) {
 	return b, err
 }
 
-// redial tries as sniproxy does: again, while the backlog is full or the directory is exchanged.
+// redial tries again while the backlog is full or the directory is exchanged, as sniproxy does, but
+// less often.
 func redial(try func() (hostdir.Backend, error), limit time.Duration) (hostdir.Backend, error) {
 	deadline := time.Now().Add(limit)
 	for wait := redialMin; ; wait = min(2*wait, redialMax) {

@@ -76,7 +76,7 @@ what clients send on to BACKEND, which is one of
     tcp+proxy://HOST:PORT     unix+proxy:///run/x.sock     bytes, with the PROXY
                                                            protocol
 
-NAME are the names of the host, by default that of the directory. The certificate
+NAME are the names of the host, by default the name of the directory. The certificate
 is in cert.pem and key.pem there, or else comes from Let's Encrypt.
 `
 

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sniproxy/cmd/internal/limits"
 )
 
 // A service is the BACKEND: what plain bytes or requests are passed on to.
@@ -22,13 +24,8 @@ type service struct {
 	header  bool // it wants a PROXY header first
 }
 
-const (
-	// connectTimeout is how long a service has to take a connection.
-	connectTimeout = 10 * time.Second
-
-	// redial is the pause before a Unix socket with a full backlog is tried again.
-	redial = 8 * time.Millisecond
-)
+// connectTimeout is how long a service has to take a connection.
+const connectTimeout = 10 * time.Second
 
 // pathMost is the length of the longest path of a Unix socket: a zero follows it.
 const pathMost = len(unix.RawSockaddrUnix{}.Path) - 1
@@ -101,7 +98,7 @@ func (s *service) dial(ctx context.Context) (net.Conn, error) {
 		select {
 		case <-ctx.Done():
 			return nil, err
-		case <-time.After(redial):
+		case <-time.After(limits.Redial):
 		}
 	}
 }

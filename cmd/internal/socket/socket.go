@@ -1,5 +1,5 @@
-// Package socket answers questions about sockets: whose they are, which PROXY protocol header
-// describes them, and which descriptors came with a message.
+// Package socket knows sockets: whose they are, which PROXY protocol header describes them, which
+// descriptors came with a message, and how one is handed over.
 package socket
 
 import (
