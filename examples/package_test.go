@@ -512,7 +512,7 @@ func testPackageInstalls(t *testing.T) {
 	const plain, plainUnit = "plain.example", "sniproxy-tls@plain.example.service"
 	service := startService(t)
 	shell(t, "/",
-		"install -d -m 0710 -o sniproxy-tls -g sniproxy /srv/sniproxy/"+plain,
+		"mkdir -m 0710 /srv/sniproxy/"+plain+" && chown sniproxy-tls:sniproxy /srv/sniproxy/"+plain,
 		"echo BACKEND=http://"+service+" >/etc/sniproxy-tls/"+plain)
 	roots := installCertificate(t, "/srv/sniproxy/"+plain, plain)
 	command(t, "systemctl", "enable", "--now", plainUnit)

@@ -210,3 +210,25 @@ func TestReadmeLimits(t *testing.T) {
 		}
 	}
 }
+
+// Goal: nothing tells root to make a host's directory with install -d, which follows a symlink that a
+// tenant has made under that name, and gives away what it leads to.
+func TestNoInstallOfHosts(t *testing.T) {
+	files, err := filepath.Glob("../cmd/*/*.[1-8]")
+	hostdirtest.Must(t, err)
+	files = append(files, "../README.md")
+	hostdirtest.Must(t, filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.Type().IsRegular() && !strings.HasSuffix(path, "_test.go") {
+			files = append(files, path)
+		}
+		return err
+	}))
+	wrong := regexp.MustCompile(`install -d .*-[og] .*\.example`)
+	for _, file := range files {
+		b, err := os.ReadFile(file)
+		hostdirtest.Must(t, err)
+		if line := wrong.Find(b); line != nil {
+			t.Errorf("%s: %s", file, line)
+		}
+	}
+}

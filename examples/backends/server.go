@@ -4,7 +4,7 @@
 //
 // The server makes its socket with mode 0666, so let nobody but sniproxy in:
 //
-//	install -d -m 0710 -o alice -g sniproxy /srv/sniproxy/one.example
+//	mkdir -m 0710 /srv/sniproxy/one.example && chown alice:sniproxy /srv/sniproxy/one.example
 //
 // and run the server as alice. Under one.example.socket systemd makes the socket, and the server takes
 // that. The server reads no PROXY headers, so make no marker send-proxy-v1 or send-proxy-v2. To read

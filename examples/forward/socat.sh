@@ -6,7 +6,7 @@
 #
 # Whoever runs it needs a directory that lets only sniproxy in:
 #
-#     install -d -m 0710 -o alice -g sniproxy /srv/sniproxy/two.example
+#     mkdir -m 0710 /srv/sniproxy/two.example && chown alice:sniproxy /srv/sniproxy/two.example
 #
 # What the options are for:
 # -t 3600        when one side has ended, the other may go on; by default only for half a second, in

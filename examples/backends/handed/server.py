@@ -11,7 +11,7 @@
 #
 # The socket has mode 0666, so let nobody but sniproxy in:
 #
-#     install -d -m 0710 -o alice -g sniproxy /srv/sniproxy/one.example
+#     mkdir -m 0710 /srv/sniproxy/one.example && chown alice:sniproxy /srv/sniproxy/one.example
 #
 # and run the server as alice. The address of the connection is the client's, so make no marker
 # send-proxy-v1 or send-proxy-v2.
