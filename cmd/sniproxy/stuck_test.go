@@ -649,3 +649,29 @@ func look(t *testing.T, path string) {
 		t.Fatal(err)
 	}
 }
+
+// Goal: a loop that was stuck before it knew whose the host is, and finds no descriptor when it goes on,
+// has the client wait.
+func TestStuckWithoutRoom(t *testing.T) {
+	hostdirtest.NeedRoot(t)
+	if isPortable(t) {
+		t.Skip("the portable engine looks up nothing in a loop")
+	}
+	d := start(t, oneLoop)
+	d.serve("*", hostdirtest.Greet)
+	d.serve("good.example", hostdirtest.Greet)
+	hostdirtest.Must(t, d.greeted("good.example"))
+	var limit unix.Rlimit
+	pid := d.cmd.Process.Pid
+	hostdirtest.Must(t, unix.Prlimit(pid, unix.RLIMIT_NOFILE, nil, &limit))
+	unlock := hostdirtest.LockDirectory(t, d.dir)
+	told := d.ask(1, "unknown.example")
+	<-time.After(700 * time.Millisecond) // the loop goes on without the look-up meanwhile
+	hostdirtest.Must(t, unix.Prlimit(pid, unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 6, Max: limit.Max}, nil))
+	unlock()
+	<-time.After(300 * time.Millisecond) // it comes back meanwhile, and finds no room
+	hostdirtest.Must(t, unix.Prlimit(pid, unix.RLIMIT_NOFILE, &limit, nil))
+	if got := <-told; !strings.HasPrefix(got, `"this is `) {
+		t.Errorf("the client got %s", got)
+	}
+}

@@ -122,7 +122,7 @@ func (l *loop) rescue(stuck, r *runner) {
 	q := stuck.conn.ask(stuck.name, stuck.hello, t, string(entry))
 	s.Threads.LeaveBehind(&q.Task)
 	if stuck.tenant == nil {
-		t.Release()
+		shares.Hold(&stuck.conn.tenant, t) // it may have to wait for room before anybody knows more
 	}
 	stuck.left <- q
 	l.run(r)
