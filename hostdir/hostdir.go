@@ -14,8 +14,8 @@
 // clients that name no host.
 //
 // Beside the hosts there may be .accept-proxy, a marker: clients come through a load balancer, and
-// all connections begin with a PROXY protocol header. It counts only if it is the administrator's,
-// whatever it is; for a symlink, the owner of the link counts.
+// all connections begin with a PROXY protocol header. It counts only if it is a directory of the
+// administrator's.
 //
 // The administrator is root or the owner of the hosts directory. A wildcard speaks for names of
 // others, so it counts only if it is the administrator's, and if it is a directory or a symlink. A

@@ -101,8 +101,9 @@ func (h *Hosts) LogAll() (bool, error) {
 }
 
 // AcceptProxy reports whether all connections must begin with a PROXY protocol header: whether the
-// marker .accept-proxy exists in the hosts directory and is the administrator's. If it exists and
-// does not count, ignored says why and what to do. An error means that this could not be found out.
+// marker .accept-proxy in the hosts directory is a directory of the administrator's. (A tenant can move
+// files and symlinks of the administrator's out of his own directory, but no directory.) If something
+// exists there and does not count, ignored says why and what to do. An error means that this could not be found out.
 // It waits for no file system but that of the hosts directory: whoever mounts another one on a
 // marker of his own keeps nobody from finding out about the administrator's.
 func (h *Hosts) AcceptProxy() (yes bool, ignored string, err error) {
@@ -112,10 +113,12 @@ func (h *Hosts) AcceptProxy() (yes bool, ignored string, err error) {
 		return false, "", nil
 	case err != nil:
 		return false, "", err
+	case st.kind != unix.S_IFDIR:
+		return false, "it is no directory, so a tenant may have moved it there: remove it, and if there is a load balancer, make a directory of that name", nil
 	case st.unsure:
 		return false, "a file system is mounted on it, which may lie about its owner: unmount that, and make the marker itself there", nil
 	case h.Overflow(st.owner):
-		return false, fmt.Sprintf("it belongs to uid %d, which in a user namespace stands for all users unknown to it: chown -h it to a user that is known there, who owns the hosts directory, or to root", st.owner), nil
+		return false, fmt.Sprintf("it belongs to uid %d, which in a user namespace stands for all users unknown to it: chown it to a user that is known there, who owns the hosts directory, or to root", st.owner), nil
 	case st.owner == 0:
 		return true, "", nil
 	}
@@ -124,7 +127,7 @@ func (h *Hosts) AcceptProxy() (yes bool, ignored string, err error) {
 		return false, "", err
 	}
 	if st.owner != owner {
-		return false, fmt.Sprintf("it belongs to uid %d, neither to root nor to the owner of the hosts directory: chown -h it to root, or remove it", st.owner), nil
+		return false, fmt.Sprintf("it belongs to uid %d, neither to root nor to the owner of the hosts directory: chown it to root, or remove it", st.owner), nil
 	}
 	return true, "", nil
 }

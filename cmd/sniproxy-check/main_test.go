@@ -203,7 +203,7 @@ func TestAcceptProxy(t *testing.T) {
 	hosts := hostdirtest.Dir(t)
 	serve(t, filepath.Join(hosts, entryOf("one.example")))
 	marker := filepath.Join(hosts, ".accept-proxy")
-	hostdirtest.Touch(t, marker)
+	must(t, os.Mkdir(marker, 0o755))
 	root := users()[0]
 	if stdout, stderr, status := check(t, root, hosts); strings.Count(stdout, "\n") != 1 || stderr != "" || status != 0 {
 		t.Errorf("stdout %q, stderr %q, exit status %d", stdout, stderr, status)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"os"
 	"path/filepath"
 	"testing"
 	"time"
@@ -22,7 +23,7 @@ func TestFrontLogAllStuck(t *testing.T) {
 	for late := time.Now().Add(2 * report.LogAllPeriod); time.Now().Before(late); { // somebody has asked, and waits
 		hostdirtest.Must(t, d.greeted("victim.example"))
 	}
-	hostdirtest.Touch(t, filepath.Join(d.dir, acceptProxy))
+	hostdirtest.Must(t, os.Mkdir(filepath.Join(d.dir, acceptProxy), 0o755))
 	hostdirtest.Await(t, "a header to be expected", func() bool {
 		got, _ := d.exchange(append([]byte(headerV1), snitest.Hello("victim.example")...))
 		return string(got) == "this is victim.example"

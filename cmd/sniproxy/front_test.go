@@ -26,7 +26,7 @@ const acceptProxy = ".accept-proxy"
 func startFront(t testing.TB, setups ...setup) *daemon {
 	t.Helper()
 	dir := hostdirtest.Dir(t)
-	hostdirtest.Touch(t, filepath.Join(dir, acceptProxy))
+	hostdirtest.Must(t, os.Mkdir(filepath.Join(dir, acceptProxy), 0o755))
 	l := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
 	d := startOn(t, l, dir, setups...)
 	l.Close()
@@ -368,14 +368,7 @@ func TestFrontMarker(t *testing.T) {
 	d := start(t)
 	d.serve("a.example", hostdirtest.Greet)
 	hello := snitest.Hello("a.example")
-	expect := func(what string, want bool) {
-		t.Helper()
-		front := func(header string) bool {
-			got, _ := d.exchange(append([]byte(header), hello...))
-			return string(got) == "this is a.example"
-		}
-		hostdirtest.Await(t, what, func() bool { return front(headerV1) == want && front("") == !want })
-	}
+	expect := func(what string, want bool) { d.awaitFront(t, what, want) }
 	marker := filepath.Join(d.dir, acceptProxy)
 	expect("no header to be expected", false)
 	hostdirtest.Must(t, os.Mkdir(marker, 0))
@@ -389,21 +382,44 @@ func TestFrontMarker(t *testing.T) {
 	if got, err := io.ReadAll(c); string(got) != "this is a.example" || err != nil {
 		t.Errorf("got %q, error %v", got, err)
 	}
-	if os.Getuid() != 0 {
-		return
+}
+
+// awaitFront waits until the daemon expects PROXY headers, or does not.
+func (d *daemon) awaitFront(t *testing.T, what string, want bool) {
+	t.Helper()
+	front := func(header string) bool {
+		got, _ := d.exchange(append([]byte(header), snitest.Hello("a.example")...))
+		return string(got) == "this is a.example"
 	}
+	hostdirtest.Await(t, what, func() bool { return front(headerV1) == want && front("") == !want })
+}
+
+// Goal: only the administrator's marker counts, and one line says so of another's. What is no directory
+// does not count either: a tenant can move files of root's out of his own directory.
+func TestFrontMarkerOwner(t *testing.T) {
+	hostdirtest.NeedRoot(t)
+	t.Parallel() // it waits for the marker to be noticed
+	d := start(t)
+	d.serve("a.example", hostdirtest.Greet)
+	marker := filepath.Join(d.dir, acceptProxy)
+	expect := func(what string, want bool) { d.awaitFront(t, what, want) }
+	hostdirtest.Touch(t, d.hostPath("a.example", "moved"))
+	hostdirtest.Must(t, os.Rename(d.hostPath("a.example", "moved"), marker))
+	d.err.Await(t, ".accept-proxy in the hosts directory does not count: it is no directory")
+	expect("no header to be expected, by a file", false)
+	hostdirtest.Must(t, os.Remove(marker))
 	const ignored = ".accept-proxy in the hosts directory does not count: it belongs to uid 65532, neither to root nor to the owner of the hosts directory"
-	hostdirtest.Must(t, os.Symlink("a.example", marker))
-	expect("a header to be expected, by a symlink", true)
-	hostdirtest.Must(t, os.Lchown(marker, 65532, 65532))
+	hostdirtest.Must(t, os.Mkdir(marker, 0o755))
+	expect("a header to be expected again", true)
+	hostdirtest.Must(t, os.Chown(marker, 65532, 65532))
 	d.err.Await(t, ignored)
-	expect("no header to be expected, by a tenant's symlink", false)
+	expect("no header to be expected, by a tenant's marker", false)
 	hostdirtest.Must(t, os.Chown(d.dir, 65532, 65532))
-	expect("a header to be expected, by the symlink of the hosts directory's owner", true)
+	expect("a header to be expected, by the marker of the hosts directory's owner", true)
 	hostdirtest.Must(t, os.Chown(d.dir, 0, 0))
 	hostdirtest.Await(t, "a second line", func() bool { return strings.Count(d.err.String(), ignored) == 2 })
 	expect("no header to be expected, again", false)
-	if n := strings.Count(d.err.String(), acceptProxy+" in"); n != 2 {
+	if n := strings.Count(d.err.String(), acceptProxy+" in"); n != 3 {
 		t.Errorf("%d lines:\n%s", n, d.err)
 	}
 }
@@ -446,7 +462,7 @@ func TestFrontFirst(t *testing.T) {
 		hostdirtest.Serve(t, hostDir(dir, "a.example"), hostdirtest.Greet)
 		if marked {
 			header = headerV1
-			hostdirtest.Touch(t, filepath.Join(dir, acceptProxy))
+			hostdirtest.Must(t, os.Mkdir(filepath.Join(dir, acceptProxy), 0o755))
 		}
 		b := append([]byte(header), snitest.Hello("a.example")...)
 		for range 5 {
