@@ -12,8 +12,9 @@ import (
 
 // A workdir is the working directory of a thread, and what is known of it.
 type workdir struct {
-	away bool // it is that of a host, not the hosts directory
-	slow bool // system calls of this look-up may wait for more than a disk
+	away      bool // it is that of a host, not the hosts directory
+	slow      bool // system calls of this look-up may wait for more than a disk
+	slowEntry bool // so may those that look for the entry, in the hosts directory
 
 	// Of the directory that is kept open, if it is an entry itself, not behind a symlink or mount.
 	kept    bool
@@ -62,6 +63,7 @@ func (d *Dialer) Leave() {
 // enter makes the directory of the candidate the working directory, if it serves the host.
 func (d *Dialer) enter(wildcard, wait bool) error {
 	d.workdir.slow = wait || !d.hosts.local
+	d.workdir.slowEntry = d.workdir.slow || d.hosts.shared.Load()
 	d.found = Entry{Name: d.entry[:len(d.entry)-1], Owner: nobody, Foreign: true}
 	if is, err := d.isOpen(wildcard); is {
 		return err
@@ -87,7 +89,7 @@ func (d *Dialer) isOpen(wildcard bool) (bool, error) {
 	if !bytes.Equal(d.entry, w.entry) {
 		return false, nil
 	}
-	st, errno := stat(d.hosts.fd, d.entry, w.slow)
+	st, errno := stat(d.hosts.fd, d.entry, w.slowEntry)
 	if errno != 0 || inodeOf(&st) != w.inode {
 		return false, nil
 	}
@@ -105,7 +107,7 @@ func (d *Dialer) countsDirectory(st *unix.Statx_t, wildcard bool) error {
 	}
 	d.found.Owner = st.Uid
 	d.found.Administrators = d.hosts.wasAdministrator(st.Uid)
-	d.found.Foreign = !d.found.Administrators
+	d.found.Foreign = !d.found.Administrators || mayLock(uint32(st.Mode))
 	return nil
 }
 
@@ -113,7 +115,7 @@ func (d *Dialer) countsDirectory(st *unix.Statx_t, wildcard bool) error {
 // symlink or a mount.
 func (d *Dialer) change(wildcard, wait bool) error {
 	h, w := d.hosts, &d.workdir
-	fd, errno := h.openDirectory(d.entry, w.slow)
+	fd, errno := h.openDirectory(d.entry, w.slowEntry)
 	switch errno {
 	case 0:
 	case unix.ENOENT:
@@ -249,7 +251,7 @@ func (d *Dialer) open(dir uintptr, path []byte, wait bool) (uintptr, error) {
 		closeRaw(fd)
 		return fd, MayWait
 	}
-	d.found.Foreign = !h.wasAdministrator(st.Uid)
+	d.found.Foreign = !h.wasAdministrator(st.Uid) || mayLock(uint32(st.Mode))
 	return fd, nil
 }
 

@@ -58,8 +58,8 @@ type Entry struct {
 	// Administrators reports whether the owner is the administrator.
 	Administrators bool
 
-	// Foreign reports that the directory, which is the entry or its target, is not known to be the
-	// administrator's.
+	// Foreign reports that somebody else than the administrator may be able to change the directory,
+	// which is the entry or its target.
 	Foreign bool
 }
 

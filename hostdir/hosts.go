@@ -20,6 +20,7 @@ type Hosts struct {
 	paths     error  // why dialers work with paths, nil if they need not; on Linux from unshare(2)
 	refuses   bool   // the kernel has SO_PASSRIGHTS
 	lastOwner atomic.Uint32
+	shared    atomic.Bool // others than the owner may change the directory; known on Linux
 }
 
 // Open opens the hosts directory and finds out what the system offers.
@@ -147,6 +148,8 @@ type status struct {
 	owner uint32
 	kind  uint32 // S_IFDIR and the like
 
+	shared bool // others than the owner may change it; known on Linux
+
 	// unsure: a file system is mounted on the entry that may lie about the owner, so owner is
 	// nobody.
 	unsure bool
@@ -190,7 +193,7 @@ func (h *Hosts) find(entry []byte, wildcard, wait bool) (Entry, error) {
 		return e, err
 	}
 	e.Administrators = h.wasAdministrator(st.owner)
-	e.Foreign = st.kind != unix.S_IFDIR || !e.Administrators
+	e.Foreign = st.kind != unix.S_IFDIR || !e.Administrators || st.shared
 	return e, nil
 }
 

@@ -127,12 +127,18 @@ func (h *Hosts) askOwner() (uint32, error) {
 	if errno != 0 {
 		return 0, errno
 	}
+	h.shared.Store(mayLock(uint32(st.Mode)))
 	return st.Uid, nil
 }
 
+// mayLock reports whether others than its owner can change a directory with a mode. (An ACL shows in
+// the bits of the group.) Who may read a directory, and change it, can keep it locked for ever; then
+// a look for a name that the kernel does not know waits.
+func mayLock(mode uint32) bool { return mode&0o022 != 0 }
+
 // lstat tells about an entry of the hosts directory, whose name ends in a zero.
 func (h *Hosts) lstat(entry []byte, wait bool) (status, error) {
-	is, err := h.look(entry, wait || !h.local)
+	is, err := h.look(entry, wait || !h.local || h.shared.Load())
 	if err != nil || !is.unsure || !wait {
 		return is, err
 	}
@@ -174,7 +180,7 @@ func (h *Hosts) fstat(fd uintptr, wait bool) (status, error) {
 // a FUSE on his directory (fusermount), and it can say that it belongs to root. A FUSE that he can
 // mount is on no block device.
 func (h *Hosts) status(st *unix.Statx_t) status {
-	is := status{owner: st.Uid, kind: uint32(st.Mode) & unix.S_IFMT}
+	is := status{owner: st.Uid, kind: uint32(st.Mode) & unix.S_IFMT, shared: mayLock(uint32(st.Mode))}
 	on := deviceOf(st)
 	mounted := st.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0 || st.Attributes_mask&unix.STATX_ATTR_MOUNT_ROOT == 0
 	if mounted && on.major == 0 && on != h.device {

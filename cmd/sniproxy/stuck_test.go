@@ -3,6 +3,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -230,50 +231,76 @@ func TestStuckExchange(t *testing.T) {
 	d.awaitFds(base)
 }
 
-// Goal: a tenant gains nothing by locking its directory for ever, either. Go's
-// garbage collector must know of each thread that waits.
+// Goal: nobody gains anything by locking for ever a directory that he may change, either: his own, one of
+// the administrator's, or the hosts directory. Go's garbage collector must know of each thread that waits.
 func TestStuckLocked(t *testing.T) {
 	t.Parallel()
 	hostdirtest.NeedRoot(t)
-	d := start(t, oneLoop, func(cmd *exec.Cmd) { cmd.Env = append(cmd.Environ(), "GOGC=1", "GODEBUG=gctrace=1") })
-	d.serve("good.example", hostdirtest.Greet)
-	d.serve("locked.example", hostdirtest.Greet)
-	d.serve("next.example", hostdirtest.Greet)
-	dir, next := d.hostDir("locked.example"), d.hostDir("next.example")
-	hostdirtest.Must(t, os.Chown(dir, 12345, 12345))
-	hostdirtest.Must(t, os.Chown(next, 12345, 12345))
-	base := d.fds()
-	// Then the loop looks the host up itself.
-	for range 10 {
-		if got := <-d.ask(1, "locked.example"); got != `"this is locked.example"` {
-			t.Fatalf("a client got %s", got)
-		}
+	const tenant = 12345
+	group := func(dir string) error {
+		return errors.Join(os.Chown(dir, 0, tenant), unix.Chmod(dir, 0o2775))
 	}
-	unlock := hostdirtest.LockDirectory(t, next)
-	hostdirtest.Must(t, unix.Renameat2(unix.AT_FDCWD, dir, unix.AT_FDCWD, next, unix.RENAME_EXCHANGE))
-	locked := make(chan string)
-	for range 8 {
-		go func() { locked <- <-d.ask(1, "locked.example") }()
+	for what, change := range map[string]func(dir string) error{
+		"a tenant's":                      func(dir string) error { return os.Chown(dir, tenant, tenant) },
+		"one that a group may change":     group,
+		"the hosts directory for a group": nil,
+	} {
+		t.Run(what, func(t *testing.T) {
+			t.Parallel()
+			hosts := hostdirtest.Dir(t)
+			if change == nil {
+				hostdirtest.Must(t, unix.Chmod(hosts, 0o1775))
+			}
+			l := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
+			d := startOn(t, l, hosts, oneLoop, func(cmd *exec.Cmd) { cmd.Env = append(cmd.Environ(), "GOGC=1", "GODEBUG=gctrace=1") })
+			l.Close()
+			d.serve("good.example", hostdirtest.Greet)
+			d.serve("locked.example", hostdirtest.Greet)
+			d.serve("next.example", hostdirtest.Greet)
+			dir, next := d.hostDir("locked.example"), d.hostDir("next.example")
+			base := d.fds()
+			var unlock func()
+			ask := func(i int) string { return <-d.ask(1, "locked.example") }
+			if change == nil {
+				hostdirtest.Must(t, d.greeted("good.example"))
+				unlock = hostdirtest.LockDirectory(t, d.dir)
+				ask = func(i int) string { return <-d.ask(1, fmt.Sprintf("unknown%d.example", i)) }
+			} else {
+				hostdirtest.Must(t, errors.Join(change(dir), change(next)))
+				// Then the loop looks the host up itself.
+				for range 10 {
+					if got := <-d.ask(1, "locked.example"); got != `"this is locked.example"` {
+						t.Fatalf("a client got %s", got)
+					}
+				}
+				unlock = hostdirtest.LockDirectory(t, next)
+				hostdirtest.Must(t, unix.Renameat2(unix.AT_FDCWD, dir, unix.AT_FDCWD, next, unix.RENAME_EXCHANGE))
+			}
+			locked := make(chan string)
+			for i := range 8 {
+				go func() { locked <- ask(i) }()
+			}
+			stop := d.steady("good.example")
+			collected := func() int { return strings.Count(d.err.String(), "gc ") }
+			before := collected()
+			hostdirtest.Await(t, "the daemon to collect its garbage", func() bool {
+				c := d.dial() // what is kept for it, and then garbage, is some KiB
+				defer c.Close()
+				c.Write([]byte{22})
+				c.CloseWrite()
+				io.ReadAll(c)
+				return collected() > before
+			})
+			for range 8 {
+				if got := <-locked; got != "alert 80" && got != "alert 90" {
+					t.Errorf("a client of the locked directory got %s", got)
+				}
+			}
+			stop()
+			unlock()
+			d.awaitFds(base)
+		})
 	}
-	stop := d.steady("good.example")
-	collected := func() int { return strings.Count(d.err.String(), "gc ") }
-	before := collected()
-	hostdirtest.Await(t, "the daemon to collect its garbage", func() bool {
-		c := d.dial() // what is kept for it, and then garbage, is some KiB
-		defer c.Close()
-		c.Write([]byte{22})
-		c.CloseWrite()
-		io.ReadAll(c)
-		return collected() > before
-	})
-	for range 8 {
-		if got := <-locked; got != "alert 80" && got != "alert 90" {
-			t.Errorf("a client of the locked directory got %s", got)
-		}
-	}
-	stop()
-	unlock()
-	d.awaitFds(base)
 }
 
 // Goal: a stop does not wait for stuck look-ups once their clients have got their alerts.
