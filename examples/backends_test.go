@@ -9,6 +9,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"math/big"
@@ -593,6 +594,58 @@ func TestBackendPython(t *testing.T) {
 	s := newBackendSite(t)
 	script := s.configure("backends/server.py")
 	testServer(t, s, func() *exec.Cmd { return exec.Command(python, script) })
+}
+
+// Goal: at the stop, the example for Python closes connections that are kept without a request, at
+// once, and lets one that is under way have its answer.
+func TestBackendPythonStop(t *testing.T) {
+	t.Parallel()
+	python := hostdirtest.Need(t, "python3")
+	s := newBackendSite(t)
+	cmd := exec.Command(python, s.configure("backends/server.py", "SILENCE = 10", "SILENCE = 3600", "STOP = 25", "STOP = 3600"))
+	s.run(cmd)
+	const half, rest = "GET / HTTP/1.1\r\n", "Host: one.example\r\n\r\n"
+	dial := func() (*tls.Conn, *bufio.Reader) {
+		t.Helper()
+		c, err := tls.Dial("tcp", s.addr, &tls.Config{ServerName: "one.example", RootCAs: s.pool})
+		hostdirtest.Must(t, err)
+		t.Cleanup(func() { c.Close() })
+		c.SetDeadline(time.Now().Add(2 * hostdirtest.Patience))
+		return c, bufio.NewReader(c)
+	}
+	expectPage := func(r *bufio.Reader) {
+		t.Helper()
+		response, err := http.ReadResponse(r, nil)
+		hostdirtest.Must(t, err)
+		if page, err := io.ReadAll(response.Body); err != nil || string(page) != "This is one.example.\n" {
+			t.Errorf("the page is %q, error %v", page, err)
+		}
+	}
+	kept, fromKept := dial()
+	busy, fromBusy := dial()
+	for range 2 {
+		io.WriteString(kept, half+rest)
+		expectPage(fromKept)
+		io.WriteString(busy, half+rest)
+		expectPage(fromBusy)
+	}
+	io.WriteString(busy, half)
+	first, fromFirst := dial() // it has made its handshake, and no request yet
+	hostdirtest.Must(t, cmd.Process.Signal(syscall.SIGTERM))
+	// It ends without a close_notify, which is the end of no answer.
+	if _, err := fromKept.ReadByte(); !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Errorf("a connection that is kept has ended with %v", err)
+	}
+	for c, r := range map[*tls.Conn]*bufio.Reader{busy: fromBusy, first: fromFirst} {
+		if c == first {
+			io.WriteString(c, half)
+		}
+		io.WriteString(c, rest)
+		expectPage(r)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("the server ended with: %v", err)
+	}
 }
 
 // Goal: the same for Go.

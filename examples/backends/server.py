@@ -1,4 +1,4 @@
-# The host one.example, served by Python 3.9 or later: python3 server.py
+# The host one.example, served by Python 3.10 or later: python3 server.py
 #
 # Change the path of the socket, the certificate and its key, and what the server answers.
 #
@@ -17,13 +17,15 @@ import signal
 import socket
 import ssl
 import threading
+import time
 from http.server import BaseHTTPRequestHandler
 from socketserver import ThreadingMixIn, UnixStreamServer
 
 SOCKET = '/srv/sniproxy/one.example/tls-socket'
 CERTIFICATE = '/etc/ssl/one.example.crt'
 KEY = '/etc/ssl/private/one.example.key'
-SILENCE = 10  # seconds for which a client may be silent; the stop waits for it as well
+SILENCE = 10  # seconds for which a client may be silent
+STOP = 25  # seconds that open requests have at the stop; systemd must wait for longer
 
 
 class Site(BaseHTTPRequestHandler):
@@ -37,6 +39,23 @@ class Site(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(page)
 
+    def handle(self):
+        self.close_connection = True
+        self.handle_one_request()
+        while not self.close_connection:
+            self.server.idle.add(self.connection)  # until parse_request
+            if self.server.stopping:
+                break
+            self.handle_one_request()
+
+    def parse_request(self):
+        self.server.idle.discard(self.connection)
+        return super().parse_request()
+
+    def finish(self):
+        self.server.idle.discard(self.connection)
+        super().finish()
+
     def log_message(self, *args):
         pass
 
@@ -49,6 +68,9 @@ class Server(ThreadingMixIn, UnixStreamServer):
         super().__init__(SOCKET, Site, bind_and_activate=False)
         self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.tls.load_cert_chain(CERTIFICATE, KEY)
+        self.tls.options |= ssl.OP_IGNORE_UNEXPECTED_EOF  # otherwise an end is answered by an alert
+        self.stopping = False
+        self.idle = set()  # connections that wait for another request
         if os.environ.get('LISTEN_PID') == str(os.getpid()):
             self.socket = socket.socket(fileno=3)
         else:
@@ -64,6 +86,14 @@ class Server(ThreadingMixIn, UnixStreamServer):
         self.socket.listen(self.request_queue_size)
         os.rename(new, SOCKET)
 
+    def stop(self):
+        """Lets open requests end, and closes connections on which there is none."""
+        self.stopping = True
+        for connection in list(self.idle):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                socket.socket.shutdown(connection, socket.SHUT_RD)  # beneath TLS
+        self.shutdown()
+
     def process_request_thread(self, request, client_address):
         # The handshake is made here, in the client's own thread: a client that sends nothing delays
         # nobody else.
@@ -78,7 +108,19 @@ class Server(ThreadingMixIn, UnixStreamServer):
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
+# The signal wakes a thread. A handler would run within whatever the main thread is doing, and must not
+# start a thread there: that needs locks which the main thread may hold.
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+
+def stop():
+    signal.sigwait([signal.SIGTERM])
+    server.stop()
+    time.sleep(STOP)
+    os._exit(0)  # a client may send its request byte by byte
+
+
 server = Server()
-signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
+threading.Thread(target=stop, daemon=True).start()
 server.serve_forever()
 server.server_close()  # waits for the threads
