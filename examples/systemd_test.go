@@ -11,6 +11,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -74,8 +76,13 @@ const (
 
 	severalDir = "/usr/share/doc/sniproxy/several/" // the drop-ins, which one test installs
 
+	nextUnit = "/etc/systemd/system/sniproxy-next.service"
+
 	userUnit = "/usr/share/doc/sniproxy/user/sniproxy-tls@.service" // which one test installs for a user
 )
+
+// drain is how long open connections have at a stop, unless that is by SIGQUIT.
+const drain = 10 * time.Second
 
 func mainPID(t *testing.T, unit string) int {
 	t.Helper()
@@ -171,66 +178,137 @@ func testUnitsRestart(t *testing.T) {
 	l.end()
 }
 
-// Goal: an upgrade as sniproxy-next.service describes it, under load, loses no client and lets none
-// wait, although the old program has a client that stays.
-func testUnitsUpgrade(t *testing.T) {
-	hello := startUnits(t)
-	l := startLoad(t, unitAddr, hello)
-	l.more(1000)
-	stays, err := connect(unitAddr, hello)
-	if err != nil {
-		t.Fatal(err)
+// upgradeCommands are those of sniproxy-next.service for an upgrade: up to the moment at which the old
+// program accepts nobody more, and what comes when sniproxy.service runs the new one.
+func upgradeCommands(t *testing.T, file string) (begin, end string) {
+	t.Helper()
+	commands := firsts(t, `(?m)^#     (.*?)(?: +#.*)?$`, fileText(t, file))
+	if len(commands) != 4 || !strings.HasPrefix(commands[0], "install new/sniproxy ") {
+		t.Fatalf("the commands for an upgrade are %q", commands)
 	}
-	if _, err := io.ReadFull(stays, make([]byte, 1)); err != nil { // it has reached its backend
-		t.Fatal(err)
-	}
-	old := mainPID(t, "sniproxy.service")
-	command(t, "cp", binary, binary+".new")
-	command(t, "install", binary+".new", binary)
-	if executes(old, binary) {
-		t.Fatal("the program was not replaced")
-	}
-	command(t, "systemctl", "start", "sniproxy-next.service")
-	l.more(1000)
-	command(t, "systemctl", "restart", "--no-block", "sniproxy.service")
-	awaitProperty(t, "sniproxy.service", "ActiveState", "deactivating")
-	l.more(500) // served by the new program alone, within the ten seconds that the old one has
-	if got := property(t, "sniproxy.service", "ActiveState"); got != "deactivating" {
-		t.Errorf("the old program is %s while it has a client", got)
-	}
-	stays.hello = stays.hello[1:]
-	if err := stays.finish(); err != nil {
-		t.Errorf("the client that stayed: %v", err)
-	}
-	awaitProperty(t, "sniproxy.service", "ActiveState", "active")
-	for _, unit := range []string{"sniproxy.service", "sniproxy-next.service"} {
-		if !executes(mainPID(t, unit), binary) {
-			t.Errorf("%s does not run the new program", unit)
+	return strings.Join(commands[:3], "\n"), commands[3]
+}
+
+// serveDownload makes a host that sends bytes, slowly, until end is called, which returns how many
+// there were.
+func serveDownload(t *testing.T, dir string) (end func() int64) {
+	t.Helper()
+	over, sent := make(chan struct{}), new(atomic.Int64)
+	stop := sync.OnceFunc(func() { close(over) })
+	served := make(chan struct{})
+	hostdirtest.Serve(t, dir, func(c *net.UnixConn) {
+		defer close(served)
+		go io.Copy(io.Discard, c) // what is not read becomes a reset
+		for {
+			n, err := c.Write(make([]byte, 1000))
+			sent.Add(int64(n))
+			if err != nil {
+				return
+			}
+			select {
+			case <-over:
+				return
+			case <-time.After(50 * time.Millisecond):
+			}
 		}
-	}
-	l.more(1000)
-	command(t, "systemctl", "stop", "sniproxy-next.service")
-	l.more(1000)
-	l.end()
-	checkStopped(t, "sniproxy-next.service")
-	if got := property(t, "sniproxy.service", "NRestarts"); got != "0" {
-		t.Errorf("systemd restarted the service %s times by itself", got)
+	})
+	t.Cleanup(func() {
+		stop()
+		os.RemoveAll(dir)
+	})
+	return func() int64 {
+		stop()
+		<-served
+		return sent.Load()
 	}
 }
 
-// Goal: ten upgrades under load, one after the other, lose no client.
+// Goal: an upgrade as sniproxy-next.service describes it, under load, loses no client, lets none wait,
+// and cuts no download, although one takes longer than the ten seconds that a restart leaves to it.
+func testUnitsUpgrade(t *testing.T) {
+	hello := startUnits(t)
+	end := serveDownload(t, "/srv/sniproxy/download.example")
+	begin, after := upgradeCommands(t, nextUnit)
+	l := startLoad(t, unitAddr, hello)
+	l.more(1000)
+	download, err := connect(unitAddr, snitest.Hello("download.example"))
+	hostdirtest.Must(t, err)
+	received := make(chan int64, 1)
+	go func() {
+		defer download.Close()
+		n, err := io.Copy(io.Discard, download)
+		if err != nil {
+			t.Errorf("the download: %v", err)
+		}
+		received <- n
+	}()
+	old := mainPID(t, "sniproxy.service")
+	dir := hostdirtest.Dir(t)
+	command(t, "install", "-D", binary, dir+"/new/sniproxy")
+	shell(t, dir, begin)
+	ten := time.After(drain + time.Second)
+	if executes(old, binary) {
+		t.Error("the program was not replaced")
+	}
+	journal := func(line string) {
+		t.Helper()
+		hostdirtest.Await(t, line+" in the journal", func() bool {
+			out, err := exec.Command("journalctl", "--no-pager", "--output=cat", "_PID="+strconv.Itoa(old)).Output()
+			return err == nil && slices.Contains(strings.Split(string(out), "\n"), line)
+		})
+	}
+	journal("got SIGQUIT, shutting down")
+	l.more(500) // served by the new program alone
+	l.end()
+	clients := time.NewTicker(50 * time.Millisecond)
+	defer clients.Stop()
+	for waits := true; waits; {
+		select {
+		case <-ten:
+			waits = false
+		case <-clients.C:
+			hostdirtest.Must(t, exchange(unitAddr, hello))
+		}
+	}
+	if pid := mainPID(t, "sniproxy.service"); pid != old || !executes(mainPID(t, "sniproxy-next.service"), binary) {
+		t.Errorf("process %d is sniproxy.service during the download, and %d was before", pid, old)
+	}
+	sent := end()
+	if n := <-received; n != sent {
+		t.Errorf("%d bytes of the download have arrived, of %d", n, sent)
+	}
+	hostdirtest.Await(t, "the new program", func() bool {
+		pid := mainPID(t, "sniproxy.service")
+		return pid != old && executes(pid, binary)
+	})
+	l = startLoad(t, unitAddr, hello)
+	l.more(500)
+	shell(t, "/", after)
+	awaitProperty(t, "sniproxy-next.service", "ActiveState", "inactive")
+	l.more(500)
+	l.end()
+	checkStopped(t, "sniproxy-next.service")
+	if got := property(t, "sniproxy.service", "NRestarts"); got != "1" {
+		t.Errorf("systemd has started the service again %s times, want once", got)
+	}
+}
+
+// Goal: three upgrades under load, one after the other, lose no client.
 func testUnitsUpgrades(t *testing.T) {
 	l := startLoad(t, unitAddr, startUnits(t))
 	l.more(500)
-	for range 10 {
+	begin, end := upgradeCommands(t, nextUnit)
+	_, begin, _ = strings.Cut(begin, "\n") // the program stays
+	for range 3 {
 		before := mainPID(t, "sniproxy.service")
-		command(t, "systemctl", "start", "sniproxy-next.service")
-		command(t, "systemctl", "restart", "sniproxy.service")
+		shell(t, "/", begin)
+		hostdirtest.Await(t, "another process", func() bool {
+			pid := mainPID(t, "sniproxy.service")
+			return pid != 0 && pid != before
+		})
 		l.more(500)
-		if after := mainPID(t, "sniproxy.service"); after == before {
-			t.Errorf("process %d serves after the restart", before)
-		}
-		command(t, "systemctl", "stop", "sniproxy-next.service")
+		shell(t, "/", end)
+		awaitProperty(t, "sniproxy-next.service", "ActiveState", "inactive")
 		checkStopped(t, "sniproxy-next.service")
 		l.more(500)
 	}
@@ -505,7 +583,7 @@ func TestCheckService(t *testing.T) {
 	}
 }
 
-// Goal: sniproxy-next.service has the settings of sniproxy.service, and the socket.
+// Goal: sniproxy-next.service has the settings of sniproxy.service, but for the socket and the restart.
 func TestNextService(t *testing.T) {
 	settings := func(file string) []string {
 		b, err := os.ReadFile(file)
@@ -513,7 +591,8 @@ func TestNextService(t *testing.T) {
 			t.Fatal(err)
 		}
 		return slices.DeleteFunc(strings.Split(string(b), "\n"), func(line string) bool {
-			return line == "" || line[0] == '#' || strings.HasPrefix(line, "Description=") || line == "Sockets=sniproxy.socket"
+			key, _, _ := strings.Cut(line, "=")
+			return line == "" || line[0] == '#' || slices.Contains([]string{"Description", "Sockets", "Restart"}, key)
 		})
 	}
 	this, next := settings("systemd/sniproxy.service"), settings("systemd/sniproxy-next.service")
