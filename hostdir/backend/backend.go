@@ -71,9 +71,9 @@ const (
 
 // A Listener takes the connections that are handed to a backend. It is a [net.Listener].
 type Listener struct {
-	dir  *directory
+	dir  *directory // nil for a socket that somebody else has made
 	addr *net.UnixAddr
-	own  inode // of the socket's file
+	own  inode // of the socket's file, if dir is there
 	file *os.File
 	raw  syscall.RawConn // of file
 
@@ -104,25 +104,72 @@ func Listen(dir string) (*Listener, error) {
 		d.close()
 		return fail(err)
 	}
-	file := os.NewFile(uintptr(fd), path)
+	l, err := newListener(fd, addr)
+	if err == nil {
+		l.dir = d
+		if l.own, err = d.install(fd); err != nil {
+			l.file.Close()
+		}
+	}
+	if err != nil {
+		d.close()
+		return fail(err)
+	}
+	return l, nil
+}
+
+// FileListener returns a listener for a datagram socket that somebody else has made, and keeps: systemd,
+// for a socket unit with ListenDatagram=. So clients wait in its queue while the backend restarts. The
+// file is still the caller's, who may close it; the socket becomes non-blocking for all who have it.
+//
+// Stop and Close leave the path of the socket alone, and leave the connections that wait to who takes
+// them next. Two processes must not take connections from one socket at the same time: they would lose
+// some.
+func FileListener(f *os.File) (*Listener, error) {
+	fail := func(err error) (*Listener, error) {
+		return nil, &net.OpError{Op: "file+net", Net: "unixgram", Err: err}
+	}
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return fail(err)
+	}
+	fd := -1
+	failed := raw.Control(func(file uintptr) { fd, err = unix.FcntlInt(file, unix.F_DUPFD_CLOEXEC, 0) })
+	if err := errors.Join(failed, os.NewSyscallError("fcntl", err)); err != nil {
+		return fail(err)
+	}
+	addr, err := unix.Getsockname(fd)
+	path, ok := addr.(*unix.SockaddrUnix)
+	kind, kindErr := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE)
+	if err != nil || kindErr != nil || !ok || kind != unix.SOCK_DGRAM {
+		unix.Close(fd)
+		return fail(errors.New("it is not a Unix datagram socket"))
+	}
+	if err := unix.SetNonblock(fd, true); err != nil {
+		unix.Close(fd)
+		return fail(os.NewSyscallError("fcntl", err))
+	}
+	prepare(fd)
+	l, err := newListener(fd, &net.UnixAddr{Name: path.Name, Net: "unixgram"})
+	if err != nil {
+		return fail(err)
+	}
+	return l, nil
+}
+
+// newListener returns a listener for a socket, which it closes if it cannot.
+func newListener(fd int, addr *net.UnixAddr) (*Listener, error) {
+	file := os.NewFile(uintptr(fd), addr.Name)
 	raw, err := file.SyscallConn()
 	if err == nil {
 		// This fails if the runtime could not put the socket on its poller.
 		err = file.SetDeadline(time.Time{})
 	}
-	var own inode
-	if err == nil {
-		own, err = d.install(fd)
-	}
 	if err != nil {
 		file.Close()
-		d.close()
-		return fail(err)
+		return nil, err
 	}
-	return &Listener{
-		dir: d, addr: addr, own: own, file: file, raw: raw,
-		closing: make(chan struct{}),
-	}, nil
+	return &Listener{addr: addr, file: file, raw: raw, closing: make(chan struct{})}, nil
 }
 
 // Addr returns the path of the socket, as a [*net.UnixAddr].
@@ -152,8 +199,8 @@ func (l *Listener) receive() (m message, err error) {
 	take := func(fd uintptr) bool {
 		l.mu.Lock()
 		defer l.mu.Unlock()
-		if l.isClosed() {
-			err = net.ErrClosed // what is left is for Close
+		if l.isClosed() || l.stopped && l.dir == nil {
+			err = net.ErrClosed // what is left is for Close, or for who takes it next
 			return true
 		}
 		m, err = l.receiver.receive(int(fd))
@@ -232,7 +279,8 @@ func passes(err error) bool {
 }
 
 // Stop removes the socket, unless another backend has replaced it. Accept still returns the connections
-// that wait already, and fails when there are no more. Call Close then.
+// that wait already, and fails when there are no more. Call Close then. (For those of [FileListener] see
+// there.)
 func (l *Listener) Stop() error {
 	err := l.closed("stop")
 	l.stopOnce.Do(func() { err = l.stop() })
@@ -240,7 +288,10 @@ func (l *Listener) Stop() error {
 }
 
 func (l *Listener) stop() error {
-	_, err := l.dir.remove(l.own)
+	var err error
+	if l.dir != nil {
+		_, err = l.dir.remove(l.own)
+	}
 	l.mu.Lock()
 	l.stopped = true
 	l.mu.Unlock()
@@ -264,6 +315,10 @@ func (l *Listener) close() error {
 	l.mu.Lock()
 	close(l.closing)
 	l.mu.Unlock()
+	if l.dir == nil {
+		l.file.Close()
+		return nil
+	}
 	// The socket must be open until its file is gone: no other file can have the inode until then.
 	replaced, err := l.dir.remove(l.own)
 	if replaced {

@@ -108,6 +108,67 @@ func TestSizes(t *testing.T) {
 	}
 }
 
+// Goal: a listener for a socket that somebody else has made takes what comes there, and after Stop and
+// Close leaves the socket as it is, and the connections that wait to the next listener.
+func TestFileListener(t *testing.T) {
+	dir := hostDir(t)
+	path := filepath.Join(dir, "tls-socket")
+	made, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+	must(t, err)
+	defer made.Close()
+	socket, err := made.File()
+	must(t, err)
+	defer socket.Close()
+	take := func() *backend.Listener {
+		t.Helper()
+		must(t, unix.SetNonblock(int(socket.Fd()), false)) // as systemd does before it starts a program
+		l, err := backend.FileListener(socket)
+		must(t, err)
+		t.Cleanup(func() { l.Close() })
+		return l
+	}
+	first := take()
+	if got := first.Addr().String(); got != path {
+		t.Errorf("the address is %s, want %s", got, path)
+	}
+	handOver(t, dir, "one")
+	handOver(t, dir, "two")
+	expect := func(l net.Listener, want string) {
+		t.Helper()
+		got := make([]byte, len(want))
+		if _, err := io.ReadFull(accept(t, l), got); string(got) != want || err != nil {
+			t.Errorf("read %q, error %v, want %q", got, err, want)
+		}
+	}
+	expect(first, "one")
+	must(t, first.Stop())
+	if _, err := first.Accept(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Accept after Stop: %v", err)
+	}
+	must(t, first.Close())
+	handOver(t, dir, "three")
+	next := take()
+	expect(next, "two")
+	expect(next, "three")
+	waits := make(chan error)
+	go func() {
+		_, err := next.Accept()
+		waits <- err
+	}()
+	must(t, next.Close())
+	if err := <-waits; !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Accept after Close: %v", err)
+	}
+
+	tcp := hostdirtest.ListenTCP(t, "tcp", "127.0.0.1:0")
+	other, err := tcp.File()
+	must(t, err)
+	defer other.Close()
+	if _, err := backend.FileListener(other); err == nil || !strings.Contains(err.Error(), "not a Unix datagram socket") {
+		t.Errorf("for a TCP socket the error is %v", err)
+	}
+}
+
 // Goal: what is not exactly one connected TCP socket is closed, and Accept waits for the next.
 func TestIgnored(t *testing.T) {
 	dir := hostDir(t)
