@@ -54,7 +54,8 @@ func installed(t *testing.T) (args []string) {
 		build(t, "sniproxy-tls"):              binary + "-tls:755",
 		units + "/several/socket.conf":        severalDir + "socket.conf:644",
 		units + "/several/service.conf":       severalDir + "service.conf:644",
-		units + "/user/sniproxy-tls@.service": userUnit + ":644",
+		units + "/user/sniproxy-tls@.service": userUnits + "sniproxy-tls@.service:644",
+		units + "/user/sniproxy-tls@.socket":  userUnits + "sniproxy-tls@.socket:644",
 	} {
 		args = append(args, "-f", from+":"+to)
 	}
@@ -78,7 +79,7 @@ const (
 
 	nextUnit = "/etc/systemd/system/sniproxy-next.service"
 
-	userUnit = "/usr/share/doc/sniproxy/user/sniproxy-tls@.service" // which one test installs for a user
+	userUnits = "/usr/share/doc/sniproxy/user/" // which one test installs for a user
 )
 
 // drain is how long open connections have at a stop, unless that is by SIGQUIT.

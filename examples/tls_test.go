@@ -24,6 +24,7 @@ import (
 	"time"
 
 	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/sni/snitest"
 )
 
 // Goal: under a real systemd the units for sniproxy-tls serve hosts, of the administrator and of a user.
@@ -120,31 +121,62 @@ func uidOf(t *testing.T, pid int) string {
 	return strconv.Itoa(int(stat.Uid))
 }
 
+// expectRestarts restarts what serves a host, again and again, while clients come. None may be lost.
+func expectRestarts(t *testing.T, name string, roots *x509.CertPool, restart func()) {
+	t.Helper()
+	pages := startLoadOf(t, func() error {
+		text, err := getHTTPS(unitAddr, name, roots)
+		if err == nil && text != name+" for 127.0.0.1" {
+			err = fmt.Errorf("the page is %q", text)
+		}
+		return err
+	})
+	for range 5 {
+		pages.more(50)
+		restart()
+	}
+	pages.more(50)
+	pages.end()
+}
+
 // Goal: sniproxy-tls@.service, installed as its comment says, serves a host with HTTPS as a user of its own,
-// restarts without a trace, keeps what an ACME server knows it by, and stops as a success.
+// loses no client at restarts, keeps what an ACME server knows it by, and stops as a success.
 func testUnitsTLS(t *testing.T) {
 	const name, unit = "tls.example", "sniproxy-tls@tls.example.service"
 	startUnits(t)
 	dir := "/srv/sniproxy/" + name
-	command(t, "install", "-d", "-m", "0710", "-o", "sniproxy-tls", "-g", "sniproxy", dir)
-	command(t, "install", "-d", "/etc/sniproxy-tls")
+	command(t, "mkdir", "-p", "/etc/sniproxy-tls")
+	command(t, "mkdir", "-m", "0711", dir)
 	hostdirtest.Must(t, os.WriteFile("/etc/sniproxy-tls/"+name, []byte("BACKEND=http://"+startService(t)+"\n"), 0o644))
 	roots := installCertificate(t, dir, name)
+	command(t, "chown", "sniproxy-tls", dir+"/cert.pem", dir+"/key.pem")
 	command(t, "systemctl", "enable", "--now", unit)
 	t.Cleanup(func() {
 		command(t, "systemctl", "stop", "sniproxy-tls@*.service")
 		os.RemoveAll(dir)
 	})
 	awaitPage(t, name, roots)
+	if got := command(t, "stat", "-c", "%U %G %a", dir+"/tls-socket"); got != "root sniproxy 660" {
+		t.Errorf("the socket is %s", got)
+	}
 	account, err := user.Lookup("sniproxy-tls")
 	hostdirtest.Must(t, err)
 	if got := uidOf(t, mainPID(t, unit)); got != account.Uid {
 		t.Errorf("it runs as user %s, want %s", got, account.Uid)
 	}
-	command(t, "systemctl", "restart", unit)
-	awaitPage(t, name, roots)
+	expectRestarts(t, name, roots, func() {
+		before := mainPID(t, unit)
+		command(t, "systemctl", "restart", unit)
+		if after := mainPID(t, unit); after == before {
+			t.Errorf("process %d serves after the restart", before)
+		}
+	})
 	command(t, "systemctl", "stop", unit)
 	checkStopped(t, unit)
+	expectRefused(t, unitAddr, snitest.Hello(name))
+	if _, err := os.Lstat(dir + "/tls-socket"); err == nil {
+		t.Error("the socket is there after the stop")
+	}
 
 	// Without a certificate it wants one of an ACME server, of which there is none here.
 	for _, file := range []string{"cert.pem", "key.pem"} {
@@ -190,7 +222,7 @@ func testUnitsUserTLS(t *testing.T) {
 		os.RemoveAll(dir)
 	})
 	awaitProperty(t, manager, "ActiveState", "active")
-	as("mkdir -p ~/.config/systemd/user ~/.config/sniproxy-tls && cp " + userUnit + " ~/.config/systemd/user/ && echo BACKEND=http://" + startService(t) + " >~/.config/sniproxy-tls/" + name)
+	as("mkdir -p ~/.config/systemd/user ~/.config/sniproxy-tls && cp " + userUnits + "* ~/.config/systemd/user/ && echo BACKEND=http://" + startService(t) + " >~/.config/sniproxy-tls/" + name)
 	as("systemctl --user daemon-reload && systemctl --user enable --now sniproxy-tls@" + name)
 	awaitPage(t, name, roots)
 	pid := as("systemctl --user show --value --property=MainPID sniproxy-tls@" + name)
@@ -199,6 +231,8 @@ func testUnitsUserTLS(t *testing.T) {
 	if got := uidOf(t, n); got != account.Uid {
 		t.Errorf("it runs as user %s, want %s", got, account.Uid)
 	}
+
+	expectRestarts(t, name, roots, func() { as("systemctl --user restart sniproxy-tls@" + name) })
 
 	// The machine starts: nobody has logged in, and her manager starts with it.
 	command(t, "systemctl", "stop", manager)

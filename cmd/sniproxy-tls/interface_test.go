@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -17,6 +18,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"sniproxy/cmd/internal/limits"
 	"sniproxy/hostdir"
 	"sniproxy/hostdir/hostdirtest"
 )
@@ -313,7 +315,7 @@ func TestReplaced(t *testing.T) {
 	old := s.serve(t, "one.example", "tcp://"+echo(t))
 	c := s.dial(t, s.config("one.example"))
 	s.serve(t, "one.example", "tcp://"+echo(t))
-	hostdirtest.Must(t, old.Process.Signal(syscall.SIGTERM))
+	hostdirtest.Must(t, old.Process.Signal(syscall.SIGQUIT))
 	old.lines.Await(t, "shutting down")
 	for range 20 {
 		if got, err := talk(s.dial(t, s.config("one.example")), "new"); got != "new" || err != nil {
@@ -325,6 +327,143 @@ func TestReplaced(t *testing.T) {
 	}
 	if status := old.wait(t); status != 0 {
 		t.Errorf("exit status %d", status)
+	}
+}
+
+// Goal: after SIGQUIT the socket is away, and what is open stays until it ends, also beyond ten seconds;
+// one of the other signals leaves it ten seconds, and a second one ends it at once.
+func TestStopQuit(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	s.install(t, "bytes.example", "bytes.example")
+	s.install(t, "http.example", "http.example")
+	leave := make(chan struct{})
+	bytes := s.serve(t, "bytes.example", "tcp://"+echo(t))
+	requests := s.serve(t, "http.example", handler(t, func(w http.ResponseWriter, r *http.Request) {
+		io.WriteString(w, "begin")
+		w.(http.Flusher).Flush()
+		<-leave
+		io.WriteString(w, ", end")
+	}))
+	c := s.dial(t, s.config("bytes.example"))
+	answer, err := s.client(t, true).Get("https://http.example/")
+	hostdirtest.Must(t, err)
+	defer answer.Body.Close()
+	for host, p := range map[string]*process{"bytes.example": bytes, "http.example": requests} {
+		hostdirtest.Must(t, p.Process.Signal(syscall.SIGQUIT))
+		p.lines.Await(t, "got SIGQUIT, shutting down")
+		hostdirtest.Await(t, "the end of the socket", func() bool {
+			_, err := os.Lstat(filepath.Join(s.dir(t, host), "tls-socket"))
+			return errors.Is(err, os.ErrNotExist)
+		})
+	}
+	if !testing.Short() {
+		<-time.After(limits.Drain + time.Second/2)
+	}
+	if got, err := talk(c, "still open"); got != "still open" || err != nil {
+		t.Errorf("%q, %v", got, err)
+	}
+	close(leave)
+	if text, err := io.ReadAll(answer.Body); string(text) != "begin, end" || err != nil {
+		t.Errorf("%q, %v", text, err)
+	}
+	for _, p := range []*process{bytes, requests} {
+		if status := p.wait(t); status != 0 || strings.Contains(p.lines.String(), "cut ") {
+			t.Errorf("exit status %d, %s", status, &p.lines)
+		}
+	}
+
+	p := s.serve(t, "bytes.example", "tcp://"+echo(t))
+	s.dial(t, s.config("bytes.example"))
+	for _, sig := range []syscall.Signal{syscall.SIGQUIT, syscall.SIGTERM} {
+		hostdirtest.Must(t, p.Process.Signal(sig))
+		p.lines.Await(t, "got "+unix.SignalName(sig)+", shutting down")
+	}
+	hostdirtest.Must(t, p.Process.Signal(syscall.SIGQUIT)) // which changes nothing
+	if status := p.stop(t, syscall.SIGHUP); status != 0 {
+		t.Errorf("exit status %d", status)
+	}
+	p.lines.Await(t, "got SIGHUP again, cut what was open: 1 connection")
+}
+
+// passed has a program get a socket as from systemd.
+func passed(t *testing.T, cmd *exec.Cmd, socket interface{ File() (*os.File, error) }) *exec.Cmd {
+	t.Helper()
+	f, err := socket.File()
+	hostdirtest.Must(t, err)
+	t.Cleanup(func() { f.Close() })
+	hostdirtest.Must(t, unix.SetNonblock(int(f.Fd()), false)) // as systemd does
+	cmd.Args = append([]string{"sh", "-c", `export LISTEN_PID=$$ && exec "$@"`, "sh", cmd.Path}, cmd.Args[1:]...)
+	cmd.Path = hostdirtest.Need(t, "sh")
+	cmd.Env = append(cmd.Env, "LISTEN_FDS=1")
+	cmd.ExtraFiles = []*os.File{f}
+	return cmd
+}
+
+// Goal: a socket that systemd passes is served. It stays at the stop, and a client that comes meanwhile is
+// served by the next program. A socket of another kind is refused, by what it is.
+func TestPassedSocket(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	s.install(t, "one.example", "one.example")
+	dir := s.dir(t, "one.example")
+	socket, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(dir, "tls-socket"), Net: "unixgram"})
+	hostdirtest.Must(t, err)
+	defer socket.Close()
+	backend := "tcp://" + echo(t)
+	start := func() *process {
+		t.Helper()
+		p := launch(t, passed(t, s.command(t, "one.example", backend, "one.example"), socket))
+		p.lines.Await(t, "serving one.example")
+		return p
+	}
+	p := start()
+	c := s.dial(t, s.config("one.example"))
+	hostdirtest.Must(t, p.Process.Signal(syscall.SIGTERM))
+	p.lines.Await(t, "got SIGTERM, shutting down")
+	waiting := make(chan error)
+	go func() {
+		c, err := s.try(s.config("one.example"))
+		if err == nil {
+			defer c.Close()
+			_, err = talk(c, "next")
+		}
+		waiting <- err
+	}()
+	if got, err := talk(c, "still open"); got != "still open" || err != nil {
+		t.Errorf("%q, %v", got, err)
+	}
+	if status := p.wait(t); status != 0 {
+		t.Errorf("exit status %d", status)
+	}
+	p = start()
+	if err := <-waiting; err != nil {
+		t.Errorf("a client that came during the restart: %v", err)
+	}
+	if status := p.stop(t, syscall.SIGTERM); status != 0 {
+		t.Errorf("exit status %d", status)
+	}
+	if info, err := os.Lstat(filepath.Join(dir, "tls-socket")); err != nil || info.Mode().Type() != os.ModeSocket {
+		t.Errorf("after the stop: %v, %v", info, err)
+	}
+
+	stream, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(hostdirtest.Dir(t), "stream"), Net: "unix"})
+	hostdirtest.Must(t, err)
+	defer stream.Close()
+	tcp := hostdirtest.ListenTCP(t, "tcp", "127.0.0.1:0")
+	for found, other := range map[string]interface{ File() (*os.File, error) }{
+		"is a Unix socket of another kind": stream, "is a socket of another kind than Unix": tcp,
+	} {
+		stdout, stderr, status := hostdirtest.Run(t, passed(t, s.command(t, "one.example", backend, "one.example"), other))
+		want := "descriptor 3 (LISTEN_FDS) " + found
+		if stdout != "" || status != 1 || !strings.Contains(stderr, want) || !strings.Contains(stderr, "ListenDatagram=") {
+			t.Errorf("exit status %d, %q, %q, want %q", status, stdout, stderr, want)
+		}
+	}
+	cmd := passed(t, s.command(t, "one.example", backend, "one.example"), socket)
+	cmd.Env = append(cmd.Env, "LISTEN_FDS=2")
+	if _, stderr, status := hostdirtest.Run(t, cmd); status != 1 || !strings.Contains(stderr, "there are 2 sockets (LISTEN_FDS), and a host has one") {
+		t.Errorf("two sockets: exit status %d, %q", status, stderr)
 	}
 }
 

@@ -23,7 +23,11 @@
 //
 // It prints "serving NAME…" on standard output once the socket is in place, and what its owner can do
 // something about on standard error. SIGTERM, SIGHUP and SIGINT stop it: it takes the socket away at
-// once and leaves ten seconds to what is open. A second signal ends it at once.
+// once and leaves ten seconds to what is open. A second signal ends it at once. SIGQUIT leaves to what is
+// open as long as it takes, or until ten seconds after one of the others.
+//
+// A datagram socket that systemd passes (LISTEN_FDS) takes the place of the one that it would make. That
+// stays when the program ends, and clients wait in it for the next.
 //
 // With -h in place of BACKEND it prints its usage on standard output.
 //
@@ -60,6 +64,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sniproxy/cmd/internal/descriptors"
+	"sniproxy/cmd/internal/inherit"
 	"sniproxy/cmd/internal/limits"
 	"sniproxy/cmd/internal/logline"
 	"sniproxy/cmd/internal/usage"
@@ -118,8 +123,8 @@ func run(args []string) int {
 		logline.Err("%v", err)
 		return 2
 	}
-	signals := make(chan os.Signal, 2)
-	signal.Notify(signals, syscall.SIGHUP, syscall.SIGTERM, syscall.SIGINT)
+	signals := make(chan os.Signal, 4)
+	signal.Notify(signals, syscall.SIGHUP, syscall.SIGTERM, syscall.SIGINT, syscall.SIGQUIT)
 	s, err := start(service, n)
 	if err != nil {
 		logline.Err("%v", err)
@@ -127,18 +132,33 @@ func run(args []string) int {
 	}
 	logline.Out("serving %s", strings.Join(n, " "))
 
-	logline.Out("got %s, shutting down", signalName(<-signals))
-	drained := s.stop()
-	select {
-	case <-drained:
-	case sig := <-signals:
-		logline.Err("got %s again, cut what was open: %s", signalName(sig), connections(s.clients.cut()))
-	case <-time.After(limits.Drain):
-		if n := s.clients.cut(); n > 0 {
-			logline.Err("cut what was still open after %v: %s", limits.Drain, connections(n))
+	drained := (<-chan struct{})(nil)
+	var cut <-chan time.Time // after SIGQUIT there is no end
+	for {
+		select {
+		case <-drained:
+			return 0
+		case sig := <-signals:
+			switch {
+			case drained == nil || cut == nil && sig != syscall.SIGQUIT:
+				logline.Out("got %s, shutting down", signalName(sig))
+				if drained == nil {
+					drained = s.stop()
+				}
+				if sig != syscall.SIGQUIT {
+					cut = time.After(limits.Drain)
+				}
+			case sig != syscall.SIGQUIT:
+				logline.Err("got %s again, cut what was open: %s", signalName(sig), connections(s.clients.cut()))
+				return 0
+			}
+		case <-cut:
+			if n := s.clients.cut(); n > 0 {
+				logline.Err("cut what was still open after %v: %s", limits.Drain, connections(n))
+			}
+			return 0
 		}
 	}
-	return 0
 }
 
 // A server serves the host.
@@ -163,12 +183,8 @@ func start(service *service, n names) (*server, error) {
 	}
 	s := &server{clients: newClients()}
 	t := newTerminator(n, service.http, f, o)
-	if s.socket, err = backend.Listen("."); err != nil {
-		hint := ""
-		if errors.Is(err, fs.ErrPermission) {
-			hint = ": run it as the owner of the directory"
-		}
-		return nil, fmt.Errorf("cannot serve the host in the working directory: %w%s", err, hint)
+	if s.socket, err = takeSocket(); err != nil {
+		return nil, err
 	}
 	l := &listener{s.socket, s.clients, t}
 	s.accepted = make(chan struct{})
@@ -188,6 +204,28 @@ func start(service *service, n names) (*server, error) {
 		o.start()
 	}
 	return s, nil
+}
+
+// takeSocket takes the socket that systemd has passed, or makes one in the working directory.
+func takeSocket() (*backend.Listener, error) {
+	fd, err := inherit.Datagram()
+	if err != nil {
+		return nil, err
+	}
+	if fd >= 0 {
+		f := os.NewFile(uintptr(fd), "tls-socket")
+		defer f.Close()
+		return backend.FileListener(f)
+	}
+	l, err := backend.Listen(".")
+	if err != nil {
+		hint := ""
+		if errors.Is(err, fs.ErrPermission) {
+			hint = ": run it as the owner of the directory"
+		}
+		return nil, fmt.Errorf("cannot serve the host in the working directory: %w%s", err, hint)
+	}
+	return l, nil
 }
 
 // newOrdersFor prepares to order certificates where there are none in files. It returns nil if there
@@ -226,9 +264,7 @@ func (s *server) stop() <-chan struct{} {
 	go func() {
 		<-s.accepted // those whom the proxy had handed over before
 		if s.proxy != nil {
-			ctx, cancel := context.WithTimeout(context.Background(), limits.Drain)
-			defer cancel()
-			s.proxy.stop(ctx)
+			s.proxy.stop(context.Background())
 		}
 		// Connections with another protocol, such as WebSocket, are no longer the server's.
 		for s.clients.len() > 0 {

@@ -70,6 +70,24 @@ func Take() (listeners []*Listener, clients []int, err error) {
 	return listeners, clients, nil
 }
 
+// Datagram returns the Unix datagram socket that systemd has passed (LISTEN_FDS), or -1 if it has passed
+// nothing. The error says what was found and what to do.
+func Datagram() (fd int, err error) {
+	n, err := passed()
+	if n == 0 || err != nil {
+		return -1, err
+	}
+	const first, want = 3, "it must be a Unix datagram socket, as systemd makes it for ListenDatagram="
+	if n > 1 {
+		return -1, fmt.Errorf("there are %d sockets (LISTEN_FDS), and a host has one; %s", n, want)
+	}
+	if err := checkDatagram(first); err != nil {
+		return -1, fmt.Errorf("%s %w; %s", describe(first), err, want)
+	}
+	unix.CloseOnExec(first)
+	return first, nil
+}
+
 // passed returns how many sockets systemd has passed to this process, on descriptors from 3 on; see
 // sd_listen_fds(3). It ignores variables that are for another process.
 func passed() (int, error) {
@@ -101,22 +119,9 @@ var errConnection = errors.New("is a TCP connection")
 // what else fd is.
 func check(fd int) (netip.AddrPort, error) {
 	none := netip.AddrPort{}
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
-		return none, fmt.Errorf("is closed (%w)", err)
-	}
-	if what, ok := map[uint32]string{
-		unix.S_IFREG: "a file",
-		unix.S_IFDIR: "a directory",
-		unix.S_IFIFO: "a pipe",
-		unix.S_IFBLK: "a block device",
-		unix.S_IFCHR: "a terminal or another character device (such as /dev/null, when it was closed)",
-	}[uint32(st.Mode)&unix.S_IFMT]; ok {
-		return none, fmt.Errorf("is %s", what)
-	}
-	sa, err := unix.Getsockname(fd)
+	sa, err := name(fd)
 	if err != nil {
-		return none, fmt.Errorf("is not a socket (%w)", err)
+		return none, err
 	}
 	addr := socket.AddrPort(sa)
 	if !addr.IsValid() {
@@ -139,6 +144,47 @@ func check(fd int) (netip.AddrPort, error) {
 		return none, errors.New("is a TCP socket that does not listen")
 	}
 	return addr, nil
+}
+
+// checkDatagram returns an error that says what fd is, unless that is a Unix datagram socket with a path.
+func checkDatagram(fd int) error {
+	sa, err := name(fd)
+	if err != nil {
+		return err
+	}
+	addr, ok := sa.(*unix.SockaddrUnix)
+	if !ok {
+		return errors.New("is a socket of another kind than Unix")
+	}
+	if t, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE); err != nil || t != unix.SOCK_DGRAM {
+		return errors.New("is a Unix socket of another kind, such as one for ListenStream=")
+	}
+	if addr.Name == "" || addr.Name[0] == '@' {
+		return errors.New("is a Unix socket without a path")
+	}
+	return nil
+}
+
+// name returns the address that the socket fd has, or an error that says what fd is.
+func name(fd int) (unix.Sockaddr, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return nil, fmt.Errorf("is closed (%w)", err)
+	}
+	if what, ok := map[uint32]string{
+		unix.S_IFREG: "a file",
+		unix.S_IFDIR: "a directory",
+		unix.S_IFIFO: "a pipe",
+		unix.S_IFBLK: "a block device",
+		unix.S_IFCHR: "a terminal or another character device (such as /dev/null, when it was closed)",
+	}[uint32(st.Mode)&unix.S_IFMT]; ok {
+		return nil, fmt.Errorf("is %s", what)
+	}
+	sa, err := unix.Getsockname(fd)
+	if err != nil {
+		return nil, fmt.Errorf("is not a socket (%w)", err)
+	}
+	return sa, nil
 }
 
 // coverStandard puts something harmless over each of the descriptors 0, 1 and 2 that is the same
