@@ -283,7 +283,11 @@ func passes(err error) bool {
 // there.)
 func (l *Listener) Stop() error {
 	err := l.closed("stop")
-	l.stopOnce.Do(func() { err = l.stop() })
+	l.stopOnce.Do(func() {
+		if !l.isClosed() {
+			err = l.stop()
+		}
+	})
 	return err
 }
 
