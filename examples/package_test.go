@@ -5,6 +5,8 @@ import (
 	"bytes"
 	"compress/gzip"
 	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
 	"debug/buildinfo"
 	"debug/elf"
 	"debug/macho"
@@ -12,6 +14,7 @@ import (
 	"io"
 	"io/fs"
 	"maps"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -408,10 +411,12 @@ const (
 	otherPackage = "/var/tmp/other.deb"
 
 	packaged = "/usr/bin/sniproxy"
+
+	pebble = "/var/tmp/pebble"
 )
 
 // Goal: beside a real systemd the package installs, where no other sniproxy is, and enables nothing.
-// It serves two hosts, an upgrade under load loses no client, and its removal leaves nothing but the
+// It serves two hosts; a plain service has HTTPS after three commands; an upgrade under load loses no client, and its removal leaves nothing but the
 // hosts, also when it is purged.
 func TestPackageInstalls(t *testing.T) {
 	if os.Getenv(inside) != "" {
@@ -439,8 +444,43 @@ func TestPackageInstalls(t *testing.T) {
 	hostdirtest.Must(t, os.MkdirAll(other, 0o755))
 	hostdirtest.Must(t, os.WriteFile(filepath.Join(other, "control"), []byte(
 		"Package: sniproxy\nVersion: 0.6.0\nArchitecture: all\nMaintainer: x <x@x.invalid>\nDescription: another\n"), 0o644))
-	hostdirtest.InSystemd(t, "..", inside+"=1",
+	hostdirtest.InSystemd(t, "..", inside+"=1", "-f", hostdirtest.Pebble(t, workspace)+":"+pebble,
 		"-f", first+":"+firstPackage+":644", "-f", repack("next")+":"+nextPackage+":644", "-f", repack("other")+":"+otherPackage+":644")
+}
+
+// startAuthority starts a CA that all services take for Let's Encrypt. The function that it returns tells
+// what clients must trust.
+func startAuthority(t *testing.T) func() *x509.CertPool {
+	t.Helper()
+	const addr, management = "127.0.0.1:14000", "127.0.0.1:15000"
+	dir := hostdirtest.Dir(t)
+	own := certificatePEM(t, dir, "localhost")
+	// The system trusts the certificate of the CA's own server, as it does Let's Encrypt's.
+	const system = "/etc/ssl/certs/ca-certificates.crt"
+	trusted, _ := os.ReadFile(system)
+	hostdirtest.Must(t, os.MkdirAll(filepath.Dir(system), 0o755))
+	hostdirtest.Must(t, os.WriteFile(system, append(trusted, own...), 0o644))
+	command(t, "systemctl", "set-environment", "ACME_DIRECTORY=https://localhost:14000/dir")
+	start(t, hostdirtest.PebbleCommand(t, pebble, dir, hostdirtest.NameServer(t, "127.0.0.1"), map[string]any{
+		"listenAddress": addr, "managementListenAddress": management, "tlsPort": 443, "httpPort": 1,
+	}))
+	hostdirtest.Await(t, "the CA", func() bool { return canConnect(addr) && canConnect(management) })
+	return func() *x509.CertPool {
+		t.Helper()
+		server := x509.NewCertPool()
+		server.AppendCertsFromPEM(own)
+		client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: server, ServerName: "localhost"}}}
+		answer, err := client.Get("https://" + management + "/roots/0")
+		hostdirtest.Must(t, err)
+		defer answer.Body.Close()
+		root, err := io.ReadAll(answer.Body)
+		hostdirtest.Must(t, err)
+		pool := x509.NewCertPool()
+		if !pool.AppendCertsFromPEM(root) {
+			t.Fatalf("the root of the CA is %q", root)
+		}
+		return pool
+	}
 }
 
 // dpkg runs dpkg, and returns what it printed.
@@ -512,15 +552,21 @@ func testPackageInstalls(t *testing.T) {
 	}
 	exchanges()
 
-	// A plain service with a certificate needs three commands.
-	const plain, plainUnit = "plain.example", "sniproxy-tls@plain.example.service"
-	service := startService(t)
-	shell(t, "/",
-		"mkdir -m 0711 /srv/sniproxy/"+plain,
-		"echo BACKEND=http://"+service+" >/etc/sniproxy-tls/"+plain)
-	roots := installCertificate(t, "/srv/sniproxy/"+plain, plain)
-	command(t, "chown", "sniproxy-tls", "/srv/sniproxy/"+plain+"/cert.pem", "/srv/sniproxy/"+plain+"/key.pem")
-	command(t, "systemctl", "enable", "--now", plainUnit)
+	// A plain service has HTTPS, with a certificate from a CA, after three commands.
+	const plain, plainUnit = "app.example", "sniproxy-tls@app.example.service"
+	startServiceOn(t, "127.0.0.1:8080")
+	authority := startAuthority(t)
+	text, _, _ := strings.Cut(fileText(t, "/usr/share/doc/"+packageName+"/examples/systemd/sniproxy-tls@.service"), "\n[Unit]\n")
+	commands := firsts(t, `(?m)^#     ([a-z].*)$`, text)
+	if len(commands) != 4 || commands[0] != "mkdir -p /etc/sniproxy-tls" {
+		t.Fatalf("the commands of sniproxy-tls@.service are %q", commands)
+	}
+	shell(t, "/", commands[1:]...) // the package has made that directory
+	hostdirtest.Await(t, "a certificate in the journal", func() bool {
+		out, err := exec.Command("journalctl", "--no-pager", "--output=cat", "--unit="+plainUnit).Output()
+		return err == nil && strings.Contains(string(out), plain+": ")
+	})
+	roots := authority()
 	awaitPage(t, plain, roots)
 	oldPlain := mainPID(t, plainUnit)
 

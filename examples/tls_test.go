@@ -2,15 +2,11 @@ package examples_test
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
 	"fmt"
 	"io"
-	"math/big"
 	"net"
 	"net/http"
 	"os"
@@ -21,7 +17,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"sniproxy/hostdir/hostdirtest"
 	"sniproxy/sni/snitest"
@@ -42,36 +37,40 @@ func TestSystemdTLS(t *testing.T) {
 // which become its owner's. It returns what a client must trust.
 func installCertificate(t *testing.T, dir, name string) *x509.CertPool {
 	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	hostdirtest.Must(t, err)
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(time.Now().UnixNano()), DNSNames: []string{name},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(certificatePEM(t, dir, name)) {
+		t.Fatal("there is no certificate")
 	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	return pool
+}
+
+// certificatePEM makes a certificate that signs itself, in cert.pem and key.pem in a directory, whose
+// owner they get. It returns the certificate.
+func certificatePEM(t *testing.T, dir, name string) []byte {
+	t.Helper()
+	cert := certificate(t, name)
+	key, err := x509.MarshalPKCS8PrivateKey(cert.PrivateKey)
 	hostdirtest.Must(t, err)
-	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
-	hostdirtest.Must(t, err)
+	chain := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Certificate[0]})
 	var owner syscall.Stat_t
 	hostdirtest.Must(t, syscall.Stat(dir, &owner))
-	for file, block := range map[string]*pem.Block{
-		"cert.pem": {Type: "CERTIFICATE", Bytes: der}, "key.pem": {Type: "PRIVATE KEY", Bytes: keyDER},
-	} {
+	for file, text := range map[string][]byte{"cert.pem": chain, "key.pem": pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})} {
 		path := filepath.Join(dir, file)
-		hostdirtest.Must(t, os.WriteFile(path, pem.EncodeToMemory(block), 0o600))
+		hostdirtest.Must(t, os.WriteFile(path, text, 0o600))
 		hostdirtest.Must(t, os.Chown(path, int(owner.Uid), int(owner.Gid)))
 	}
-	pool := x509.NewCertPool()
-	cert, err := x509.ParseCertificate(der)
-	hostdirtest.Must(t, err)
-	pool.AddCert(cert)
-	return pool
+	return chain
 }
 
 // startService starts a plain HTTP service that tells which client it has, and returns its address.
 func startService(t *testing.T) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	return startServiceOn(t, "127.0.0.1:0")
+}
+
+func startServiceOn(t *testing.T, addr string) string {
+	t.Helper()
+	l, err := net.Listen("tcp", addr)
 	hostdirtest.Must(t, err)
 	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprint(w, r.Host, " for ", r.Header.Get("X-Forwarded-For"))

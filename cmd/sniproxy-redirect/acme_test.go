@@ -8,8 +8,6 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
-	"encoding/binary"
-	"encoding/json"
 	"encoding/pem"
 	"fmt"
 	"io"
@@ -25,12 +23,9 @@ import (
 	"time"
 
 	"golang.org/x/crypto/acme"
-	"golang.org/x/net/dns/dnsmessage"
 
 	"sniproxy/hostdir/hostdirtest"
 )
-
-const pebbleModule = "github.com/letsencrypt/pebble/v2/cmd/pebble@v2.10.1"
 
 // Goal: a real CA issues a certificate by the challenge http-01: on port 80 it is sent to HTTPS, and
 // there the host's own server behind sniproxy, with whatever certificate it has, has the answer.
@@ -46,7 +41,7 @@ func TestACME(t *testing.T) {
 	}
 	https.Close()
 	dir := t.TempDir()
-	pebble := buildPebble(t, dir)
+	pebble := hostdirtest.Pebble(t, dir)
 
 	// The proxy and its host, whose server has a certificate of its own.
 	hosts := hostdirtest.Dir(t)
@@ -77,7 +72,7 @@ func TestACME(t *testing.T) {
 	// The redirect, and the CA.
 	l := hostdirtest.ListenTCP(t, "tcp4", net.JoinHostPort(ip, "0"))
 	startOn(t, l)
-	directory := startPebble(t, pebble, dir, l.Addr().(*net.TCPAddr).Port, serveDNS(t, ip))
+	directory := startPebble(t, pebble, dir, l.Addr().(*net.TCPAddr).Port, hostdirtest.NameServer(t, ip))
 
 	ctx, cancel := context.WithTimeout(context.Background(), 2*hostdirtest.Patience)
 	defer cancel()
@@ -125,18 +120,6 @@ func TestACME(t *testing.T) {
 	}
 }
 
-// buildPebble builds the CA in a directory, and returns its path.
-func buildPebble(t *testing.T, dir string) string {
-	t.Helper()
-	cmd := exec.Command(hostdirtest.Need(t, "go"), "install", pebbleModule)
-	cmd.Env = append(os.Environ(), "GOBIN="+dir, "GOFLAGS=")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Logf("go install %s: %v\n%s", pebbleModule, err, out)
-		hostdirtest.Missing(t, "pebble")
-	}
-	return filepath.Join(dir, "pebble")
-}
-
 // startPebble starts the CA, which validates on a port, and asks a DNS server for addresses. It
 // returns the URL of its directory once it answers. Its own certificate is cert.pem in dir.
 func startPebble(t *testing.T, pebble, dir string, port int, dns string) string {
@@ -146,16 +129,10 @@ func startPebble(t *testing.T, pebble, dir string, port int, dns string) string 
 	hostdirtest.Must(t, err)
 	addr := l.Addr().String()
 	l.Close()
-	settings, err := json.Marshal(map[string]any{"pebble": map[string]any{
-		"listenAddress": addr, "httpPort": port, "certificate": "cert.pem", "privateKey": "key.pem",
-	}})
-	hostdirtest.Must(t, err)
-	for name, b := range map[string][]byte{"cert.pem": certificate, "key.pem": key, "settings.json": settings} {
+	for name, b := range map[string][]byte{"cert.pem": certificate, "key.pem": key} {
 		hostdirtest.Must(t, os.WriteFile(filepath.Join(dir, name), b, 0o600))
 	}
-	cmd := exec.Command(pebble, "-config", "settings.json", "-dnsserver", dns)
-	cmd.Dir = dir
-	cmd.Env = append(os.Environ(), "PEBBLE_VA_NOSLEEP=1")
+	cmd := hostdirtest.PebbleCommand(t, pebble, dir, dns, map[string]any{"listenAddress": addr, "httpPort": port})
 	startWith(t, cmd, nil)
 	_, ca, _ := net.SplitHostPort(addr)
 	hostdirtest.Await(t, "the CA to listen", func() bool {
@@ -211,58 +188,4 @@ func selfSigned(t *testing.T, name string) (certificate, key []byte) {
 	hostdirtest.Must(t, err)
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}),
 		pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8})
-}
-
-// serveDNS answers that every name has one address, over TCP, and returns where.
-func serveDNS(t *testing.T, ip string) (addr string) {
-	t.Helper()
-	l, err := net.Listen("tcp4", "127.0.0.1:0")
-	hostdirtest.Must(t, err)
-	t.Cleanup(func() { l.Close() })
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				for answerDNS(c, ip) == nil {
-				}
-			}()
-		}
-	}()
-	return l.Addr().String()
-}
-
-// answerDNS answers one question.
-func answerDNS(c net.Conn, ip string) error {
-	var length uint16
-	if err := binary.Read(c, binary.BigEndian, &length); err != nil {
-		return err
-	}
-	b := make([]byte, length)
-	if _, err := io.ReadFull(c, b); err != nil {
-		return err
-	}
-	var m dnsmessage.Message
-	if err := m.Unpack(b); err != nil {
-		return err
-	}
-	m.Response, m.Additionals = true, nil
-	for _, q := range m.Questions {
-		if q.Type == dnsmessage.TypeA {
-			m.Answers = append(m.Answers, dnsmessage.Resource{
-				Header: dnsmessage.ResourceHeader{Name: q.Name, Class: q.Class, TTL: 60},
-				Body:   &dnsmessage.AResource{A: [4]byte(net.ParseIP(ip).To4())},
-			})
-		}
-	}
-	b, err := m.AppendPack(make([]byte, 2))
-	if err != nil {
-		return err
-	}
-	binary.BigEndian.PutUint16(b, uint16(len(b)-2))
-	_, err = c.Write(b)
-	return err
 }

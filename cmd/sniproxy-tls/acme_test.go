@@ -2,41 +2,21 @@ package main
 
 import (
 	"crypto/tls"
-	"encoding/binary"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
 	"golang.org/x/crypto/acme"
-	"golang.org/x/net/dns/dnsmessage"
 
 	"sniproxy/hostdir/hostdirtest"
 )
-
-// pebbleVersion is that of the ACME server of Let's Encrypt for tests. `.ci/run` fetches it.
-const pebbleVersion = "github.com/letsencrypt/pebble/v2/cmd/pebble@v2.10.1"
-
-var buildPebble = sync.OnceValues(func() (string, error) {
-	cmd := exec.Command("go", "install", pebbleVersion)
-	cmd.Dir = programs
-	cmd.Env = append(os.Environ(), "GOBIN="+programs, "GOFLAGS=", "GOWORK=off")
-	out, err := cmd.CombinedOutput()
-	if err != nil {
-		err = fmt.Errorf("%w: %s", err, out)
-	}
-	return filepath.Join(programs, "pebble"), err
-})
 
 // A pebble is an ACME server.
 type pebble struct {
@@ -50,11 +30,7 @@ type pebble struct {
 // newPebble starts an ACME server that finds the hosts of a site, which trusts its certificates.
 func newPebble(t testing.TB, s *site, lifetime time.Duration) *pebble {
 	t.Helper()
-	hostdirtest.Need(t, "go")
-	if _, err := buildPebble(); err != nil {
-		t.Log(err)
-		hostdirtest.Missing(t, "pebble")
-	}
+	hostdirtest.Pebble(t, programs)
 	p := &pebble{site: s, addr: freeAddr(t), dir: t.TempDir(), lifetime: lifetime}
 	p.start(t)
 	return p
@@ -63,20 +39,15 @@ func newPebble(t testing.TB, s *site, lifetime time.Duration) *pebble {
 func (p *pebble) start(t testing.TB) {
 	t.Helper()
 	cert, key := p.site.ca.issue(t, time.Hour, "127.0.0.1")
-	put(t, filepath.Join(p.dir, "cert"), cert)
-	put(t, filepath.Join(p.dir, "key"), key)
+	put(t, filepath.Join(p.dir, certFile), cert)
+	put(t, filepath.Join(p.dir, keyFile), key)
 	var port int
 	fmt.Sscan(portOf(p.site.addr), &port)
-	config, _ := json.Marshal(map[string]any{"pebble": map[string]any{
-		"listenAddress": p.addr, "managementListenAddress": "",
-		"certificate": filepath.Join(p.dir, "cert"), "privateKey": filepath.Join(p.dir, "key"),
-		"httpPort": 1, "tlsPort": port, "retryAfter": map[string]int{"authz": 1, "order": 1},
+	cmd := hostdirtest.PebbleCommand(t, hostdirtest.Pebble(t, programs), p.dir, hostdirtest.NameServer(t, "127.0.0.1"), map[string]any{
+		"listenAddress": p.addr, "httpPort": 1, "tlsPort": port, "retryAfter": map[string]int{"authz": 1, "order": 1},
 		"profiles": map[string]any{"default": map[string]any{"description": "short", "validityPeriod": int(p.lifetime / time.Second)}},
-	}})
-	put(t, filepath.Join(p.dir, "config"), config)
-	path, _ := buildPebble()
-	cmd := exec.Command(path, "-config", filepath.Join(p.dir, "config"), "-dnsserver", nameServer(t))
-	cmd.Env = append(os.Environ(), "PEBBLE_VA_NOSLEEP=1", "PEBBLE_WFE_NONCEREJECT=20", "PEBBLE_AUTHZREUSE=0")
+	})
+	cmd.Env = append(cmd.Env, "PEBBLE_WFE_NONCEREJECT=20", "PEBBLE_AUTHZREUSE=0")
 	p.process = launch(t, cmd)
 	awaitListener(t, "tcp", p.addr)
 }
@@ -113,36 +84,6 @@ func (s *site) serial(host string) string {
 		return ""
 	}
 	return leaf.SerialNumber.String()
-}
-
-// nameServer starts a name server, for TCP, for which every name is 127.0.0.1, and returns its address.
-func nameServer(t testing.TB) string {
-	t.Helper()
-	return listen(t, func(c net.Conn) {
-		for {
-			var length uint16
-			if binary.Read(c, binary.BigEndian, &length) != nil {
-				return
-			}
-			b := make([]byte, length)
-			var m dnsmessage.Message
-			if _, err := io.ReadFull(c, b); err != nil || m.Unpack(b) != nil || len(m.Questions) != 1 {
-				return
-			}
-			m.Response, m.Additionals = true, nil
-			if q := m.Questions[0]; q.Type == dnsmessage.TypeA {
-				m.Answers = []dnsmessage.Resource{{
-					Header: dnsmessage.ResourceHeader{Name: q.Name, Class: q.Class, TTL: 1},
-					Body:   &dnsmessage.AResource{A: [4]byte{127, 0, 0, 1}},
-				}}
-			}
-			answer, err := m.Pack()
-			if err != nil {
-				return
-			}
-			c.Write(append(binary.BigEndian.AppendUint16(nil, uint16(len(answer))), answer...))
-		}
-	})
 }
 
 // Goal: each NAME gets a certificate from a real ACME server, whose validation comes through the proxy. The
