@@ -384,6 +384,11 @@ const documents = "/usr/share/doc/sniproxy/"
 // Goal: under a real systemd the recipes with units do what they say.
 func TestSystemdRecipes(t *testing.T) {
 	if os.Getenv(inside) != "" {
+		t.Run("verify", func(t *testing.T) {
+			for _, begin := range []string{"sniproxy-to", "sniproxy-socat", "sniproxy-accept", "one.example"} {
+				verifyUnits(t, "--system", "/etc/systemd/system/"+begin)
+			}
+		})
 		t.Run("accept", testUnitsAccept)
 		t.Run("forward", testUnitsForward)
 		t.Run("socat", testUnitsSocat)

@@ -507,7 +507,6 @@ func testPackageInstalls(t *testing.T) {
 		if filepath.Dir(file) == "/usr/lib/systemd/system" {
 			// Of a template, an instance.
 			units = append(units, strings.Replace(filepath.Base(file), "@.", "@test.example.", 1))
-			command(t, "systemd-analyze", "verify", "--man=no", file)
 		}
 		if filepath.Dir(file) == filepath.Dir(packaged) {
 			if out := command(t, file, "-h"); !strings.Contains(out, "This is version v"+version+",") {
@@ -525,6 +524,8 @@ func testPackageInstalls(t *testing.T) {
 			t.Errorf("%s is %s after the installation", unit, state)
 		}
 	}
+	verifyUnits(t, "--system", "/usr/lib/systemd/system/sniproxy")
+	verifyUnits(t, "--user", "/usr/lib/systemd/user/sniproxy")
 	hosts := func(want string) {
 		t.Helper()
 		if got := command(t, "stat", "--format=%a %U %G", "/srv/sniproxy"); got != want {

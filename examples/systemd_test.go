@@ -30,6 +30,7 @@ const inside = "SNIPROXY_TEST_INSIDE"
 // this test again inside. It is looked for beside this project, and is no part of it.
 func TestSystemd(t *testing.T) {
 	if os.Getenv(inside) != "" {
+		t.Run("verify", testUnitsVerify)
 		t.Run("start and stop", testUnitsStartAndStop)
 		t.Run("restart", testUnitsRestart)
 		t.Run("upgrade", testUnitsUpgrade)
@@ -52,6 +53,7 @@ func installed(t *testing.T) (args []string) {
 		daemon(t):                             binary + ":755",
 		build(t, "sniproxy-check"):            binary + "-check:755",
 		build(t, "sniproxy-tls"):              binary + "-tls:755",
+		build(t, "sniproxy-redirect"):         binary + "-redirect:755",
 		units + "/several/socket.conf":        severalDir + "socket.conf:644",
 		units + "/several/service.conf":       severalDir + "service.conf:644",
 		units + "/user/sniproxy-tls@.service": userUnits + "sniproxy-tls@.service:644",
@@ -104,6 +106,33 @@ func property(t *testing.T, unit, name string) string {
 func awaitProperty(t *testing.T, unit, name, value string) {
 	t.Helper()
 	hostdirtest.Await(t, unit+" with "+name+"="+value, func() bool { return property(t, unit, name) == value })
+}
+
+// verifyUnits has systemd find fault with the unit files whose paths begin so, for --system or --user.
+func verifyUnits(t *testing.T, manager, prefix string) {
+	t.Helper()
+	var units []string
+	for _, kind := range []string{"service", "socket", "timer"} {
+		found, err := filepath.Glob(prefix + "*." + kind)
+		hostdirtest.Must(t, err)
+		units = append(units, found...)
+	}
+	if len(units) == 0 {
+		t.Errorf("there are no units %s*", prefix)
+	}
+	for _, unit := range units {
+		cmd := exec.Command("systemd-analyze", manager, "verify", "--man=no", unit)
+		cmd.Env = append(os.Environ(), "XDG_RUNTIME_DIR=/run", "HOME=/root")
+		if out, err := cmd.CombinedOutput(); err != nil || strings.Contains(string(out), filepath.Base(unit)) {
+			t.Errorf("%s: %v\n%s", cmd, err, out)
+		}
+	}
+}
+
+// Goal: systemd finds no fault with any unit file, also those for users.
+func testUnitsVerify(t *testing.T) {
+	verifyUnits(t, "--system", "/etc/systemd/system/sniproxy")
+	verifyUnits(t, "--user", userUnits)
 }
 
 // startUnits makes a host and starts the socket. It returns the host's hello.
