@@ -120,6 +120,17 @@ func uidOf(t *testing.T, pid int) string {
 	return strconv.Itoa(int(stat.Uid))
 }
 
+// environment returns a variable in the environment of a process.
+func environment(t *testing.T, pid int, name string) string {
+	t.Helper()
+	for setting := range strings.SplitSeq(fileText(t, fmt.Sprintf("/proc/%d/environ", pid)), "\x00") {
+		if value, ok := strings.CutPrefix(setting, name+"="); ok {
+			return value
+		}
+	}
+	return ""
+}
+
 // expectRestarts restarts what serves a host, again and again, while clients come. None may be lost.
 func expectRestarts(t *testing.T, name string, roots *x509.CertPool, restart func()) {
 	t.Helper()
@@ -157,6 +168,15 @@ func testUnitsTLS(t *testing.T) {
 	awaitPage(t, name, roots)
 	if got := command(t, "stat", "-c", "%U %G %a", dir+"/tls-socket"); got != "root sniproxy 660" {
 		t.Errorf("the socket is %s", got)
+	}
+	// The program's own limit is below the kernel's.
+	var limit, most int64
+	if _, err := fmt.Sscanf(environment(t, mainPID(t, unit), "GOMEMLIMIT"), "%dMiB", &limit); err != nil {
+		t.Errorf("GOMEMLIMIT: %v", err)
+	}
+	fmt.Sscan(property(t, unit, "MemoryMax"), &most)
+	if limit <= 0 || limit<<20 >= most {
+		t.Errorf("GOMEMLIMIT is %d MiB, and MemoryMax %d bytes", limit, most)
 	}
 	account, err := user.Lookup("sniproxy-tls")
 	hostdirtest.Must(t, err)
