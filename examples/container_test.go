@@ -1,6 +1,7 @@
 package examples_test
 
 import (
+	"encoding/json"
 	"fmt"
 	"net"
 	"os"
@@ -339,5 +340,95 @@ func TestContainersCompose(t *testing.T) {
 	run("down")
 	if canConnect(s.addr) {
 		t.Error("the proxy runs after the stop")
+	}
+}
+
+// quadlets are the versions of Quadlet, which makes units of the files for Podman, that they are for: the
+// first, and a later one. `.ci/run` fetches them, since Debian's Podman has none.
+var quadlets = map[string]string{"v4.4.4": "github.com/containers/podman/v4", "v5.4.2": "github.com/containers/podman/v5"}
+
+// quadlet builds a version of Quadlet, and returns its path.
+func quadlet(t *testing.T, version string) string {
+	t.Helper()
+	tool, dir := hostdirtest.Need(t, "go"), hostdirtest.Dir(t)
+	download := exec.Command(tool, "mod", "download", "-json", quadlets[version]+"@"+version)
+	download.Dir = dir
+	out, err := download.Output()
+	var module struct{ Dir string }
+	if err == nil {
+		err = json.Unmarshal(out, &module)
+	}
+	path := filepath.Join(dir, "quadlet")
+	if err == nil {
+		build := exec.Command(tool, "build", "-mod=readonly", "-o", path, "./cmd/quadlet")
+		build.Dir = module.Dir
+		build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=", "GOWORK=off", "PWD="+module.Dir)
+		out, err = build.CombinedOutput()
+	}
+	if err != nil {
+		t.Logf("%v\n%s", err, out)
+		hostdirtest.Missing(t, "quadlet "+version)
+	}
+	return path
+}
+
+// Goal: Quadlet makes units of the files for Podman, for the system and for users, in which systemd finds no
+// fault; and these run the containers as the other tests do.
+func TestQuadlet(t *testing.T) {
+	t.Parallel()
+	hostdirtest.Need(t, "podman")
+	hostdirtest.Need(t, "systemd-analyze")
+	for version := range quadlets {
+		t.Run(version, func(t *testing.T) {
+			t.Parallel()
+			program := quadlet(t, version)
+			files, err := filepath.Glob("container/*.container")
+			hostdirtest.Must(t, err)
+			from := hostdirtest.Dir(t)
+			for _, file := range files {
+				example(t, file, from)
+			}
+			for _, manager := range []string{"--system", "--user"} {
+				to := hostdirtest.Dir(t)
+				example(t, "systemd/sniproxy.socket", to)
+				args := []string{"-no-kmsg-log", "-v", to}
+				if manager == "--user" {
+					args = append([]string{"-user"}, args...)
+				}
+				cmd := exec.Command(program, args...)
+				cmd.Env = append(os.Environ(), "QUADLET_UNIT_DIRS="+from)
+				if out, err := cmd.CombinedOutput(); err != nil {
+					t.Errorf("%s: %v\n%s", cmd, err, out)
+				}
+				verifyUnits(t, manager, to+"/")
+				for _, file := range files {
+					name := strings.TrimSuffix(filepath.Base(file), ".container")
+					expectRun(t, fileText(t, filepath.Join(to, name+".service")), (&engine{t: t}).arguments(file, "systemd-%N"))
+				}
+			}
+		})
+	}
+}
+
+// expectRun fails the test unless the unit has Podman run a container with these arguments, and others that
+// Quadlet always gives it.
+func expectRun(t *testing.T, unit string, args []string) {
+	t.Helper()
+	run := firsts(t, `(?m)^ExecStart=/usr/bin/podman (run .*)$`, unit)[0]
+	// Versions differ in how they write options.
+	run = strings.NewReplacer(" --network ", " --network=", " --cap-drop ", " --cap-drop=", " --name ", " --name=", " -v ", " --volume=").Replace(run)
+	got := strings.Fields(run)
+	for _, arg := range args {
+		if i := slices.Index(got, arg); i >= 0 {
+			got = slices.Delete(got, i, i+1)
+		} else if !slices.Contains(confined, arg) {
+			t.Errorf("%s is not in %q", arg, run)
+		}
+	}
+	always := []string{"--cidfile=%t/%N.cid", "--replace", "--log-driver", "passthrough", "--cgroups=split", "--sdnotify=conmon", "-d", "--read-only-tmpfs=false"}
+	for _, arg := range got {
+		if !slices.Contains(always, arg) {
+			t.Errorf("%s in %q is in no test", arg, run)
+		}
 	}
 }

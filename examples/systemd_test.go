@@ -122,7 +122,8 @@ func verifyUnits(t *testing.T, manager, prefix string) {
 	}
 	for _, unit := range units {
 		cmd := exec.Command("systemd-analyze", manager, "verify", "--man=no", unit)
-		cmd.Env = append(os.Environ(), "XDG_RUNTIME_DIR=/run", "HOME=/root")
+		// Units beside it come before those of the system.
+		cmd.Env = append(os.Environ(), "XDG_RUNTIME_DIR=/run", "HOME=/root", "SYSTEMD_UNIT_PATH="+filepath.Dir(unit)+":")
 		if out, err := cmd.CombinedOutput(); err != nil || strings.Contains(string(out), filepath.Base(unit)) {
 			t.Errorf("%s: %v\n%s", cmd, err, out)
 		}
