@@ -12,6 +12,8 @@
 //	}
 //	log.Fatal(http.ServeTLS(l, handler, "cert.pem", "key.pem"))
 //
+// If systemd makes the socket, [FileListener] takes that, and clients wait while the program restarts.
+//
 // The connections are TCP connections whose first bytes, the beginning of a ClientHello, the proxy
 // has read already. [Conn] gives them back.
 //
