@@ -1,16 +1,17 @@
-// Command sniproxy-ech makes a key for Encrypted Client Hello, with which clients hide from the network
-// which host of a sniproxy they ask for.
+// Command sniproxy-ech makes a key for Encrypted Client Hello, with which clients hide from the
+// network which host of a sniproxy they ask for.
 //
 //	sniproxy-ech PUBLIC-NAME >FILE
 //
-// It prints the key file on standard output: RFC 9934, in PEM. On standard error it prints the record
-// that tells clients the public half, for the DNS:
+// It prints the key file on standard output: RFC 9934, in PEM. On standard error it prints the
+// record that tells clients the public half, for the DNS:
 //
 //	; For each host whose name is to be hidden, in place of NAME:
 //	NAME. 300 IN HTTPS 1 . alpn="h2,http/1.1" ech=AEX+DQBB…
 //
-// PUBLIC-NAME is the name that the network sees in place of the hidden ones. It may be Unicode, which
-// is encoded as sniproxy-hostname does it. What clients would not take for a public name is refused.
+// PUBLIC-NAME is the name that the network sees in place of the hidden ones. It may be Unicode,
+// which is encoded as sniproxy-hostname does it. What clients would not take for a public name is
+// refused.
 //
 // It does not print the private key on a terminal: there people see it, and it stays in what the
 // terminal has recorded.

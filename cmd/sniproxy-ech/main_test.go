@@ -71,7 +71,8 @@ func TestKey(t *testing.T) {
 	}
 }
 
-// Goal: with the private key of the file a server of crypto/tls accepts a client that has the record.
+// Goal: with the private key of the file a server of crypto/tls accepts a client that has the
+// record.
 func TestHandshake(t *testing.T) {
 	file, list := makeKey(t, "public.example")
 	block, _ := pem.Decode(file)
@@ -130,8 +131,8 @@ func TestManualCommand(t *testing.T) {
 
 func hexOf(b []byte) string { return new(big.Int).SetBytes(append([]byte{1}, b...)).Text(16)[1:] }
 
-// Goal: what clients would not take for a public name is refused: exit status 1, no key, and one line
-// with the reason.
+// Goal: what clients would not take for a public name is refused: exit status 1, no key, and one
+// line with the reason.
 func TestRefused(t *testing.T) {
 	for name, reason := range map[string]string{
 		"":              "empty",
@@ -166,8 +167,8 @@ func TestUsage(t *testing.T) {
 	}
 }
 
-// Goal: if the key cannot be written there is no record either, which would stand for nothing; and the
-// exit status is 1.
+// Goal: if the key cannot be written there is no record either, which would stand for nothing; and
+// the exit status is 1.
 func TestOutputLost(t *testing.T) {
 	r, w, err := os.Pipe()
 	hostdirtest.Must(t, err)
