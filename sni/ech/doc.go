@@ -15,6 +15,6 @@
 // what may be a second hello. All else passes unchanged, both ways. Once the answer is known to be
 // another one, or the second hello is opened, the Session is over, and all bytes pass.
 //
-// What a Session holds is bounded by [sni.MaxHello]. It opens each hello once. No hello grows by more
-// than the extensions that it refers to, each of which it may refer to once.
+// What a Session holds is bounded by [sni.MaxHello], and it opens each hello once. An inner hello is
+// shorter than the outer one.
 package ech

@@ -77,6 +77,9 @@ func (s *Scanner) End(b []byte) (end int, err error) {
 		if s.header[0] != clientHello {
 			return 0, notClientHello
 		}
+		if s.next > sni.MaxHello {
+			return 0, tooLong
+		}
 		if s.size >= messageHeader && s.size >= s.messageSize() {
 			return s.next, nil
 		}
@@ -263,7 +266,6 @@ var (
 	wrongOuter    = illegal("ech_outer_extensions names an extension that the outer client hello does not have, or not in that order")
 	outerECH      = illegal("ech_outer_extensions names encrypted_client_hello")
 	twoExtensions = illegal("inner client hello has two extensions of one type")
-	largeInner    = illegal("inner client hello has extensions of more than 64 KiB")
 	notInner      = illegal("inner client hello has no encrypted_client_hello extension of type inner")
 	oldVersion    = illegal("inner client hello offers a version below TLS 1.3")
 )
@@ -337,16 +339,15 @@ func (h *outer) decode(encoded []byte) ([]byte, error) {
 			return nil, err
 		}
 	}
-	size := len(msg) - start - 2
 	switch {
-	case size > 1<<16-1:
-		return nil, largeInner
 	case !bytes.Equal(ech, []byte{1}): // type inner, and nothing more
 		return nil, notInner
 	case !newVersions(versions):
 		return nil, oldVersion
 	}
-	binary.BigEndian.PutUint16(msg[start:], uint16(size))
+	// What the encoding holds, and what it refers to, are parts of the outer hello, each only once: so
+	// the inner one is shorter, and every length fits.
+	binary.BigEndian.PutUint16(msg[start:], uint16(len(msg)-start-2))
 	binary.BigEndian.PutUint32(msg, uint32(len(msg)-messageHeader))
 	msg[0] = clientHello
 	return msg, nil
