@@ -182,3 +182,36 @@ func TestOutputLost(t *testing.T) {
 		t.Errorf("exit status %d, stderr %q; want 1 and one line about the write", status, stderr.String())
 	}
 }
+
+// Goal: with the commands in the manual page for administrators sniproxy gets a key that it can read,
+// and that nobody else can: sniproxy-check has nothing to say about it.
+func TestManualRecipe(t *testing.T) {
+	hostdirtest.NeedRoot(t)
+	page, err := os.ReadFile("sniproxy-ech.7")
+	hostdirtest.Must(t, err)
+	_, section, _ := strings.Cut(string(page), "\n.Sh EXAMPLES\n")
+	_, section, _ = strings.Cut(section, "\n.Bd -literal -offset indent\n")
+	recipe, _, _ := strings.Cut(section, "\n.Ed\n")
+	const group = "65534"
+	recipe = strings.NewReplacer("\n# ", "\n", "chgrp sniproxy", "chgrp "+group).Replace("\n" + recipe)
+
+	programs, hosts := hostdirtest.Dir(t), hostdirtest.Dir(t)
+	hostdirtest.Program(t, programs, "sniproxy-ech")
+	check := hostdirtest.Program(t, programs, "sniproxy-check")
+	// The hosts directory of the README: its group may make hosts.
+	hostdirtest.Must(t, os.Chmod(hosts, 0o775|os.ModeSticky))
+	cmd := exec.Command("sh", "-e", "-c", "umask 022\n"+recipe)
+	cmd.Dir = hosts
+	cmd.Env = append(os.Environ(), "PATH="+programs+":"+os.Getenv("PATH"))
+	if out, messages, status := hostdirtest.Run(t, cmd); status != 0 || out != "" || !strings.Contains(messages, " ech=") {
+		t.Fatalf("%s: exit status %d, stdout %q, stderr %q", recipe, status, out, messages)
+	}
+	keys, err := filepath.Glob(filepath.Join(hosts, ".ech/*"))
+	if err != nil || len(keys) != 1 {
+		t.Errorf("there are %q, error %v; want one file", keys, err)
+	}
+	want := "sniproxy-check: there are no hosts in " + hosts + "\n"
+	if out, messages, status := hostdirtest.Run(t, exec.Command(check, "-u", "65534:"+group, hosts)); status != 0 || out != "" || messages != want {
+		t.Errorf("sniproxy-check: exit status %d, stdout %q, stderr %q, want %q", status, out, messages, want)
+	}
+}
