@@ -41,8 +41,6 @@ var signatures = [...]struct {
 const (
 	anyByte = "\xff"
 	highBit = "\x80" // a byte of 0x80 and above
-
-	longestSignature = 12
 )
 
 // readForeign reads what cannot be TLS until it is clear what else it is.

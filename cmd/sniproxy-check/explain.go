@@ -231,9 +231,9 @@ func chown(hosts *hostdir.Hosts, path string) string {
 		return "it cannot be told whose it is"
 	}
 	if dir.Uid == 0 || hosts.Overflow(dir.Uid) {
-		return fmt.Sprintf("it is that of uid %d, chown -h it to root", st.Uid)
+		return fmt.Sprintf("it belongs to uid %d, chown -h it to root", st.Uid)
 	}
-	return fmt.Sprintf("it is that of uid %d, chown -h it to root or to uid %d, who has the hosts directory", st.Uid, dir.Uid)
+	return fmt.Sprintf("it belongs to uid %d, chown -h it to root or to uid %d, who has the hosts directory", st.Uid, dir.Uid)
 }
 
 // walk follows a path as the kernel does for the user, and returns where it cannot go on, and why.
@@ -319,7 +319,7 @@ func errno(err error) error {
 func kind(path string) string {
 	info, err := os.Stat(path)
 	if err != nil {
-		return err.Error()
+		return errno(err).Error() // what surrounds it has the name in it
 	}
 	return kindOf(info)
 }

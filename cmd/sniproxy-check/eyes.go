@@ -80,6 +80,7 @@ func findEyes(asked, dir string) (all []eyes, remarks []string, err error) {
 		}
 	}
 	if len(all) > watchersMost {
+		slices.SortStableFunc(all, func(a, b eyes) int { return rank(&a) - rank(&b) })
 		remarks = append(remarks, fmt.Sprintf("%d users run a sniproxy in this directory; these answers are for %d of them, and -u asks for another", len(all), watchersMost))
 		all = all[:watchersMost]
 	}
@@ -92,6 +93,16 @@ func findEyes(asked, dir string) (all []eyes, remarks []string, err error) {
 	}
 	remarks = append(remarks, fmt.Sprintf("no sniproxy is seen to run in this directory, and there is no user %s: these answers are for %v, who asks; -u USER asks for another", proxyUser, &self))
 	return []eyes{self}, remarks, nil
+}
+
+// rank is low for a user who is likely to run the sniproxy that serves the clients.
+func rank(e *eyes) int {
+	if proxy, err := lookUpUser(proxyUser); err == nil && e.uid == proxy.uid {
+		return 0
+	} else if e.uid == 0 {
+		return 1
+	}
+	return 2
 }
 
 // orOwn returns the eyes of the process if they are of the same user.

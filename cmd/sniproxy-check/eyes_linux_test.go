@@ -226,12 +226,48 @@ func TestEyesOfMany(t *testing.T) {
 	hostdirtest.NeedRoot(t)
 	t.Parallel()
 	hosts := hostdirtest.Dir(t)
-	for i := range uint32(watchersMost + 2) {
+	for i := range uint32(watchersMost + 1) {
 		runProxy(t, hosts, 2000+i, syscall.SysProcAttr{})
 	}
+	runProxy(t, hosts, 0, syscall.SysProcAttr{})
 	stdout, stderr, status := checkFor(t, user{0}, "", hosts, "one.example")
-	if strings.Count(stdout, "For uid ") != watchersMost || strings.Count(stdout, "\none.example: no directory: ") != watchersMost || status != 1 ||
+	if strings.Count(stdout, "For uid ") != watchersMost || !strings.HasPrefix(stdout, "For uid 0, ") || strings.Count(stdout, "\none.example: no directory: ") != watchersMost || status != 1 ||
 		!strings.HasPrefix(stderr, "sniproxy-check: 6 users run a sniproxy in this directory; these answers are for 4 of them, ") {
+		t.Errorf("stdout %q, stderr %q, exit status %d", stdout, stderr, status)
+	}
+}
+
+// Goal: who starts a program of root's under the name sniproxy does not make root answer for root.
+func TestEyesImpostors(t *testing.T) {
+	hostdirtest.NeedRoot(t)
+	t.Parallel()
+	sleep := hostdirtest.Need(t, "sleep")
+	hosts, dir := hostdirtest.Dir(t), hostdirtest.Dir(t)
+	good(t)(filepath.Join(hosts, entryOf("one.example")))
+	program, err := os.ReadFile(sleep)
+	must(t, err)
+	for name, uid := range map[string]uint32{"symlink": 0, "set-user-ID": aliceUID} {
+		path := filepath.Join(dir, name, "sniproxy")
+		must(t, os.Mkdir(filepath.Dir(path), 0o755))
+		if uid == 0 {
+			must(t, os.Symlink(sleep, path)) // as if it were sudo
+		} else {
+			must(t, os.WriteFile(path, program, 0o755))
+			must(t, os.Chmod(path, 0o755|os.ModeSetuid))
+		}
+		cmd := exec.Command(path, "1000")
+		cmd.Dir, cmd.SysProcAttr = hosts, &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
+		must(t, cmd.Start())
+		t.Cleanup(func() {
+			cmd.Process.Kill()
+			cmd.Wait()
+		})
+	}
+	runProxy(t, hosts, proxyUID, syscall.SysProcAttr{})
+	stdout, stderr, status := checkFor(t, user{0}, "", hosts, "one.example")
+	if stdout != "one.example: ok\n" || status != 0 || strings.Count(stderr, "\n") != 2 ||
+		!strings.Contains(stderr, ": it runs a set-user-ID program, which is no sniproxy\n") ||
+		!strings.Contains(stderr, " is called sniproxy, but runs another program as root: it does not count\n") {
 		t.Errorf("stdout %q, stderr %q, exit status %d", stdout, stderr, status)
 	}
 }

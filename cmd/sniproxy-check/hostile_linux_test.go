@@ -169,7 +169,7 @@ func TestUserNamespace(t *testing.T) {
 	cmd.Wait()
 	const want = "one.example: ok; it cannot be told whose it is (uid 65534), and it shares its limits with all such entries\n" +
 		"a.theirs.example: no directory, and the wildcard for it belongs neither to root nor to the owner of the hosts directory: " +
-		"it is that of uid 65534, chown -h it to root\n" +
+		"it belongs to uid 65534, chown -h it to root\n" +
 		"a.ours.example: ok, served by *.ours.example\n"
 	if stdout.String() != want || strings.Count(stderr.String(), "\n") != 1 ||
 		!strings.HasPrefix(stderr.String(), "sniproxy-check: the hosts directory belongs to uid 65534, which in a user namespace stands for all users unknown to it: ") {

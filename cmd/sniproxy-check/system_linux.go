@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -47,6 +48,11 @@ func runningEyes(dir string) (all []eyes, remarks []string) {
 		e, err := parseStatus(string(status))
 		if err != nil {
 			remarks = append(remarks, fmt.Sprintf("process %s: %v", pid, err))
+			continue
+		}
+		// Such a program may have become root altogether, as sudo does.
+		if exe, err := os.Readlink(proc + "/exe"); e.uid == 0 && (err != nil || !strings.HasPrefix(filepath.Base(exe), "sniproxy")) {
+			remarks = append(remarks, fmt.Sprintf("process %s is called sniproxy, but runs another program as root: it does not count", pid))
 			continue
 		}
 		e.why = "as process " + pid + " runs"
@@ -97,6 +103,10 @@ func parseStatus(status string) (eyes, error) {
 		return all
 	}
 	uids, gids := numbers("Uid"), numbers("Gid")
+	// Whoever starts a set-user-ID program chooses its name and its working directory.
+	if len(uids) == 4 && len(gids) == 4 && (slices.Min(uids) != slices.Max(uids) || slices.Min(gids) != slices.Max(gids)) {
+		return eyes{}, fmt.Errorf("it runs a set-user-ID program, which is no sniproxy")
+	}
 	if len(uids) != 4 || len(gids) != 4 {
 		return eyes{}, fmt.Errorf("its status does not say which user it runs as")
 	}

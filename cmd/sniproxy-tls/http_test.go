@@ -18,6 +18,9 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
+
 	"sniproxy/hostdir/hostdirtest"
 )
 
@@ -356,6 +359,8 @@ func TestMisdirected(t *testing.T) {
 		{"GET / HTTP/1.1\r\nHost: one.example..\r\n\r\n", "421 "},
 		{"GET / HTTP/1.1\r\nHost: [::1]:443\r\n\r\n", "421 "},
 		{"GET / HTTP/1.1\r\nHost:\r\n\r\n", "421 "},
+		{"GET / HTTP/1.1\r\nHost: :80\r\n\r\n", "421 "},
+		{"GET / HTTP/1.0\r\nHost: :80\r\n\r\n", "421 "},
 		{"GET / HTTP/1.1\r\n\r\n", "400 "},
 		{"POST / HTTP/1.1\r\nHost: one.example\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n", "400 "},
 		{"CONNECT one.example:443 HTTP/1.1\r\nHost: one.example:443\r\n\r\n", "405 "},
@@ -380,6 +385,53 @@ func TestMisdirected(t *testing.T) {
 	answer, err := s.client(t, true).Do(q)
 	if err != nil || answer.StatusCode != 421 || answer.ProtoMajor != 2 {
 		t.Errorf("%v, %v", answer, err)
+	}
+}
+
+// Goal: no client adds to the request line that the service gets. HTTP/2 allows a space in a path.
+func TestSpaceInPath(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	s.install(t, "one.example", "one.example")
+	s.serve(t, "one.example", "http://"+listen(t, func(c net.Conn) {
+		line, _ := bufio.NewReader(c).ReadString('\n')
+		fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\nLine: %s\r\n\r\n", strings.TrimSpace(line))
+	}))
+	config := s.config("one.example")
+	config.NextProtos = []string{"h2"}
+	c := s.dial(t, config)
+	io.WriteString(c, http2.ClientPreface)
+	f := http2.NewFramer(c, c)
+	f.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
+	hostdirtest.Must(t, f.WriteSettings())
+	for i, path := range []string{"/a", "/a HTTP/1.1", "/?a b", "/a%20b"} {
+		var block bytes.Buffer
+		e := hpack.NewEncoder(&block)
+		for _, field := range [][2]string{{":method", "GET"}, {":scheme", "https"}, {":authority", "one.example"}, {":path", path}} {
+			hostdirtest.Must(t, e.WriteField(hpack.HeaderField{Name: field[0], Value: field[1]}))
+		}
+		hostdirtest.Must(t, f.WriteHeaders(http2.HeadersFrameParam{StreamID: uint32(2*i + 1), BlockFragment: block.Bytes(), EndStream: true, EndHeaders: true}))
+		var answer *http2.MetaHeadersFrame
+		for answer == nil {
+			frame, err := f.ReadFrame()
+			hostdirtest.Must(t, err)
+			if m, ok := frame.(*http2.MetaHeadersFrame); ok && m.StreamID == uint32(2*i+1) {
+				answer = m
+			}
+		}
+		got := answer.PseudoValue("status")
+		for _, field := range answer.RegularFields() {
+			if field.Name == "line" {
+				got += " " + field.Value
+			}
+		}
+		want := "200 GET " + path + " HTTP/1.1"
+		if strings.Contains(path, " ") {
+			want = "400"
+		}
+		if got != want {
+			t.Errorf("%q: %q, want %q", path, got, want)
+		}
 	}
 }
 

@@ -41,6 +41,10 @@ const (
 	// of all.
 	streamsMost = 100
 
+	// bodyMost is how many bytes of the bodies of requests by HTTP/2 wait for the service, for each
+	// connection. Go's own limit is 1 MiB: a few hundred clients could fill the memory.
+	bodyMost = 256 << 10
+
 	// continueTimeout is how long a service has to answer "Expect: 100-continue".
 	continueTimeout = time.Second
 )
@@ -92,7 +96,11 @@ func newProxy(n names, s *service, c *clients) *proxy {
 		ErrorLog:                     log.New(panics{}, "", 0),
 		Protocols:                    protocols,
 		ConnState:                    p.note,
-		HTTP2:                        &http.HTTP2Config{MaxConcurrentStreams: min(streamsMost, c.most/8+1)},
+		HTTP2: &http.HTTP2Config{
+			MaxConcurrentStreams:          min(streamsMost, c.most/8+1),
+			MaxReceiveBufferPerConnection: bodyMost,
+			MaxReceiveBufferPerStream:     bodyMost,
+		},
 	}
 	return p
 }
@@ -132,8 +140,14 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Connection", "close") // for HTTP/2 it is GOAWAY
 	}
 	// HTTP/1.0 knows no Host.
-	if _, ok := p.names.find(withoutPort(r.Host)); !ok || r.Host == "" && r.ProtoAtLeast(1, 1) {
+	host := withoutPort(r.Host)
+	if _, ok := p.names.find(host); !ok || host == "" && (r.Host != "" || r.ProtoAtLeast(1, 1)) {
 		http.Error(w, "421 Misdirected Request: this host is not served here", http.StatusMisdirectedRequest)
+		return
+	}
+	// HTTP/2 allows a space in a URI, where it would end in a request line.
+	if strings.Contains(r.RequestURI, " ") {
+		http.Error(w, "400 Bad Request: a space in the URI", http.StatusBadRequest)
 		return
 	}
 	if r.Method == http.MethodConnect {

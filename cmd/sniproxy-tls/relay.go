@@ -84,7 +84,17 @@ func header(c *client, state tls.ConnectionState) []byte {
 	}
 	// What a client asked for has been found to be a host. Without a name there is no such field.
 	authority, _ := sni.AppendCanonical(nil, []byte(state.ServerName))
-	return proxyproto.AppendV2TLS(nil, addrPort(c.RemoteAddr()), addrPort(c.LocalAddr()), authority, t)
+	client, listener := addrPort(c.RemoteAddr()), addrPort(c.LocalAddr())
+	// A client of a balancer may have another address family than the balancer's connection, and a
+	// header has one family. Without this it would name neither.
+	if is4 := client.Addr().Unmap().Is4(); is4 != listener.Addr().Unmap().Is4() {
+		any := netip.IPv6Unspecified()
+		if is4 {
+			any = netip.IPv4Unspecified()
+		}
+		listener = netip.AddrPortFrom(any, listener.Port())
+	}
+	return proxyproto.AppendV2TLS(nil, client, listener, authority, t)
 }
 
 func addrPort(a net.Addr) netip.AddrPort {

@@ -8,6 +8,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -19,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sniproxy/hostdir/hostdirtest"
+	"sniproxy/proxyproto"
 )
 
 // Goal: bytes go both ways unchanged, over TCP and Unix sockets, by TLS 1.2 and 1.3, and the end of one
@@ -235,6 +237,33 @@ frontend site
 	want := fmt.Sprintf("127.0.0.1 %s %s one.example", portOf(c.LocalAddr().String()), portOf(s.addr))
 	if got, err := talk(c, "GET / HTTP/1.0\r\n\r\n"); err != nil || !strings.HasSuffix(got, "\r\n\r\n"+want) {
 		t.Errorf("%q, %v, want %q", got, err, want)
+	}
+}
+
+// An addressed connection has addresses as given.
+type addressed struct {
+	net.Conn
+	local, remote netip.AddrPort
+}
+
+func (a addressed) LocalAddr() net.Addr  { return net.TCPAddrFromAddrPort(a.local) }
+func (a addressed) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(a.remote) }
+
+// Goal: the header names a client of a balancer that has another address family than the balancer.
+func TestHeaderFamilies(t *testing.T) {
+	for _, c := range []struct{ local, remote, want string }{
+		{"10.0.0.1:443", "192.0.2.1:99", "10.0.0.1:443"},
+		{"[::ffff:10.0.0.1]:443", "192.0.2.1:99", "10.0.0.1:443"},
+		{"[fd00::1]:443", "192.0.2.1:99", "0.0.0.0:443"},
+		{"10.0.0.1:443", "[2001:db8::1]:99", "[::]:443"},
+		{"[fd00::1]:443", "[2001:db8::1]:99", "[fd00::1]:443"},
+	} {
+		conn := addressed{nil, netip.MustParseAddrPort(c.local), netip.MustParseAddrPort(c.remote)}
+		b := header(&client{Conn: conn}, tls.ConnectionState{ServerName: "one.example"})
+		h, n, err := proxyproto.Parse(b)
+		if err != nil || n != len(b) || h.Client.String() != c.remote || h.Listener.String() != c.want {
+			t.Errorf("from %s to %s: %+v, %v", c.remote, c.local, h, err)
+		}
 	}
 }
 

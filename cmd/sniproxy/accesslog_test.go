@@ -149,9 +149,7 @@ func TestAccessLog(t *testing.T) {
 // Goal: a tenant can turn on logging neither for its own host nor for all hosts.
 func TestAccessLogOwner(t *testing.T) {
 	t.Parallel() // it waits for the marker in * to be noticed
-	if os.Getuid() != 0 {
-		t.Skip("needs root")
-	}
+	hostdirtest.NeedRoot(t)
 	d := start(t)
 	d.serve("a.example", hostdirtest.Greet)
 	for _, name := range []string{"a.example", "*"} {

@@ -7,7 +7,7 @@
 // is handed its connections, one is told who the client is by a PROXY line, and one is a plain HTTP
 // service behind sniproxy-tls. It reaches all three through sniproxy to check them, and prints how to
 // see them and how to add a name. At Ctrl-C it stops the programs and removes what it made. With
-// -check it leaves after the check.
+// -check it exits after the check.
 //
 // The exit status is 0; 1 when something failed; 2 for wrong usage.
 package main
@@ -29,7 +29,7 @@ import (
 )
 
 func main() {
-	checkOnly := flag.Bool("check", false, "leave after the check")
+	checkOnly := flag.Bool("check", false, "exit after the check")
 	flag.Parse()
 	if flag.NArg() > 0 {
 		flag.Usage()

@@ -235,7 +235,11 @@ func passes(err error) bool {
 // that wait already, and fails when there are no more. Call Close then.
 func (l *Listener) Stop() error {
 	err := l.closed("stop")
-	l.stopOnce.Do(func() { err = l.stop() })
+	l.stopOnce.Do(func() {
+		if !l.isClosed() {
+			err = l.stop()
+		}
+	})
 	return err
 }
 

@@ -591,6 +591,9 @@ func TestClose(t *testing.T) {
 	if err := l.Close(); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("closed twice: %v", err)
 	}
+	if err := l.Stop(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("stopped afterwards: %v", err)
+	}
 	if _, err := l.Accept(); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("Accept afterwards: %v", err)
 	}
