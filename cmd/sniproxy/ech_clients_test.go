@@ -147,7 +147,7 @@ func (tp *tap) expectHidden(t testing.TB) {
 
 // forward passes a connection on to an address, as for a backend that has no Unix socket. It tries
 // until somebody listens there.
-func forward(t testing.TB, addr string) func(*net.UnixConn) {
+func forward(addr string) func(*net.UnixConn) {
 	return func(c *net.UnixConn) {
 		var to net.Conn
 		if !hostdirtest.AwaitFor(hostdirtest.Patience, func() (ok bool) {
@@ -155,8 +155,7 @@ func forward(t testing.TB, addr string) func(*net.UnixConn) {
 			to, err = net.Dial("tcp", addr)
 			return err == nil
 		}) {
-			t.Errorf("nobody listens on %s", addr)
-			return
+			return // the client says it
 		}
 		defer to.Close()
 		go func() {
@@ -188,11 +187,13 @@ func TestECHClients(t *testing.T) {
 		t.Run(fmt.Sprintf("%s, retry %t", tt.backend, tt.retry), func(t *testing.T) {
 			t.Parallel()
 			bssl := hostdirtest.Need(t, "bssl-tool")
+			key := newECHKey(t)
 			file, list := bsslKey(t)
-			d := start(t, echKeys(t, newECHKey(t).MarshalPEM(), file))
+			d := start(t, echKeys(t, key.MarshalPEM(), file))
 			d.logAll()
 			switch tt.backend {
 			case "crypto/tls":
+				list = key.ConfigList()
 				config := &tls.Config{Certificates: []tls.Certificate{cert}}
 				if tt.retry {
 					retry(config)
@@ -206,17 +207,17 @@ func TestECHClients(t *testing.T) {
 					args = append(args, "-curves", "P-384")
 				}
 				spawn(t, "", bssl, args...)
-				d.serve("hidden.example", forward(t, addr))
+				d.serve("hidden.example", forward(addr))
 			}
-			groups := "X25519"
+			group := "X25519"
 			if tt.retry {
-				groups = "P-384"
+				group = "P-384"
 			}
 
 			network := d.tap(false)
 			out, _ := execute(t, "bssl-tool", "client", "-connect", network.addr, "-server-name", "hidden.example",
 				"-ech-config-list", writeFile(t, "list", list), "-root-certs", ca.file, "-curves", "X25519:P-384")
-			for _, want := range []string{"Encrypted ClientHello: yes", "ECDHE curve: " + groups, "HTTP/1.0 200 OK"} {
+			for _, want := range []string{"Encrypted ClientHello: yes", "ECDHE curve: " + group, "HTTP/1.0 200 OK"} {
 				if !strings.Contains(out, want) {
 					t.Errorf("the client does not say %q", want)
 				}
