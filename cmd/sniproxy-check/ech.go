@@ -4,11 +4,13 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"net"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"sniproxy/hostdir"
+	"sniproxy/sni"
 	"sniproxy/sni/ech"
 )
 
@@ -103,18 +105,20 @@ func (c *checker) tryECH(d *hostdir.Dialer, h host, s *session, first attempt, d
 	})
 	a.err = client.Handshake()
 	a.first = conn.first
+	local, _ := errors.AsType[*net.OpError](a.err)
+	_, undecryptable := errors.AsType[sni.Alert](a.err)
 	switch {
 	case a.err == nil && client.ConnectionState().ECHAccepted:
 		client.Close()
 		return "confirms ECH", false
-	case a.late(), len(a.first) == 0:
-		return unknown + s.failure(a), a.late()
 	case isAlert(a.err):
 		return fmt.Sprintf("does not confirm ECH, but refuses the handshake: %s%s", clean(a.err.Error()), consequence), false
+	case local != nil && local.Op == "local error", undecryptable:
+		// A client that sees no confirmation goes on with another hello than the backend has got. So
+		// their keys differ, and nor can the proxy decrypt a second hello.
+		return "does not confirm ECH" + consequence, false
 	}
-	// A client that sees no confirmation goes on with another hello than the backend has got: their
-	// keys differ.
-	return "does not confirm ECH" + consequence, false
+	return unknown + s.failure(a), a.late()
 }
 
 // A splitter is a connection to a backend with a sniproxy in between, which has keys.

@@ -49,6 +49,10 @@ func TestECHBackends(t *testing.T) {
 		c.Read(make([]byte, 1<<16))
 		c.Write([]byte{21, 3, 3, 0, 2, 2, 40})
 	})
+	serve(h.add("cut.e.example", good, "; whether it confirms ECH cannot be told: no handshake can be made: "), plain, func(c net.Conn) {
+		c.Read(make([]byte, 1<<16))
+		c.Write([]byte{22, 3, 3, 0, 50, 2, 0, 0, 46})
+	})
 	silent := func(c net.Conn) { io.Copy(io.Discard, c) }
 	serve(h.add("silent.e.example", good, "; whether it confirms ECH cannot be told: the backend gave no answer to a ClientHello for ten seconds"), plain, silent)
 	// A fault of another kind, so that the exit status is 1, and nothing is said of ECH.

@@ -218,6 +218,7 @@ func TestHandshakeOpenSSL(t *testing.T) {
 	names := []string{"*.o.example"}
 	valid := certify(t, begin, end, names...)
 	serve(h.add("good.o.example", "ok; TLS 1.3, with a certificate for *.o.example ", good2101+"; does not confirm ECH"), valid)
+	serve(h.add("retry.o.example", "ok; TLS 1.3", good2101+"; does not confirm ECH"), valid, "-groups", "P-384")
 	serve(h.add("old.o.example", "ok; TLS 1.0, with a certificate for *.o.example ", good2101), valid, "-tls1", "-cipher", "ALL:@SECLEVEL=0")
 	serve(h.add("marked.o.example", expectsNone+"v1 ", "", "send-proxy-v1"), valid)
 	serve(h.add("expired.o.example", "the certificate has expired on 2002-02-02: renew it", ""), certify(t, begin, time.Date(2002, 2, 2, 0, 0, 0, 0, time.UTC), names...))
