@@ -322,6 +322,16 @@ func (s *backendSite) expect(withClient bool) {
 	}
 }
 
+// expectECH fails the test unless sniproxy-check -t says that the backend confirms Encrypted Client
+// Hello, or does not: sniproxy-ech(7) says so too.
+func (s *backendSite) expectECH(confirms bool) {
+	s.t.Helper()
+	want := map[bool]string{true: "; confirms ECH", false: "; does not confirm ECH"}[confirms]
+	if line, ok := s.check(); !ok || !strings.Contains(line, want) {
+		s.t.Errorf("sniproxy-check -t says %q, want %q in it", line, want)
+	}
+}
+
 // check returns what sniproxy-check -t says of the host, and whether it is ok.
 func (s *backendSite) check() (line string, ok bool) {
 	s.t.Helper()
@@ -378,6 +388,7 @@ func TestBackendNginx(t *testing.T) {
 	s.expect(true)
 	s.mark("send-proxy-v2")
 	s.expect(true)
+	s.expectECH(false)
 	s.expectMany()
 	pages := s.startPages()
 	pages.more(20)
@@ -420,6 +431,7 @@ func TestBackendHAProxy(t *testing.T) {
 	s.run(second)
 	s.mark("send-proxy-v2")
 	s.expect(true)
+	s.expectECH(false)
 	s.expectMany()
 	pages := s.startPages()
 	pages.more(20)
@@ -516,6 +528,7 @@ func TestBackendCaddy(t *testing.T) {
 	}
 	s.mark("send-proxy-v2")
 	s.expect(true)
+	s.expectECH(true)
 	s.kill(cmd)
 	cmd = s.runCaddy(caddy, 0o22)
 	s.expect(true)
@@ -550,11 +563,12 @@ func TestBackendOldCaddy(t *testing.T) {
 
 // testServer tests a server that makes its own socket, or takes that of systemd: it serves many clients
 // at once, is no worse for an earlier run that was killed, and lets a second run replace it.
-func testServer(t *testing.T, s *backendSite, server func() *exec.Cmd) {
+func testServer(t *testing.T, s *backendSite, confirmsECH bool, server func() *exec.Cmd) {
 	t.Helper()
 	first := server()
 	s.run(first)
 	s.expect(false)
+	s.expectECH(confirmsECH)
 	s.kill(first)
 	s.expectReplaced(server)
 	s.expectMany()
@@ -584,7 +598,7 @@ func TestBackendNode(t *testing.T) {
 	node := hostdirtest.Need(t, "node")
 	s := newBackendSite(t)
 	script := s.configure("backends/server.js")
-	testServer(t, s, func() *exec.Cmd { return exec.Command(node, script) })
+	testServer(t, s, false, func() *exec.Cmd { return exec.Command(node, script) })
 }
 
 // Goal: the same for Python.
@@ -593,7 +607,7 @@ func TestBackendPython(t *testing.T) {
 	python := hostdirtest.Need(t, "python3")
 	s := newBackendSite(t)
 	script := s.configure("backends/server.py")
-	testServer(t, s, func() *exec.Cmd { return exec.Command(python, script) })
+	testServer(t, s, false, func() *exec.Cmd { return exec.Command(python, script) })
 }
 
 // Goal: at the stop, the example for Python closes connections that are kept without a request, at
@@ -655,5 +669,5 @@ func TestBackendGo(t *testing.T) {
 	source := s.configure("backends/server.go")
 	server := filepath.Join(filepath.Dir(source), "server")
 	command(t, hostdirtest.Need(t, "go"), "build", "-o", server, source)
-	testServer(t, s, func() *exec.Cmd { return exec.Command(server) })
+	testServer(t, s, true, func() *exec.Cmd { return exec.Command(server) })
 }

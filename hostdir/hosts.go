@@ -118,19 +118,25 @@ func (h *Hosts) AcceptProxy() (yes bool, ignored string, err error) {
 		return false, "it is no directory, so a tenant may have moved it there: remove it, and if there is a load balancer, make a directory of that name", nil
 	case st.unsure:
 		return false, "a file system is mounted on it, which may lie about its owner: unmount that, and make the marker itself there", nil
-	case h.Overflow(st.owner):
-		return false, fmt.Sprintf("it belongs to uid %d, which in a user namespace stands for all users unknown to it: chown it to a user that is known there, who owns the hosts directory, or to root", st.owner), nil
-	case st.owner == 0:
-		return true, "", nil
 	}
-	owner, err := h.owner()
-	if err != nil {
-		return false, "", err
+	ignored, err = h.foreign(st.owner)
+	return ignored == "" && err == nil, ignored, err
+}
+
+// foreign says why what a user owns does not count, and what to do. It says nothing for the
+// administrator.
+func (h *Hosts) foreign(owner uint32) (ignored string, err error) {
+	if h.Overflow(owner) {
+		return fmt.Sprintf("it belongs to uid %d, which in a user namespace stands for all users unknown to it: chown it to a user that is known there, who owns the hosts directory, or to root", owner), nil
 	}
-	if st.owner != owner {
-		return false, fmt.Sprintf("it belongs to uid %d, neither to root nor to the owner of the hosts directory: chown it to root, or remove it", st.owner), nil
+	if owner == 0 {
+		return "", nil
 	}
-	return true, "", nil
+	administrator, err := h.owner()
+	if err != nil || owner == administrator {
+		return "", err
+	}
+	return fmt.Sprintf("it belongs to uid %d, neither to root nor to the owner of the hosts directory: chown it to root, or remove it", owner), nil
 }
 
 // administrators reports whether something exists at a path in the hosts directory and is the

@@ -42,6 +42,9 @@ func (h *Hosts) open() error {
 
 func (h *Hosts) close() { closeRaw(h.fd) }
 
+// at returns the directory for system calls that take one: threads have other working directories.
+func (h *Hosts) at() int { return int(h.fd) }
+
 // probe finds out what the kernel offers.
 func (h *Hosts) probe() (err error) {
 	if h.overflow, err = overflowUID(); err != nil {

@@ -21,6 +21,9 @@ func (h *Hosts) open() error {
 
 func (h *Hosts) close() {}
 
+// at returns the directory for system calls that take one.
+func (h *Hosts) at() int { return unix.AT_FDCWD }
+
 // askOwner asks for the owner of the hosts directory.
 func (h *Hosts) askOwner() (uint32, error) {
 	var st unix.Stat_t

@@ -9,9 +9,12 @@ type Description uint8
 const (
 	UnexpectedMessage Description = 10
 	RecordOverflow    Description = 22
+	IllegalParameter  Description = 47
 	DecodeError       Description = 50
+	DecryptError      Description = 51
 	InternalError     Description = 80
 	UserCanceled      Description = 90
+	MissingExtension  Description = 109
 	UnrecognizedName  Description = 112
 )
 
@@ -22,12 +25,18 @@ func (d Description) String() string {
 		return "unexpected_message"
 	case RecordOverflow:
 		return "record_overflow"
+	case IllegalParameter:
+		return "illegal_parameter"
 	case DecodeError:
 		return "decode_error"
+	case DecryptError:
+		return "decrypt_error"
 	case InternalError:
 		return "internal_error"
 	case UserCanceled:
 		return "user_canceled"
+	case MissingExtension:
+		return "missing_extension"
 	case UnrecognizedName:
 		return "unrecognized_name"
 	}

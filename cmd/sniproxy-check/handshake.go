@@ -63,7 +63,16 @@ func (c *checker) shakeHands(d *hostdir.Dialer, h host, b hostdir.Backend, limit
 	s := session{name: askedName(h.name), any: string(h.name) == "*", limit: limit}
 	first := s.try(b, b.Proxy, deadline)
 	if first.certificate != nil {
-		return s.judge(first)
+		shaken := s.judge(first)
+		switch {
+		case shaken.fault != "" || first.err != nil:
+		case b.Datagram:
+			shaken.remarks = append(shaken.remarks, noECH)
+		default:
+			remark, late := c.tryECH(d, h, &s, first, deadline)
+			shaken.remarks, shaken.late = append(shaken.remarks, remark), late
+		}
+		return shaken
 	}
 	http := first.isHTTP()
 	for _, version := range otherHeaders[b.Proxy] {

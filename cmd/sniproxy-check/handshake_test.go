@@ -148,7 +148,7 @@ func TestHandshakeNginx(t *testing.T) {
 		dirs = append(dirs, dir)
 		fmt.Fprintf(&servers, "server { listen unix:%s/tls-socket %s; ssl_certificate %s; ssl_certificate_key %s; }\n", dir, options, crt, crt)
 	}
-	serve(h.add("good.n.example", "ok; TLS 1.2, with a certificate for *.n.example ", good2101), "ssl")
+	serve(h.add("good.n.example", "ok; TLS 1.2, with a certificate for *.n.example ", good2101+"; does not confirm ECH, which needs TLS 1.3"), "ssl")
 	serve(h.add("v1.n.example", "ok, PROXY v1; TLS 1.2, with a certificate for *.n.example ", good2101, "send-proxy-v1"), "ssl proxy_protocol")
 	serve(h.add("v2.n.example", "ok, PROXY v2; TLS 1.2, with a certificate for *.n.example ", good2101, "send-proxy-v2"), "ssl proxy_protocol")
 	serve(h.add("marked1.n.example", expectsNone+"v1 ", "have it do so, or remove that marker", "send-proxy-v1"), "ssl")
@@ -188,7 +188,7 @@ func TestHandshakeHAProxy(t *testing.T) {
 		fmt.Fprintf(&config, "frontend f%d\n\tbind unix@%s/tls-socket mode 666 %s\n\thttp-request return status 200\n", len(dirs), dir, options)
 	}
 	ssl := "ssl crt " + crt
-	serve(h.add("good.h.example", "ok; TLS 1.3, with a certificate for *.h.example ", good2101), ssl)
+	serve(h.add("good.h.example", "ok; TLS 1.3, with a certificate for *.h.example ", good2101+"; does not confirm ECH"), ssl)
 	serve(h.add("v1.h.example", "ok, PROXY v1; TLS 1.3", good2101, "send-proxy-v1"), "accept-proxy "+ssl)
 	serve(h.add("v2.h.example", "ok, PROXY v2; TLS 1.3", good2101, "send-proxy-v2"), "accept-proxy "+ssl)
 	serve(h.add("marked.h.example", expectsNone+"v2 ", "have it do so, or remove that marker", "send-proxy-v2"), ssl)
@@ -217,7 +217,8 @@ func TestHandshakeOpenSSL(t *testing.T) {
 	}
 	names := []string{"*.o.example"}
 	valid := certify(t, begin, end, names...)
-	serve(h.add("good.o.example", "ok; TLS 1.3, with a certificate for *.o.example ", good2101), valid)
+	serve(h.add("good.o.example", "ok; TLS 1.3, with a certificate for *.o.example ", good2101+"; does not confirm ECH"), valid)
+	serve(h.add("retry.o.example", "ok; TLS 1.3", good2101+"; does not confirm ECH"), valid, "-groups", "P-384")
 	serve(h.add("old.o.example", "ok; TLS 1.0, with a certificate for *.o.example ", good2101), valid, "-tls1", "-cipher", "ALL:@SECLEVEL=0")
 	serve(h.add("marked.o.example", expectsNone+"v1 ", "", "send-proxy-v1"), valid)
 	serve(h.add("expired.o.example", "the certificate has expired on 2002-02-02: renew it", ""), certify(t, begin, time.Date(2002, 2, 2, 0, 0, 0, 0, time.UTC), names...))
@@ -314,7 +315,7 @@ func TestHandshakeHanded(t *testing.T) {
 			}
 		}()
 	}
-	listen(h.add("good.example", "ok, handed over; TLS 1.3, with a certificate for good.example ", good2101), certify(t, begin, end, "good.example"))
+	listen(h.add("good.example", "ok, handed over; TLS 1.3, with a certificate for good.example ", good2101+"; "+noECH), certify(t, begin, end, "good.example"))
 	listen(h.add("marked.example", "ok, handed over, PROXY v2; TLS 1.3", good2101, "send-proxy-v2"), certify(t, begin, end, "marked.example"))
 	listen(h.add("another.example", anothers+"another.example but for good.example: ", ""), certify(t, begin, end, "good.example"))
 	// Like a stream backend that expects no header.

@@ -27,7 +27,9 @@
 //
 // With -t it goes on with a TLS handshake, behind the PROXY header that the markers ask for, and looks
 // at the certificate. A datagram socket is handed one end of a TCP connection. If the handshake fails,
-// it tries again with another header or without one, to tell whether the markers are the reason.
+// it tries again with another header or without one, to tell whether the markers are the reason. After
+// a good one it makes another, to tell whether the backend confirms Encrypted Client Hello: it is the
+// client, and the proxy that decrypts the hello, with a key of its own.
 //
 // # Limits
 //
@@ -68,7 +70,8 @@ Tells, for every host in a hosts directory, or for every NAME, whether sniproxy
 can serve it, and if not, why not and what to do. The default is the working
 directory. A NAME may be a wildcard.
 
-  -t       make a TLS handshake with each backend, and look at its certificate
+  -t       make a TLS handshake with each backend, look at its certificate, and
+           tell whether it confirms Encrypted Client Hello (ECH)
   -u USER  answer for USER, or USER:GROUP,GROUP. The default is the user of the
            sniproxy that runs in the hosts directory, or else the user sniproxy.
            root becomes that user; anybody else is told what modes and ACLs say.
@@ -227,6 +230,7 @@ func (o *options) check(e eyes, stdout io.Writer, complain func(string, ...any))
 	if _, ignored, _ := hosts.AcceptProxy(); ignored != "" {
 		complain(".accept-proxy in the hosts directory does not count: %s", ignored)
 	}
+	c.keys = c.keysOf(hosts, complain)
 	status := 0
 	make := named
 	if len(names) == 0 {

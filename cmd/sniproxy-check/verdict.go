@@ -37,6 +37,7 @@ type checker struct {
 	eyes      eyes   // whom it answers for
 	tls       bool   // to make a handshake with each backend
 	logAll    bool   // the connections of all hosts are logged
+	keys      bool   // there are keys for Encrypted Client Hello
 	allowance allowance
 	dead      atomic.Bool // the hosts directory itself did not answer
 
@@ -212,6 +213,9 @@ func (w *worker) look(d *hostdir.Dialer, h host) verdict {
 		return h.verdict(false, shaken.fault, append(remarks, shaken.remarks...)...)
 	}
 	remarks = append(remarks, shaken.remarks...)
+	if b.Datagram && c.keys && !c.tls {
+		remark("%s", noECH)
+	}
 	if own := string(h.entry); slices.Contains(passedOver, own) && odd(own) == "" {
 		text := fmt.Sprintf("it does not count, %s serves its clients: %s", starred(h, entry), chown(c.hosts, own))
 		return h.verdict(false, text, remarks...)

@@ -82,3 +82,47 @@ func (d *daemon) workers() (n int) {
 	}
 	return n
 }
+
+// Goal: relays move to other loops only once no second hello can come, and those that began with an
+// encrypted hello lose nothing on the way.
+func TestLoopsShareECH(t *testing.T) {
+	const loops = 3
+	d := startHidden(t, func(cmd *exec.Cmd) {
+		cmd.Env = append(cmd.Env, "SNIPROXY_TEST_SHARE=1", fmt.Sprintf("GOMAXPROCS=%d", loops))
+	})
+	l := d.hiddenBackend()
+	var asked, relays []*hiddenTalk
+	for range 10 {
+		k := d.talk(l, nil)
+		k.passes("the request", k.backend, k.client, retryRequest)
+		asked = append(asked, k)
+	}
+	for range 40 {
+		k := d.talk(l, nil)
+		k.passes("the answer", k.backend, k.client, snitest.ServerHello(false))
+		relays = append(relays, k)
+	}
+	var over atomic.Bool
+	var load sync.WaitGroup
+	for i, k := range relays {
+		want := randomBytes(100 + i*i*40) // some are bulk
+		got := make([]byte, len(want))
+		load.Go(func() {
+			for !over.Load() {
+				go k.client.Write(want)
+				if _, err := io.ReadFull(k.backend, got); err != nil || string(got) != string(want) {
+					t.Errorf("what came is not what was sent, error %v", err)
+					return
+				}
+			}
+		})
+	}
+	hostdirtest.Await(t, "all loops to have worked", func() bool { return t.Failed() || d.workers() >= loops })
+	for _, k := range asked {
+		say(t, k.client, seal(k.sealer, "hidden.example"))
+		k.gets(k.backend, "the second hello", innerStream("hidden.example", 3))
+		k.passes("what follows", k.client, k.backend, randomBytes(1000))
+	}
+	over.Store(true)
+	load.Wait()
+}

@@ -23,6 +23,7 @@
 //	cmd/internal/limits         what a connection may take
 //	cmd/internal/usage          the usage, with the version
 //	hostdir                     from a name to its directory, its backend and its markers
+//	sni/ech                     Encrypted Client Hello: keys, and hellos that are opened with them
 //	sni                         the name in a ClientHello
 //	proxyproto                  PROXY protocol headers
 //

@@ -19,6 +19,7 @@ import (
 	"sniproxy/hostdir"
 	"sniproxy/proxyproto"
 	"sniproxy/sni"
+	"sniproxy/sni/ech"
 )
 
 // A conn is a connection. It goes from phase to phase, and [conn.enter] is the only way:
@@ -42,6 +43,8 @@ type conn struct {
 	peer       socket.Address
 
 	pending *pending // in phases before relaying: nil if the hello came in one piece and nothing is waited for
+
+	session *ech.Session // if the hello was encrypted, until the handshake is past that; otherwise nil
 
 	tenant *shares.Tenant // whose host it is for, once that is known; held until the end
 	access *report.AccessLine
@@ -98,6 +101,7 @@ type endpoint struct {
 type pending struct {
 	from   *proxyproto.Header // what a balancer has sent of the client's addresses, if anything
 	parser sni.Parser
+	hidden ech.Scanner // for the end of the hello, if that is waited for
 	name   []byte
 	hello  []byte // all bytes read so far, behind headroom
 	query  *query // that it waits for
@@ -116,6 +120,9 @@ func (c *conn) enter(p phase) {
 		l.counters.Waiting.Add(-1)
 	}
 	was := c.phase
+	if was == relaying {
+		c.endSession()
+	}
 	c.phase = p
 	switch p {
 	case greeting:
@@ -266,7 +273,7 @@ func (c *conn) readHello() {
 			c.closeUnheaded(report.ErrHeaderEnded)
 			return
 		case n == 0:
-			c.refuse(nil, report.Ended(parser))
+			c.refuse(named(parser), report.Ended(parser))
 			return
 		}
 		b, hello := space[:n], l.buffer[:headroom+n]
@@ -288,9 +295,7 @@ func (c *conn) readHello() {
 		case err != nil:
 			c.refuse(nil, err)
 			return
-		case done:
-			c.address = parser.Address()
-			c.dial(name, hello)
+		case done && c.open(parser, name, hello):
 			return
 		}
 		if p == nil {
@@ -301,6 +306,54 @@ func (c *conn) readHello() {
 			return
 		}
 	}
+}
+
+// open goes on with a hello whose server name is known. With keys for Encrypted Client Hello it takes
+// all of the hello, and if that was encrypted to one of them, the inner hello takes its place. It
+// returns false if the hello is not complete.
+func (c *conn) open(parser *sni.Parser, name, hello []byte) bool {
+	keys := c.loop.engine.keys.Get()
+	if keys == nil {
+		c.address = parser.Address()
+		c.dial(name, hello)
+		return true
+	}
+	scanner, all := &ech.Scanner{}, hello[headroom:]
+	if c.pending != nil {
+		scanner = &c.pending.hidden
+	}
+	end, err := scanner.End(all)
+	if err == nil && end == 0 {
+		return false
+	}
+	if err == nil {
+		var inner []byte
+		inner, c.session, err = ech.Open(nil, keys, all[:end])
+		if c.session != nil {
+			*parser = sni.Parser{}
+			hello = append(make([]byte, headroom), inner...)
+			hello, err = c.session.FromClient(hello, all[end:])
+			if err == nil {
+				name, _, err = parser.Parse(inner)
+			}
+			if c.pending != nil {
+				c.pending.hello = hello
+			}
+		}
+	}
+	c.address = parser.Address()
+	if err != nil {
+		c.refuse(name, err)
+	} else {
+		c.dial(name, hello)
+	}
+	return true
+}
+
+// named returns the name that a client has sent whose hello is not complete, nil if it has sent none.
+func named(p *sni.Parser) []byte {
+	name, _, _ := p.Parse(nil)
+	return name
 }
 
 // silent tells whether nothing has come, or nothing behind a PROXY header.
@@ -551,6 +604,33 @@ func (c *conn) drop() {
 	c.close()
 }
 
+// refuseSecond is refuse for a client whose backend has asked for a second hello, when that is no
+// good or does not come. Where the alert cannot be sent, in the middle of what the backend sends or
+// behind its end, the client gets a reset.
+func (c *conn) refuseSecond(err error) {
+	l := c.loop
+	alert := report.Alert(nil, false, err)
+	l.counters.Refuse(c.peer, l.recent.of(c), alert)
+	record := alert.Description.Record()
+	down := &c.flows[backend]
+	if !down.done && !down.stalled() {
+		if _, errno := write(c.sockets[client].fd, record[:]); errno == 0 {
+			c.printAccess(report.Refused)
+			c.linger()
+			return
+		}
+	}
+	c.abort(report.Refused)
+}
+
+// expireRetries refuses those whose second hello has not come in limits.Hello.
+func (l *loop) expireRetries() {
+	now := limits.Now()
+	for c := l.retries.first; c != nil && c.deadline <= now; c = l.retries.first {
+		c.refuseSecond(ech.ErrLate)
+	}
+}
+
 // expireHellos refuses those who have had limits.Hello.
 func (l *loop) expireHellos() {
 	now := limits.Now()
@@ -561,7 +641,7 @@ func (l *loop) expireHellos() {
 		case c.phase == greeting && c.silent():
 			c.refuse(nil, report.Late(nil))
 		case c.phase == greeting:
-			c.refuse(nil, report.Late(&c.pending.parser))
+			c.refuse(named(&c.pending.parser), report.Late(&c.pending.parser))
 		case c.pending.err != nil: // what was in the way at the last try
 			c.refuse(c.pending.name, c.pending.err)
 		default:

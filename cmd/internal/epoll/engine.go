@@ -28,6 +28,7 @@ type Engine struct {
 	watch     watch
 	logAll    *report.LogAll
 	front     *report.AcceptProxy
+	keys      *report.Keys
 
 	bulkBuffer int32 // how much a backend's socket takes of a bulk upload that is not read
 
@@ -47,6 +48,7 @@ func Start(hosts *hostdir.Hosts, listeners []*inherit.Listener, clients []int, o
 		listeners: listeners,
 		logAll:    report.NewLogAll(hosts),
 		front:     report.NewAcceptProxy(hosts),
+		keys:      report.NewKeys(hosts),
 		Failed:    make(chan error, 1),
 		Drained:   make(chan struct{}),
 	}

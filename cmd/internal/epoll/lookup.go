@@ -256,6 +256,9 @@ func (l *loop) found(q *query) {
 // dialled goes on with what came of an attempt to connect to the backend of an entry.
 func (c *conn) dialled(entry, name, hello []byte, b hostdir.Backend, err error) {
 	switch {
+	case err == nil && b.Datagram && c.session != nil:
+		c.loop.engine.shares.Sent(c.tenant, b.FD, false)
+		c.refuse(name, report.ErrHidden)
 	case err == nil && b.Datagram:
 		c.handOver(entry, b, name, hello)
 	case err == nil:

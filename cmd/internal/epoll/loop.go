@@ -41,7 +41,7 @@ type loop struct {
 	standby atomic.Pointer[standby] // nil if there is none
 	hiring  atomic.Bool             // one is being made
 
-	timers [5]timer
+	timers [6]timer
 
 	// A loop accepts connections if it is not stopped, is invited and does not rest.
 	stopped   bool
@@ -60,6 +60,7 @@ type loop struct {
 	conns   table
 	hellos  queue // those without a backend yet, until limits.Hello
 	lingers queue // those refused, until limits.Linger
+	retries queue // relays whose client is to send a second hello, until limits.Hello
 	recent  names
 	redials redials
 
@@ -98,6 +99,7 @@ func newLoop(e *Engine) (*loop, error) {
 	l.timers = [...]timer{
 		{l.hellos.due, l.expireHellos},
 		{l.lingers.due, l.expireLingers},
+		{l.retries.due, l.expireRetries},
 		{func() int64 { return l.redials.due }, l.redial},
 		{func() int64 { return l.halfClosed }, l.endHalfClosed},
 		{func() int64 { return l.rest }, func() { l.rest = 0 }},

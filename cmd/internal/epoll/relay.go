@@ -80,9 +80,12 @@ func (f *flow) pump() {
 	for moved := 0; moved < turnSize; {
 		var n int
 		var more bool
-		if f.splicing {
+		switch {
+		case f.splicing:
 			n, more = f.splice()
-		} else {
+		case f.from == client && f.conn.session != nil:
+			n, more = f.open()
+		default:
 			n, more = f.copy()
 		}
 		if !more {
@@ -120,13 +123,82 @@ func (f *flow) copy() (n int, more bool) {
 	} else if full {
 		f.size = min(2*f.size, readMax)
 	}
-	if !f.send(b[:n]) {
+	sent := f.send(b[:n])
+	if c.session != nil && c.session.FromBackend(b[:n]) && !f.answered() {
+		return n, false
+	}
+	if !sent {
 		f.size = max(f.size/2, readMin)
 		return n, false
 	}
 	// After a short read there is no more, but with an end in sight there is still that, or the
 	// error, to read. And a read ends before and after urgent data.
 	return n, full || src.eof || src.urgent
+}
+
+// open is like copy, while the client may still send a second hello, or what belongs to the first.
+func (f *flow) open() (n int, more bool) {
+	c, src := f.conn, f.src()
+	b := c.loop.buffer[headroom:][:f.size]
+	n, errno := read(src.fd, b)
+	var out []byte
+	var err error
+	switch {
+	case errno != 0:
+		return 0, f.got(n, errno)
+	case n > 0:
+		out, err = c.session.FromClient(nil, b[:n])
+	default:
+		out, err = c.session.ClientEnded(nil)
+	}
+	if !c.sendOpened(out, err) || f.stalled() {
+		return n, false
+	}
+	if n == 0 {
+		f.finish()
+		return 0, false
+	}
+	return n, n == len(b) || src.eof || src.urgent
+}
+
+// sendOpened sends the backend what it is to get of what the client has sent, or refuses the client.
+// It reports whether the client's flow goes on. If that is stalled already, the bytes are kept behind
+// those that are.
+func (c *conn) sendOpened(b []byte, err error) bool {
+	up := &c.flows[client]
+	switch s := c.session; {
+	case err != nil:
+		c.refuseSecond(err)
+		return false
+	case s.Over():
+		c.endSession()
+	case s.Retries() && c.queue == nil:
+		c.loop.retries.push(c, limits.Now()+int64(limits.Hello))
+	}
+	switch {
+	case len(b) == 0:
+	case up.stalled():
+		up.buf = append(up.buf, b...)
+	default:
+		up.send(b)
+	}
+	return c.phase == relaying && !up.done
+}
+
+// answered is for a backend whose answer has begun, or that has ended: what was held back of the
+// client's bytes goes on. It reports whether the backend's flow goes on, too.
+func (f *flow) answered() bool {
+	c := f.conn
+	c.sendOpened(c.session.FromClient(nil, nil))
+	return c.phase == relaying && !f.done && !f.stalled()
+}
+
+// endSession is for a connection all of whose bytes pass from now on.
+func (c *conn) endSession() {
+	if c.session != nil {
+		c.session = nil
+		c.leaveQueue()
+	}
 }
 
 // beginBulk has the client's flow spliced from now on, if it can be, and gives the backend's socket
@@ -213,6 +285,10 @@ func (f *flow) got(n int, errno unix.Errno) bool {
 		}
 		f.conn.abort(resetBy[f.from])
 	case n == 0:
+		s := f.conn.session
+		if f.from == backend && s != nil && s.BackendEnded() && !f.answered() {
+			break
+		}
 		f.finish()
 	default:
 		return true
@@ -276,6 +352,7 @@ func (f *flow) unsendable(errno unix.Errno) {
 		return
 	}
 	f.done = true
+	c.endSession()
 	c.deaf, c.cutWrite = true, f.partSent
 	down := f.other()
 	if down.done {

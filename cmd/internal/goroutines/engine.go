@@ -33,6 +33,7 @@ import (
 	"sniproxy/hostdir"
 	"sniproxy/proxyproto"
 	"sniproxy/sni"
+	"sniproxy/sni/ech"
 )
 
 // An Engine accepts clients and serves them.
@@ -41,6 +42,7 @@ type Engine struct {
 	shares    *shares.Shares
 	logAll    *report.LogAll
 	front     *report.AcceptProxy
+	keys      *report.Keys
 	counters  report.Counters
 	listeners []*os.File
 	running   sync.WaitGroup // goroutines that accept, and one for each client
@@ -72,6 +74,10 @@ type conn struct {
 	refused  bool               // under the engine's lock
 	dropped  bool               // under the engine's lock
 
+	session *ech.Session // if the hello was encrypted; under opening, once there is a relay
+	opening sync.Mutex
+	late    time.Time // when the client must have sent its second hello, zero if it need not
+
 	// Of the relay.
 	backend *os.File
 	first   []byte          // the header and the hello, until they are sent
@@ -80,10 +86,11 @@ type conn struct {
 	ended   [2]atomic.Int64 // when the ways Up and Down ended, with all sent on; 0 before
 	proxy   uint8           // version of the header
 	sent    report.Traffic
-	sending sync.Mutex  // to the backend
-	lost    bool        // a write failed, and the backend was reset or may have been; under sending
-	deaf    bool        // the backend has stopped reading
-	gone    atomic.Bool // the client has ended, or the relay was ended
+	sending sync.Mutex                // to the backend
+	lost    bool                      // a write failed, and the backend was reset or may have been; under sending
+	deaf    bool                      // the backend has stopped reading
+	gone    atomic.Bool               // the client has ended, or the relay was ended
+	bad     atomic.Pointer[sni.Alert] // why the client is refused after all
 	ending  sync.Once
 	how     string // the relay has ended
 }
@@ -95,6 +102,7 @@ func Start(hosts *hostdir.Hosts, listeners []*inherit.Listener, clients []int, o
 		hosts:   hosts,
 		logAll:  report.NewLogAll(hosts),
 		front:   report.NewAcceptProxy(hosts),
+		keys:    report.NewKeys(hosts),
 		Failed:  make(chan error, len(listeners)),
 		Drained: make(chan struct{}),
 		relays:  map[*conn]struct{}{},
@@ -189,7 +197,7 @@ func (c *conn) run(ctx context.Context) {
 	hello, name, err := c.hello()
 	if err != nil {
 		if _, is := err.(sni.Alert); is { // otherwise the client is gone
-			c.refuse(nil, err)
+			c.refuse(name, err)
 		}
 		return
 	}
@@ -216,6 +224,7 @@ func (c *conn) run(ctx context.Context) {
 // of a balancer, and the name, which is empty if the client names no host.
 func (c *conn) hello() (hello, name []byte, err error) {
 	var parser sni.Parser
+	var scanner ech.Scanner
 	var bad error // in place of a PROXY header
 	for done := false; !done && err == nil; {
 		err = c.read(c.client, sni.MaxHello-len(hello), func(b []byte) error {
@@ -227,6 +236,9 @@ func (c *conn) hello() (hello, name []byte, err error) {
 				b = hello
 			}
 			name, done, err = parser.Parse(b)
+			if done && err == nil {
+				hello, name, done, err = c.open(&parser, &scanner, hello, name)
+			}
 			return err
 		})
 	}
@@ -250,6 +262,31 @@ func (c *conn) hello() (hello, name []byte, err error) {
 		c.engine.counters.Empty.Add(1)
 	}
 	return hello, name, err
+}
+
+// open goes on with a hello whose server name is known. With keys for Encrypted Client Hello it takes
+// all of the hello, and if that was encrypted to one of them, the inner hello and its name take the
+// places of the outer one. Done tells whether the hello is complete.
+func (c *conn) open(parser *sni.Parser, scanner *ech.Scanner, hello, name []byte) (_, _ []byte, done bool, err error) {
+	keys := c.engine.keys.Get()
+	if keys == nil {
+		return hello, name, true, nil
+	}
+	end, err := scanner.End(hello)
+	if err != nil || end == 0 {
+		return hello, name, false, err
+	}
+	inner, session, err := ech.Open(nil, keys, hello[:end])
+	if err != nil || session == nil {
+		return hello, name, true, err
+	}
+	c.session = session
+	*parser = sni.Parser{}
+	name, _, err = parser.Parse(inner)
+	if err == nil {
+		inner, err = session.FromClient(inner, hello[end:])
+	}
+	return inner, name, true, err
 }
 
 // readHeader reads the PROXY header at the beginning of b, and takes it away once it is complete.
@@ -348,7 +385,11 @@ func (c *conn) tryDial(ctx context.Context, name, hello []byte) (b hostdir.Backe
 		if b, err = c.lookUp(ctx, t, string(entry.Name), name); err == hostdir.NoRoom {
 			continue
 		}
-		if err == nil && b.Datagram {
+		switch {
+		case err == nil && b.Datagram && c.session != nil:
+			c.engine.shares.Sent(c.tenant, b.FD, false)
+			err = report.ErrHidden
+		case err == nil && b.Datagram:
 			err = c.handOver(b, name, hello)
 		}
 		return b, t.EntryKey(entry.Name), err

@@ -14,6 +14,7 @@ import (
 	"sniproxy/cmd/internal/socket"
 	"sniproxy/hostdir"
 	"sniproxy/sni"
+	"sniproxy/sni/ech"
 )
 
 // relay sends the backend the header, if there is to be one, and the hello. Then it forwards bytes
@@ -38,6 +39,8 @@ func (c *conn) relay(b hostdir.Backend, name, hello []byte) {
 	c.forwardDown(name)
 	up.Wait()
 	switch {
+	case c.bad.Load() != nil:
+		c.refuseSecond(name)
 	case c.lost:
 		c.end(report.ResetByBackend)
 	case c.deaf:
@@ -56,8 +59,17 @@ func (c *conn) forwardUp() {
 	first := c.first
 	c.first = nil // as the relay may last
 	err := up(first)
+	for err == nil && c.session != nil {
+		err = c.openNext(up)
+	}
 	for err == nil {
 		err = c.read(c.client, sni.MaxHello, up)
+	}
+	var alert sni.Alert
+	if errors.As(err, &alert) {
+		c.bad.Store(&alert)
+		socket.Shutdown(c.backend, unix.SHUT_RDWR) // so nobody waits for it
+		return
 	}
 	c.deaf = err == unix.EPIPE
 	if err == io.EOF {
@@ -74,10 +86,25 @@ func (c *conn) forwardUp() {
 // forwardDown sends the client what the backend sends. If that is nothing, the log says so, with the
 // name.
 func (c *conn) forwardDown(name []byte) {
-	down := func(b []byte) error { return c.send(report.Down, c.client, b) }
+	c.opening.Lock()
+	watch := c.session != nil
+	c.opening.Unlock()
+	down := func(b []byte) error {
+		err := c.send(report.Down, c.client, b)
+		if watch && err == nil {
+			watch = !c.answered(func(s *ech.Session) bool { return s.FromBackend(b) })
+		}
+		return err
+	}
 	var err error
 	for err == nil {
 		err = c.read(c.backend, sni.MaxHello, down)
+	}
+	if watch && err == io.EOF {
+		c.answered((*ech.Session).BackendEnded)
+	}
+	if c.bad.Load() != nil {
+		return
 	}
 	if c.sent[report.Down] == 0 && !c.gone.Load() {
 		report.Unanswered(c.peer, c.tenant, name, c.proxy)
@@ -97,6 +124,80 @@ func (c *conn) forwardDown(name []byte) {
 	}
 	c.ended[report.Down].Store(limits.Now())
 	socket.Shutdown(c.client, unix.SHUT_WR)
+}
+
+// openNext reads once from a client that may still send a second hello, or what belongs to the first, and
+// sends on what the backend is to get of that. Its read ends when there is news of the backend's
+// answer, and when the second hello has taken too long. The error may be an [sni.Alert].
+func (c *conn) openNext(up func([]byte) error) error {
+	var out []byte
+	var bad error
+	err := c.read(c.client, sni.MaxHello, func(b []byte) error {
+		c.opening.Lock()
+		defer c.opening.Unlock()
+		out, bad = c.session.FromClient(nil, b)
+		return nil
+	})
+	c.opening.Lock()
+	s := c.session
+	switch {
+	case err == nil:
+	case errors.Is(err, io.EOF):
+		out, bad = s.ClientEnded(nil)
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		out, bad = s.FromClient(nil, nil)
+		if bad == nil && s.Retries() && !c.late.IsZero() && !time.Now().Before(c.late) {
+			bad = ech.ErrLate
+		}
+		err = nil
+	}
+	switch {
+	case s.Over():
+		c.session, c.late = nil, time.Time{}
+	case s.Retries() && c.late.IsZero():
+		c.late = time.Now().Add(limits.Hello)
+	}
+	c.client.SetReadDeadline(c.late)
+	c.opening.Unlock()
+	if bad != nil {
+		return bad
+	}
+	if len(out) > 0 {
+		if failed := up(out); failed != nil {
+			return failed
+		}
+	}
+	return err
+}
+
+// answered tells the session what the backend has sent. If that is news, the client's way looks at
+// it.
+func (c *conn) answered(tell func(*ech.Session) bool) (news bool) {
+	c.opening.Lock()
+	defer c.opening.Unlock()
+	if c.session == nil {
+		return true
+	}
+	if news = tell(c.session); news {
+		c.client.SetReadDeadline(time.Now())
+	}
+	return news
+}
+
+// refuseSecond is refuse for a client whose backend has asked for a second hello, when that is no
+// good or does not come. Where the alert cannot be sent, in the middle of what the backend sends or
+// behind its end, the client gets a reset.
+func (c *conn) refuseSecond(name []byte) {
+	alert := *c.bad.Load()
+	c.engine.counters.Refuse(c.peer, name, alert)
+	record := alert.Description.Record()
+	c.client.SetWriteDeadline(time.Now().Add(limits.Linger))
+	if _, err := c.client.Write(record[:]); err != nil {
+		c.end(report.Refused)
+		return
+	}
+	c.linger()
+	c.ending.Do(func() { c.how = report.Refused })
 }
 
 // stallCheck is how often a client is looked at for a reset while it is not read, since its backend
@@ -126,6 +227,8 @@ func (c *conn) send(way int, to *os.File, b []byte) error {
 		switch {
 		case err == nil:
 			return nil
+		case c.bad.Load() != nil: // the alert does not fit in the middle
+			c.end(report.Refused)
 		case errors.Is(err, os.ErrDeadlineExceeded) && socket.EventsOf(c.client)&unix.POLLERR == 0:
 			continue
 		case errors.Is(err, os.ErrDeadlineExceeded) || way == report.Down:

@@ -27,6 +27,7 @@ const (
 	CutForMemory     = "cut, for want of memory"
 	ResetForRoom     = "reset to make room for another host"
 	PassedByBackend  = "cut, since the backend has passed descriptors"
+	Refused          = "refused within the handshake"
 	CutAtStop        = "cut at the stop"
 	HandedOver       = "handed over"
 )

@@ -17,10 +17,13 @@ import (
 
 // Refusals that do not come from the hello itself.
 var (
-	ErrEmpty   = sni.Alert{Description: sni.DecodeError, Reason: "the client ended the connection before its first byte"}
-	ErrEOF     = sni.Alert{Description: sni.DecodeError, Reason: "the client ended the connection before the server name"}
-	ErrSilent  = sni.Alert{Description: sni.UserCanceled, Reason: "sent nothing within the time limit; it may wait for the server to speak first, as SMTP, IMAP and MySQL clients do"}
-	ErrTimeout = sni.Alert{Description: sni.UserCanceled, Reason: "no complete server name within the time limit"}
+	ErrEmpty        = sni.Alert{Description: sni.DecodeError, Reason: "the client ended the connection before its first byte"}
+	ErrEOF          = sni.Alert{Description: sni.DecodeError, Reason: "the client ended the connection before the server name"}
+	ErrSilent       = sni.Alert{Description: sni.UserCanceled, Reason: "sent nothing within the time limit; it may wait for the server to speak first, as SMTP, IMAP and MySQL clients do"}
+	ErrTimeout      = sni.Alert{Description: sni.UserCanceled, Reason: "no complete server name within the time limit"}
+	ErrEOFAfter     = sni.Alert{Description: sni.DecodeError, Reason: "the client ended the connection before the end of its client hello"}
+	ErrTimeoutAfter = sni.Alert{Description: sni.UserCanceled, Reason: "no complete client hello within the time limit"}
+	ErrHidden       = sni.Alert{Description: sni.InternalError, Reason: "a client with Encrypted Client Hello cannot be handed over, since its second hello may have to be opened: this host needs a stream socket"}
 
 	ErrClogged       = sni.Alert{Description: sni.InternalError, Reason: "too many descriptors that backends of this tenant have passed wait to be closed"}
 	ErrLookups       = sni.Alert{Description: sni.InternalError, Reason: "too many look-ups wait for a file system"}
@@ -34,19 +37,22 @@ var (
 	ErrHeaderLate  = errors.New("no complete PROXY protocol header within the time limit")
 )
 
-// Ended is why a client is refused that has ended before its server name. The parser has what it
-// sent, and is nil if that is nothing.
-func Ended(p *sni.Parser) error { return early(p, ErrEmpty, ErrEOF) }
+// Ended is why a client is refused that has ended before its server name, or before the end of its
+// hello where that is waited for. The parser has what it sent, and is nil if that is nothing.
+func Ended(p *sni.Parser) error { return early(p, ErrEmpty, ErrEOF, ErrEOFAfter) }
 
-// Late is why a client is refused that has not sent its server name in time.
-func Late(p *sni.Parser) error { return early(p, ErrSilent, ErrTimeout) }
+// Late is why a client is refused that has not sent that in time.
+func Late(p *sni.Parser) error { return early(p, ErrSilent, ErrTimeout, ErrTimeoutAfter) }
 
-func early(p *sni.Parser, nothing, part error) error {
+func early(p *sni.Parser, nothing, part, named error) error {
 	if p == nil {
 		return nothing
 	}
 	if err := p.Foreign(); err != nil {
 		return err
+	}
+	if _, done, _ := p.Parse(nil); done {
+		return named
 	}
 	return part
 }
