@@ -49,7 +49,7 @@ func (h *Hosts) Remarks() (lines []string) {
 		lines = append(lines, fmt.Sprintf("the system forbids unshare(2) (%v), as container engines do: so hosts are looked up by path, away from the event loops, and a name that is too long for a socket address (sun_path) needs hashed names", h.paths))
 	}
 	if owner, err := h.owner(); err == nil && h.Overflow(owner) {
-		lines = append(lines, fmt.Sprintf("the hosts directory belongs to uid %d, which in a user namespace stands for all users unknown to it: no wildcard, no directory *, no log-connections and no .accept-proxy counts unless it is root's; map the owner of the hosts directory", owner))
+		lines = append(lines, fmt.Sprintf("the hosts directory belongs to uid %d, which in a user namespace stands for all users unknown to it: no wildcard, no directory *, no log-connections, no .accept-proxy and no .ech counts unless it is root's; map the owner of the hosts directory", owner))
 	}
 	return lines
 }

@@ -48,6 +48,41 @@ func BenchmarkConnection(b *testing.B) {
 	}
 }
 
+// The cost of a short connection with keys for Encrypted Client Hello: one without it, one that is
+// encrypted to a key of another's (as GREASE is), one that is opened, and one that is forged, so that
+// it is decrypted in vain.
+func BenchmarkECH(b *testing.B) {
+	d := startHidden(b)
+	const name = "short.example"
+	d.serve(name, hostdirtest.Greet)
+	seal := func(s *snitest.Sealer, outer string) []byte {
+		return s.Seal(outer, snitest.Inner(name, nil), nil, nil).Stream()
+	}
+	foreign, forged := snitest.NewSealer(d.key.ConfigList()), snitest.NewSealer(d.key.ConfigList())
+	foreign.ID++
+	seal(forged, name) // what comes next is the second
+	for _, kind := range []struct {
+		name  string
+		hello []byte
+	}{
+		{"plain", snitest.Named(name).Stream()},
+		{"GREASE", seal(foreign, name)},
+		{"accepted", seal(snitest.NewSealer(d.key.ConfigList()), "public.example")},
+		{"forged", seal(forged, name)},
+	} {
+		b.Run(kind.name, func(b *testing.B) {
+			used := d.daemonTime(b, func() {
+				inParallel(b.N, 32, func(int) {
+					if got, err := d.exchange(kind.hello); err != nil || string(got) != "this is "+name {
+						b.Errorf("got %q, error %v", got, err)
+					}
+				})
+			})
+			b.ReportMetric(used*1e6/float64(b.N), "daemon-µs/op")
+		})
+	}
+}
+
 // The cost of a message and its answer, on 64 connections at once.
 func BenchmarkPingPong(b *testing.B) {
 	const conns, size = 64, 128

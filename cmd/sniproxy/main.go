@@ -1,6 +1,6 @@
 // Sniproxy puts many TLS services behind one port. It reads the server name in the ClientHello of
 // each connection, connects to the Unix socket of the host with that name, and forwards the bytes,
-// unchanged, both ways. It decrypts nothing.
+// unchanged, both ways. It decrypts nothing but ClientHellos that are encrypted to a key of its own.
 //
 // There are no arguments but -h, which prints the usage, and no configuration file. The sockets are
 // inherited, and the working directory is the hosts directory. The manual pages beside this file are

@@ -71,8 +71,8 @@ type bound struct {
 // On a busy machine it happens that the acknowledgement is not there yet. Then the end of the backend
 // is passed on, by a shutdown in place of the recvfrom, and the end of the client waited for, and read.
 //
-// Once a second goroutines of no loop look for .accept-proxy and for the log-connections of all
-// hosts: a write and a read of Go's poller, and some statx.
+// Once a second goroutines of no loop look for .accept-proxy, for .ech and for the log-connections of
+// all hosts: a write and a read of Go's poller, and some statx.
 //
 // Only the number of waits has a range: an end that is seen later than what comes before it takes one
 // more.

@@ -9,6 +9,10 @@
 //	lookup.go    from the name to the backend
 //	relay.go     bytes both ways
 //
+// A client's hello may be encrypted (package ech). Then its connection has a session until no second
+// hello can come any more. Meanwhile the client's bytes go through the session, and the connection
+// stays in its loop.
+//
 // Beside these, each alone: poller.go waits, table.go has the connections by number, inbox.go has
 // what others give a loop, and share.go measures how busy it is and gives work to the next one.
 // watch.go frees a loop from a look-up that hangs. room.go has those who wait for room, and ends

@@ -7,6 +7,10 @@
 // passed on, what tenants share, who makes room, what is counted and logged, and how the program
 // stops. An idle relay has two descriptors and no buffer.
 //
+// A client's hello may be encrypted (package ech). Then its connection has a session until no second
+// hello can come any more, through which the client's bytes go. The way to the client tells it what
+// the backend has said, and wakes up the way from the client.
+//
 // It does not promise what only event loops can. An idle relay has the stacks of two goroutines.
 // Bulk is copied. Each look-up takes one of the threads of package shares, so while hanging file
 // systems have all of these, other hosts are refused too.

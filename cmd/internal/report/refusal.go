@@ -1,7 +1,7 @@
 // Package report says and counts what happens to connections: who is refused and why, lines about
 // connections at their end (access lines), and counters. It also knows what the administrator's
-// markers ask for all connections: access lines (log-connections in *), and PROXY headers
-// (.accept-proxy).
+// directories ask for all connections: access lines (log-connections in *), PROXY headers
+// (.accept-proxy), and keys for Encrypted Client Hello (.ech).
 package report
 
 import (
