@@ -239,6 +239,9 @@ func (o *options) check(e eyes, stdout io.Writer, complain func(string, ...any))
 			complain("cannot list the hosts directory %s; sniproxy need not do that: with NAMEs it can be checked all the same", trouble(dir, err))
 			return 1
 		}
+		// Entries have no neighbours named: all are listed, and to compare each with all takes long. Nor
+		// may the directory be read again, while the first reader may still be at it.
+		c.listOnce.Do(func() {})
 		if names, make = all.entries, listed; len(names) == 0 && all.cut == "" {
 			complain("there are no hosts in %s", show(dir))
 		}
