@@ -52,6 +52,7 @@ func installed(t *testing.T) (args []string) {
 	for from, to := range map[string]string{
 		daemon(t):                             binary + ":755",
 		build(t, "sniproxy-check"):            binary + "-check:755",
+		build(t, "sniproxy-ech"):              binary + "-ech:755",
 		build(t, "sniproxy-tls"):              binary + "-tls:755",
 		build(t, "sniproxy-redirect"):         binary + "-redirect:755",
 		units + "/several/socket.conf":        severalDir + "socket.conf:644",
@@ -163,8 +164,12 @@ func checkStopped(t *testing.T, unit string) {
 }
 
 // Goal: the first client, of either family, starts the service; it sees nothing but itself and the
-// hosts; its two lines are in the journal; the stop frees the port and is a success.
+// hosts; its lines are in the journal; a key made as sniproxy-ech(7) has it done is in use; the
+// stop frees the port and is a success.
 func testUnitsStartAndStop(t *testing.T) {
+	t.Cleanup(func() { os.RemoveAll("/srv/sniproxy/.ech") })
+	command(t, "sh", "-e", "-c", "cd /srv/sniproxy; mkdir -m 0750 .ech; chgrp sniproxy .ech; "+
+		binary+"-ech public.example >.ech/.new; mv .ech/.new .ech/key.pem")
 	hello := startUnits(t)
 	if got := property(t, "sniproxy.service", "ActiveState"); got != "inactive" {
 		t.Errorf("the service is %s before the first client", got)
@@ -186,10 +191,10 @@ func testUnitsStartAndStop(t *testing.T) {
 			t.Errorf("%s is not free after the stop", addr)
 		}
 	}
-	for _, line := range []string{"listening on [::]:443", "got SIGHUP, shutting down"} {
+	for _, line := range []string{"listening on [::]:443\n", "keys for Encrypted Client Hello in use: key.pem (", "got SIGHUP, shutting down\n"} {
 		hostdirtest.Await(t, line+" in the journal", func() bool {
 			out, err := exec.Command("journalctl", "--no-pager", "--output=cat", "--unit=sniproxy.service").Output()
-			return err == nil && slices.Contains(strings.Split(string(out), "\n"), line)
+			return err == nil && strings.Contains(string(out), line)
 		})
 	}
 }
