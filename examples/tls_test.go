@@ -192,6 +192,7 @@ func testUnitsTLS(t *testing.T) {
 	})
 	command(t, "systemctl", "stop", unit)
 	checkStopped(t, unit)
+	awaitProperty(t, strings.TrimSuffix(unit, ".service")+".socket", "ActiveState", "inactive") // stopped as well, a moment later
 	expectRefused(t, unitAddr, snitest.Hello(name))
 	if _, err := os.Lstat(dir + "/tls-socket"); err == nil {
 		t.Error("the socket is there after the stop")

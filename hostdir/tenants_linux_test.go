@@ -282,14 +282,23 @@ func TestMountOwner(t *testing.T) {
 
 // Goal: who mounts a FUSE on a marker of his own, and has it say that it is root's, neither has it
 // counted nor keeps anybody waiting, although it answers nothing.
-func TestAcceptProxyMounted(t *testing.T) {
+func TestMarkersMounted(t *testing.T) {
+	for marker, ask := range map[string]func(*hostdir.Hosts) (ignored string, err error){
+		".accept-proxy": func(h *hostdir.Hosts) (string, error) { _, ignored, err := h.AcceptProxy(); return ignored, err },
+		".ech":          func(h *hostdir.Hosts) (string, error) { _, _, ignored, err := h.KeyFiles(); return ignored, err },
+	} {
+		t.Run(marker, func(t *testing.T) { testMarkerMounted(t, marker, ask) })
+	}
+}
+
+func testMarkerMounted(t *testing.T, marker string, ask func(*hostdir.Hosts) (ignored string, err error)) {
 	hostdirtest.NeedRoot(t)
 	hostdirtest.OwnMounts(t)
 	chdir(t)
 	must(t, os.Chmod(".", 0o755))
 	h := open(t)
-	must(t, os.Mkdir(".accept-proxy", 0o755))
-	path, err := filepath.Abs(".accept-proxy")
+	must(t, os.Mkdir(marker, 0o755))
+	path, err := filepath.Abs(marker)
 	must(t, err)
 	fs := hostdirtest.MountUserFS(t, path, unix.S_IFDIR, fmt.Sprintf("user_id=%d", tenant))
 	fs.Serve(0)
@@ -297,7 +306,9 @@ func TestAcceptProxyMounted(t *testing.T) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		acceptProxy(t, h, false, "a file system is mounted on it")
+		if ignored, err := ask(h); err != nil || !strings.HasPrefix(ignored, "a file system is mounted on it") {
+			t.Errorf("ignored %q, error %v", ignored, err)
+		}
 	}()
 	select {
 	case <-done:

@@ -299,8 +299,8 @@ func TestECHLate(t *testing.T) {
 	hello := snitest.Hello("public.example")
 	say(t, first, hello[:len(hello)-1])
 	late := time.After(limits.Hello - 2*time.Second)
-	k.passes("the request", k.backend, k.client, retryRequest)
 	begin := time.Now()
+	k.passes("the request", k.backend, k.client, retryRequest)
 	say(t, k.client, seal(k.sealer, "hidden.example")[:50])
 
 	<-late

@@ -370,3 +370,31 @@ func TestExpand(t *testing.T) {
 		t.Errorf("got %x, error %v, want\n%x", got, err, want.Stream())
 	}
 }
+
+// Goal: keys may share a config id: each is tried.
+func TestOpenSharedID(t *testing.T) {
+	var keys []*Key
+	for range 3 {
+		k := newTestKey(t)
+		list := k.ConfigList()
+		list[6] = 7 // the config id
+		one, err := newKey(k.seed)
+		if err == nil {
+			err = one.findConfig(list)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		keys = append(keys, one)
+	}
+	for i, k := range keys {
+		stream := snitest.NewSealer(k.ConfigList()).Seal("public.example", snitest.Inner("hidden.example", nil), nil, nil).Stream()
+		inner, session, _, err := open(stream, keys...)
+		if session == nil || err != nil || nameIn(t, inner) != "hidden.example" {
+			t.Errorf("key %d of those with one id: session %v, error %v", i, session, err)
+		}
+		if _, session, _, _ := open(stream, slices.Delete(slices.Clone(keys), i, i+1)...); session != nil {
+			t.Errorf("key %d was not needed", i)
+		}
+	}
+}

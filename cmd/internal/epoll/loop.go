@@ -73,6 +73,7 @@ type loop struct {
 	control  []byte // for these descriptors otherwise
 
 	parser sni.Parser
+	opened []byte // what a backend is to get of what was read last, while a second hello can come
 	// What was read is dealt with before anything else is, so one buffer serves all. In front of it
 	// is room for a PROXY protocol header.
 	buffer [headroom + readMax]byte

@@ -141,16 +141,17 @@ func (f *flow) open() (n int, more bool) {
 	c, src := f.conn, f.src()
 	b := c.loop.buffer[headroom:][:f.size]
 	n, errno := read(src.fd, b)
-	var out []byte
+	out := c.loop.opened[:0]
 	var err error
 	switch {
 	case errno != 0:
 		return 0, f.got(n, errno)
 	case n > 0:
-		out, err = c.session.FromClient(nil, b[:n])
+		out, err = c.session.FromClient(out, b[:n])
 	default:
-		out, err = c.session.ClientEnded(nil)
+		out, err = c.session.ClientEnded(out)
 	}
+	c.loop.opened = out
 	if !c.sendOpened(out, err) || f.stalled() {
 		return n, false
 	}
