@@ -585,15 +585,7 @@ func (s *backendSite) activate(other *backendSite, activate string, args ...stri
 	s.t.Helper()
 	socket := filepath.Join(other.dir, "tls-socket")
 	start(s.t, exec.Command(activate, append([]string{"--listen=" + socket}, args...)...))
-	// The socket is there before anybody listens on it. To connect would start the server.
-	const listens = " 00010000 "
-	hostdirtest.Await(s.t, "the socket of systemd-socket-activate", func() bool {
-		sockets, err := os.ReadFile("/proc/net/unix")
-		hostdirtest.Must(s.t, err)
-		return slices.ContainsFunc(strings.Split(string(sockets), "\n"), func(line string) bool {
-			return strings.Contains(line, listens) && strings.HasSuffix(line, " "+socket)
-		})
-	})
+	hostdirtest.AwaitListening(s.t, socket) // to connect would start the server
 	hostdirtest.Must(s.t, os.Chmod(socket, 0o666))
 }
 

@@ -141,10 +141,10 @@ func run(args []string) int {
 		case sig := <-signals:
 			switch {
 			case drained == nil || cut == nil && sig != syscall.SIGQUIT:
-				logline.Out("got %s, shutting down", signalName(sig))
 				if drained == nil {
 					drained = s.stop()
 				}
+				logline.Out("got %s, shutting down", signalName(sig))
 				if sig != syscall.SIGQUIT {
 					cut = time.After(limits.Drain)
 				}
@@ -259,6 +259,9 @@ func newOrdersFor(f *files) (*orders, error) {
 func (s *server) stop() <-chan struct{} {
 	if err := s.socket.Stop(); err != nil {
 		logline.Err("cannot remove the socket: %v", err)
+	}
+	if s.proxy != nil {
+		s.proxy.stopping.Store(true)
 	}
 	drained := make(chan struct{})
 	go func() {

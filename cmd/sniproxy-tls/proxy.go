@@ -420,7 +420,6 @@ func (c *replacing) Write(b []byte) (int, error) {
 // told, it waits for those who have just come, or are sending the head of a request: the server would
 // drop them.
 func (p *proxy) stop(ctx context.Context) {
-	p.stopping.Store(true)
 	for quiet := 0; quiet < 3 && ctx.Err() == nil; quiet++ {
 		if p.clients.coming() {
 			quiet = 0

@@ -178,11 +178,8 @@ func TestTwoInARow(t *testing.T) {
 			for _, hop := range []struct{ from, to *daemon }{{first, middle}, {middle, last}} {
 				path := hop.from.hostPath("*", "tls-socket")
 				hostdirtest.Touch(t, hop.from.hostPath("*", marker))
-				spawn(t, filepath.Dir(path), "socat", "-t", "3600", "UNIX-LISTEN:tls-socket,fork,mode=0666,backlog=100", "TCP:"+hop.to.addr)
-				hostdirtest.Await(t, "socat to listen", func() bool {
-					_, err := os.Lstat(path)
-					return err == nil
-				})
+				spawn(t, filepath.Dir(path), "socat", "-t", "3600", "UNIX-LISTEN:"+path+",fork,mode=0666,backlog=100", "TCP:"+hop.to.addr)
+				hostdirtest.AwaitListening(t, path)
 			}
 			last.t = t
 			last.expectFront(first.addr)

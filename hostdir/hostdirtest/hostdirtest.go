@@ -169,6 +169,27 @@ func Await(t testing.TB, what string, ok func() bool) {
 	}
 }
 
+// AwaitListening waits until somebody listens on the Unix socket at an absolute path, without a
+// connection. The file is there a moment before, in which clients are refused; where the system does
+// not tell, it has to do.
+func AwaitListening(t testing.TB, path string) {
+	t.Helper()
+	const listens = " 00010000 "
+	Await(t, "somebody to listen on "+path, func() bool {
+		sockets, err := os.ReadFile("/proc/net/unix")
+		if err != nil {
+			_, err := os.Lstat(path)
+			return err == nil
+		}
+		for line := range strings.Lines(string(sockets)) {
+			if strings.Contains(line, listens) && strings.HasSuffix(line, " "+path+"\n") {
+				return true
+			}
+		}
+		return false
+	})
+}
+
 // AwaitFor waits until ok returns true, for some time at most, and reports whether it did.
 func AwaitFor(most time.Duration, ok func() bool) bool {
 	tick := time.NewTicker(5 * time.Millisecond)
