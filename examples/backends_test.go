@@ -270,8 +270,8 @@ func (s *backendSite) startPages() *load {
 	})
 }
 
-// expectReplaced tests that a second run of a backend replaces the first, under load, so that no client
-// is lost, and that the end of the first takes nothing from the second.
+// expectReplaced tests that a second run of a backend replaces the first, under load, so that no
+// client is lost, and that the end of the first takes nothing from the second.
 func (s *backendSite) expectReplaced(backend func() *exec.Cmd) {
 	s.t.Helper()
 	socket := filepath.Join(s.dir, "tls-socket")
@@ -351,8 +351,8 @@ func (s *backendSite) expectFailure() {
 	}
 }
 
-// nginxMain is a main configuration for nginx, in which the paths of its directory and of the example
-// are missing.
+// nginxMain is a main configuration for nginx, in which the paths of its directory and of the
+// example are missing.
 const nginxMain = `
 daemon off;
 error_log stderr;
@@ -410,8 +410,8 @@ func terminate(cmd *exec.Cmd) {
 	}
 }
 
-// Goal: the same for HAProxy, also if an earlier run was killed, and if one takes over from another,
-// as at a reload.
+// Goal: the same for HAProxy, also if an earlier run was killed, and if one takes over from
+// another, as at a reload.
 func TestBackendHAProxy(t *testing.T) {
 	t.Parallel()
 	haproxy := hostdirtest.Need(t, "haproxy")
@@ -472,7 +472,8 @@ func TestBackendActivated(t *testing.T) {
 	}
 }
 
-// haproxyDefaults returns the path of a file with what Debian's haproxy.cfg has in front of an example.
+// haproxyDefaults returns the path of a file with what Debian's haproxy.cfg has in front of an
+// example.
 func haproxyDefaults(t *testing.T) string {
 	t.Helper()
 	path := filepath.Join(hostdirtest.Dir(t), "defaults.cfg")
@@ -509,8 +510,8 @@ func (s *backendSite) runCaddy(caddy string, umask int, oldnew ...string) *exec.
 	return cmd
 }
 
-// Goal: Caddy with the example serves a host, with the clients' addresses if there is a marker, also if
-// an earlier run was killed, and after a reload; it serves many clients at once.
+// Goal: Caddy with the example serves a host, with the clients' addresses if there is a marker,
+// also if an earlier run was killed, and after a reload; it serves many clients at once.
 func TestBackendCaddy(t *testing.T) {
 	t.Parallel()
 	if testing.Short() {
@@ -561,8 +562,9 @@ func TestBackendOldCaddy(t *testing.T) {
 	}
 }
 
-// testServer tests a server that makes its own socket, or takes that of systemd: it serves many clients
-// at once, is no worse for an earlier run that was killed, and lets a second run replace it.
+// testServer tests a server that makes its own socket, or takes that of systemd: it serves many
+// clients at once, is no worse for an earlier run that was killed, and lets a second run replace
+// it.
 func testServer(t *testing.T, s *backendSite, confirmsECH bool, server func() *exec.Cmd) {
 	t.Helper()
 	first := server()

@@ -80,7 +80,8 @@ func chroot(t *testing.T) (root, hosts string) {
 	for _, dir := range []string{hosts, filepath.Join(root, "bin")} {
 		hostdirtest.Must(t, os.Mkdir(dir, 0o755))
 	}
-	// A link: a copy could not be executed while another test's new process has it open for writing.
+	// A link: a copy could not be executed while another test's new process has it open for
+	// writing.
 	hostdirtest.Must(t, os.Link(daemon(t), filepath.Join(root, "bin/sniproxy")))
 	return root, hosts
 }

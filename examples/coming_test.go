@@ -16,8 +16,8 @@ import (
 	"sniproxy/sni/snitest"
 )
 
-// Goal: a hosts directory as the README says serves the clients of a HAProxy and an nginx that are set
-// up with its words for them, except that a wildcard is for one label only.
+// Goal: a hosts directory as the README says serves the clients of a HAProxy and an nginx that are
+// set up with its words for them, except that a wildcard is for one label only.
 func TestComingFrom(t *testing.T) {
 	t.Parallel()
 	haproxy, nginx := hostdirtest.Need(t, "haproxy"), hostdirtest.Need(t, "nginx")

@@ -25,8 +25,8 @@ type engine struct {
 	user   int
 }
 
-// engineUser is the ordinary user, whom the machine need not know, and engineSubordinate the first of
-// the users that are subordinate to that one.
+// engineUser is the ordinary user, whom the machine need not know, and engineSubordinate the first
+// of the users that are subordinate to that one.
 const engineUser, engineSubordinate = 4242, 300000
 
 // newEngine returns an engine with the images of sniproxy and of the site.
@@ -82,7 +82,8 @@ exec $as podman --runtime crun --cgroup-manager cgroupfs --events-backend none -
 		hostdirtest.Must(t, err)
 		hostdirtest.Must(t, os.WriteFile(e.path("bin/"+program), content, 0o755))
 	}
-	// OpenSSL says while linking that it needs glibc at run time as well, which this server does not.
+	// OpenSSL says while linking that it needs glibc at run time as well, which this server does
+	// not.
 	command(t, "cc", "-static", "-o", e.path("site/server"), "backends/handed/server.c", "-lssl", "-lcrypto", "-pthread")
 	hostdirtest.Must(t, os.Chmod(e.path("bin"), 0o755))
 	hostdirtest.Must(t, os.Chmod(e.path("site"), 0o755))
@@ -126,8 +127,8 @@ func (e *engine) podman(args ...string) string {
 // confined are arguments to run a container where the machine allows little.
 var confined = []string{"--ulimit=nofile=1024:20000", "--ulimit=nproc=32768:32768", "--cgroups=disabled"}
 
-// arguments returns the arguments of `podman run` for a file of Quadlet, with each old string replaced
-// by the new one that follows it, for a container with a name.
+// arguments returns the arguments of `podman run` for a file of Quadlet, with each old string
+// replaced by the new one that follows it, for a container with a name.
 func (e *engine) arguments(file, name string, oldnew ...string) []string {
 	e.t.Helper()
 	text := fileText(e.t, example(e.t, file, hostdirtest.Dir(e.t), oldnew...))
@@ -306,7 +307,8 @@ func TestContainersRootless(t *testing.T) {
 	}, ":U")
 }
 
-// Goal: compose.yaml starts the proxy and the site, and stops them gracefully. It builds their images.
+// Goal: compose.yaml starts the proxy and the site, and stops them gracefully. It builds their
+// images.
 func TestContainersCompose(t *testing.T) {
 	t.Parallel()
 	compose := hostdirtest.Need(t, "podman-compose")
@@ -327,7 +329,8 @@ func TestContainersCompose(t *testing.T) {
 			"--podman-path=" + e.script, "--podman-run-args=" + strings.Join(confined, " "), "--file=" + file,
 		}, args...)...)
 		cmd.Dir = e.dir
-		// Podman-compose before 1.1 joins a network of its own also where network_mode says otherwise.
+		// Podman-compose before 1.1 joins a network of its own also where network_mode says
+		// otherwise.
 		cmd.Env = append(os.Environ(), "withoutDefaultNetwork=1")
 		if out, err := cmd.CombinedOutput(); err != nil || slices.Contains(strings.Split(string(out), "\n"), "exit code: 125") {
 			t.Fatalf("%s: %v\n%s", cmd, err, out)
@@ -343,8 +346,8 @@ func TestContainersCompose(t *testing.T) {
 	}
 }
 
-// quadlets are the versions of Quadlet, which makes units of the files for Podman, that they are for: the
-// first, and a later one. `.ci/run` fetches them, since Debian's Podman has none.
+// quadlets are the versions of Quadlet, which makes units of the files for Podman, that they are
+// for: the first, and a later one. `.ci/run` fetches them, since Debian's Podman has none.
 var quadlets = map[string]string{"v4.4.4": "github.com/containers/podman/v4", "v5.4.2": "github.com/containers/podman/v5"}
 
 // quadlet builds a version of Quadlet, and returns its path.
@@ -372,8 +375,8 @@ func quadlet(t *testing.T, version string) string {
 	return path
 }
 
-// Goal: Quadlet makes units of the files for Podman, for the system and for users, in which systemd finds no
-// fault; and these run the containers as the other tests do.
+// Goal: Quadlet makes units of the files for Podman, for the system and for users, in which systemd
+// finds no fault; and these run the containers as the other tests do.
 func TestQuadlet(t *testing.T) {
 	t.Parallel()
 	hostdirtest.Need(t, "podman")
@@ -410,8 +413,8 @@ func TestQuadlet(t *testing.T) {
 	}
 }
 
-// expectRun fails the test unless the unit has Podman run a container with these arguments, and others that
-// Quadlet always gives it.
+// expectRun fails the test unless the unit has Podman run a container with these arguments, and
+// others that Quadlet always gives it.
 func expectRun(t *testing.T, unit string, args []string) {
 	t.Helper()
 	run := firsts(t, `(?m)^ExecStart=/usr/bin/podman (run .*)$`, unit)[0]

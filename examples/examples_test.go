@@ -1,6 +1,6 @@
-// Package examples_test runs the files of this directory under the programs they are written for:
-// a real systemd, inetd, xinetd and s6, and in a chroot, behind a real nginx, HAProxy or socat. Where a file names a user, a port or a
-// directory that a test cannot have, the test replaces just that.
+// Package examples_test runs the files of this directory under the programs they are written for: a
+// real systemd, inetd, xinetd and s6, and in a chroot, behind a real nginx, HAProxy or socat. Where
+// a file names a user, a port or a directory that a test cannot have, the test replaces just that.
 package examples_test
 
 import (
@@ -327,7 +327,8 @@ func killDaemon(t *testing.T, pid int) {
 	}
 }
 
-// signalAndAwait sends a signal, and waits until the process is gone: it is a child of the supervisor.
+// signalAndAwait sends a signal, and waits until the process is gone: it is a child of the
+// supervisor.
 func signalAndAwait(t *testing.T, pid int, sig syscall.Signal) {
 	t.Helper()
 	hostdirtest.Must(t, syscall.Kill(pid, sig))

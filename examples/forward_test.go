@@ -20,8 +20,8 @@ import (
 	"sniproxy/sni/snitest"
 )
 
-// A server listens on a TCP address, for a forwarder. It sends every byte back, at once, and when its
-// client has ended, it says goodbye, later.
+// A server listens on a TCP address, for a forwarder. It sends every byte back, at once, and when
+// its client has ended, it says goodbye, later.
 type server struct {
 	*net.TCPListener
 	served atomic.Int64
@@ -97,7 +97,8 @@ func (s *server) stop() {
 	}
 }
 
-// exchangeOpen is one client that does not end its side before it has got back all that it has sent.
+// exchangeOpen is one client that does not end its side before it has got back all that it has
+// sent.
 func exchangeOpen(addr string, hello []byte) error {
 	c, err := connect(addr, hello)
 	if err != nil {
@@ -148,7 +149,8 @@ func expectClients(t *testing.T, addr string, hello []byte, n int) {
 	}
 }
 
-// expectRefused expects that a client is told that there is no such host, or that its backend is down.
+// expectRefused expects that a client is told that there is no such host, or that its backend is
+// down.
 func expectRefused(t *testing.T, addr string, hello []byte) {
 	t.Helper()
 	c, err := connect(addr, hello)
@@ -159,9 +161,9 @@ func expectRefused(t *testing.T, addr string, hello []byte) {
 	}
 }
 
-// Goal: socat.sh forwards many clients at once; one that ends its side gets its answer; a socket that
-// an earlier run has left is no obstacle, nor is any umask; a successor replaces it without a gap, and
-// the end of the old one takes nothing away.
+// Goal: socat.sh forwards many clients at once; one that ends its side gets its answer; a socket
+// that an earlier run has left is no obstacle, nor is any umask; a successor replaces it without a
+// gap, and the end of the old one takes nothing away.
 func TestForwardSocat(t *testing.T) {
 	t.Parallel()
 	hostdirtest.Need(t, "socat")
@@ -220,8 +222,8 @@ func TestForwardSocat(t *testing.T) {
 }
 
 // Goal: HAProxy with the example forwards all names below kube.example to three servers, with the
-// clients' addresses, and a client that ends its side gets its answer. Without two of the servers it
-// serves on, at once, and does so when one of them is back.
+// clients' addresses, and a client that ends its side gets its answer. Without two of the servers
+// it serves on, at once, and does so when one of them is back.
 func TestForwardKubernetes(t *testing.T) {
 	t.Parallel()
 	haproxy := hostdirtest.Need(t, "haproxy")
@@ -288,9 +290,9 @@ func unitForwarder(t *testing.T, to string) (hello []byte, instance string) {
 	return snitest.Hello(name), instance
 }
 
-// Goal: sniproxy-to@.socket and its service forward many clients at once, more than the program does
-// by default; restarts of the server and of the service, and kill -9 with a socket left, do no harm;
-// the host is removed as the comment says.
+// Goal: sniproxy-to@.socket and its service forward many clients at once, more than the program
+// does by default; restarts of the server and of the service, and kill -9 with a socket left, do no
+// harm; the host is removed as the comment says.
 func testUnitsForward(t *testing.T) {
 	startUnits(t)
 	to := startServer(t, "127.0.0.1:0", false)
@@ -319,8 +321,8 @@ func testUnitsForward(t *testing.T) {
 	hostdirtest.Must(t, exchange(unitAddr, snitest.Hello(unitHost)))
 }
 
-// expectStaleSocket stops the units of a host, and starts the socket again where a socket was left, as
-// after a power loss.
+// expectStaleSocket stops the units of a host, and starts the socket again where a socket was left,
+// as after a power loss.
 func expectStaleSocket(t *testing.T, instance, socket, service string) {
 	t.Helper()
 	command(t, "systemctl", "stop", socket, service)
@@ -330,8 +332,8 @@ func expectStaleSocket(t *testing.T, instance, socket, service string) {
 	command(t, "systemctl", "start", socket)
 }
 
-// Goal: with sniproxy-socat@.service a client that ends its side gets its answer, there may be many at
-// once, a restart cuts none that is open, and a socket that was left is no obstacle.
+// Goal: with sniproxy-socat@.service a client that ends its side gets its answer, there may be many
+// at once, a restart cuts none that is open, and a socket that was left is no obstacle.
 func testUnitsSocat(t *testing.T) {
 	startUnits(t)
 	const name = "two.example"
@@ -433,8 +435,8 @@ func unitSite(t *testing.T) *backendSite {
 	return s
 }
 
-// Goal: a server with a socket of systemd serves as a user of its own; a restart under load loses no
-// client; neither kill -9 nor a socket that was left ends the host.
+// Goal: a server with a socket of systemd serves as a user of its own; a restart under load loses
+// no client; neither kill -9 nor a socket that was left ends the host.
 func testUnitsActivated(t *testing.T) {
 	startUnits(t)
 	const socket, service = "one.example.socket", "one.example.service"
@@ -472,8 +474,8 @@ func testUnitsActivated(t *testing.T) {
 	expectRefused(t, unitAddr, snitest.Hello("one.example"))
 }
 
-// Goal: a tenant has the same from its own systemd, also after the machine has started and nobody has
-// logged in.
+// Goal: a tenant has the same from its own systemd, also after the machine has started and nobody
+// has logged in.
 func testUnitsActivatedUser(t *testing.T) {
 	const tenant = "bob"
 	startUnits(t)
@@ -503,8 +505,8 @@ func testUnitsActivatedUser(t *testing.T) {
 	s.expect(false)
 }
 
-// Goal: with the drop-in nginx starts although its sockets are still there, and without it does not.
-// A host is removed as the example says.
+// Goal: with the drop-in nginx starts although its sockets are still there, and without it does
+// not. A host is removed as the example says.
 func testUnitsNginx(t *testing.T) {
 	startUnits(t)
 	s := unitSite(t)

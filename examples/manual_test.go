@@ -97,7 +97,8 @@ func TestManualLint(t *testing.T) {
 }
 
 // Goal: each program has a manual page of the right section, and so have the hosts directory and
-// Encrypted Client Hello. Each page has what readers look for, and refers to the others where they are.
+// Encrypted Client Hello. Each page has what readers look for, and refers to the others where they
+// are.
 func TestManualPages(t *testing.T) {
 	section := func(name string) string {
 		switch name {

@@ -226,8 +226,8 @@ func goVersion(t *testing.T, version string) string {
 }
 
 // Goal: the sums are those of all files; every archive has all programs, for its system and
-// processor, static and with the version in its name, all manual pages, and the examples as they are
-// in the source.
+// processor, static and with the version in its name, all manual pages, and the examples as they
+// are in the source.
 func TestPackages(t *testing.T) {
 	if testing.Short() || hostdir.Hashed {
 		t.Skip("packages are the same in all builds, and take time")
@@ -303,9 +303,9 @@ func testArchive(t *testing.T, b []byte, version, system, processor string) {
 	}
 }
 
-// Goal: the Debian package has all programs in /usr/bin, with its own version; all manual pages; all
-// units and no more, in the places of a package; everything else is documentation. Nothing names
-// /usr/local, where programs are by hand.
+// Goal: the Debian package has all programs in /usr/bin, with its own version; all manual pages;
+// all units and no more, in the places of a package; everything else is documentation. Nothing
+// names /usr/local, where programs are by hand.
 func TestPackageContents(t *testing.T) {
 	t.Parallel()
 	path := only(t, filepath.Join(packages(t), packageName+"_*.deb"))
@@ -368,8 +368,8 @@ func TestPackageContents(t *testing.T) {
 	}
 }
 
-// Goal: all examples and manual pages agree on where the programs are, so that a package can have them
-// elsewhere.
+// Goal: all examples and manual pages agree on where the programs are, so that a package can have
+// them elsewhere.
 func TestExamplesNameLocalPrograms(t *testing.T) {
 	files := append(manuals(t), "../README.md")
 	err := filepath.WalkDir(".", func(file string, entry fs.DirEntry, err error) error {
@@ -415,9 +415,9 @@ const (
 	pebble = "/var/tmp/pebble"
 )
 
-// Goal: beside a real systemd the package installs, where no other sniproxy is, and enables nothing.
-// It serves two hosts; a plain service has HTTPS after three commands; an upgrade under load loses no client, and its removal leaves nothing but the
-// hosts, also when it is purged.
+// Goal: beside a real systemd the package installs, where no other sniproxy is, and enables
+// nothing. It serves two hosts; a plain service has HTTPS after three commands; an upgrade under
+// load loses no client, and its removal leaves nothing but the hosts, also when it is purged.
 func TestPackageInstalls(t *testing.T) {
 	if os.Getenv(inside) != "" {
 		testPackageInstalls(t)
@@ -448,8 +448,8 @@ func TestPackageInstalls(t *testing.T) {
 		"-f", first+":"+firstPackage+":644", "-f", repack("next")+":"+nextPackage+":644", "-f", repack("other")+":"+otherPackage+":644")
 }
 
-// startAuthority starts a CA that all services take for Let's Encrypt. The function that it returns tells
-// what clients must trust.
+// startAuthority starts a CA that all services take for Let's Encrypt. The function that it returns
+// tells what clients must trust.
 func startAuthority(t *testing.T) func() *x509.CertPool {
 	t.Helper()
 	const addr, management = "127.0.0.1:14000", "127.0.0.1:15000"
@@ -661,8 +661,8 @@ func testPackageInstalls(t *testing.T) {
 	}
 }
 
-// Goal: the commands of the README for an installation by hand, and then those of sniproxy.socket, are
-// enough to serve under a real systemd, with the programs in /usr/local/bin. The manual pages
+// Goal: the commands of the README for an installation by hand, and then those of sniproxy.socket,
+// are enough to serve under a real systemd, with the programs in /usr/local/bin. The manual pages
 // are there too.
 func TestByHand(t *testing.T) {
 	if source := os.Getenv(inside); source != "" {

@@ -27,7 +27,8 @@ func readme(t *testing.T) string {
 	return fileText(t, "../README.md")
 }
 
-// sectionOf returns the section with the title of a file in Markdown, down to the next of its level.
+// sectionOf returns the section with the title of a file in Markdown, down to the next of its
+// level.
 func sectionOf(t *testing.T, file, title string) string {
 	t.Helper()
 	_, section, ok := strings.Cut(fileText(t, file), "\n## "+title+"\n")
@@ -211,8 +212,8 @@ func TestReadmeLimits(t *testing.T) {
 	}
 }
 
-// Goal: nothing tells root to make a host's directory with install -d, which follows a symlink that a
-// tenant has made under that name, and gives away what it leads to.
+// Goal: nothing tells root to make a host's directory with install -d, which follows a symlink that
+// a tenant has made under that name, and gives away what it leads to.
 func TestNoInstallOfHosts(t *testing.T) {
 	files, err := filepath.Glob("../cmd/*/*.[1-8]")
 	hostdirtest.Must(t, err)

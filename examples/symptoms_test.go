@@ -12,8 +12,8 @@ import (
 	"sniproxy/hostdir/hostdirtest"
 )
 
-// Goal: for each fault, curl and a browser say what sniproxy(8) has by symptom, and the log what stands
-// there beside it.
+// Goal: for each fault, curl and a browser say what sniproxy(8) has by symptom, and the log what
+// stands there beside it.
 func TestSymptoms(t *testing.T) {
 	t.Parallel()
 	if testing.Short() {

@@ -109,7 +109,8 @@ func awaitProperty(t *testing.T, unit, name, value string) {
 	hostdirtest.Await(t, unit+" with "+name+"="+value, func() bool { return property(t, unit, name) == value })
 }
 
-// verifyUnits has systemd find fault with the unit files whose paths begin so, for --system or --user.
+// verifyUnits has systemd find fault with the unit files whose paths begin so, for --system or
+// --user.
 func verifyUnits(t *testing.T, manager, prefix string) {
 	t.Helper()
 	var units []string
@@ -214,8 +215,8 @@ func testUnitsRestart(t *testing.T) {
 	l.end()
 }
 
-// upgradeCommands are those of sniproxy-next.service for an upgrade: up to the moment at which the old
-// program accepts nobody more, and what comes when sniproxy.service runs the new one.
+// upgradeCommands are those of sniproxy-next.service for an upgrade: up to the moment at which the
+// old program accepts nobody more, and what comes when sniproxy.service runs the new one.
 func upgradeCommands(t *testing.T, file string) (begin, end string) {
 	t.Helper()
 	commands := firsts(t, `(?m)^#     (.*?)(?: +#.*)?$`, fileText(t, file))
@@ -259,8 +260,9 @@ func serveDownload(t *testing.T, dir string) (end func() int64) {
 	}
 }
 
-// Goal: an upgrade as sniproxy-next.service describes it, under load, loses no client, lets none wait,
-// and cuts no download, although one takes longer than the ten seconds that a restart leaves to it.
+// Goal: an upgrade as sniproxy-next.service describes it, under load, loses no client, lets none
+// wait, and cuts no download, although one takes longer than the ten seconds that a restart leaves
+// to it.
 func testUnitsUpgrade(t *testing.T) {
 	hello := startUnits(t)
 	end := serveDownload(t, "/srv/sniproxy/download.example")
@@ -378,8 +380,9 @@ func testUnitsKill(t *testing.T) {
 	}
 }
 
-// Goal: the drop-ins for several sockets can be added while the service runs; then one process serves
-// them all; a restart and an upgrade under load lose no client of any; the stop frees all ports.
+// Goal: the drop-ins for several sockets can be added while the service runs; then one process
+// serves them all; a restart and an upgrade under load lose no client of any; the stop frees all
+// ports.
 func testUnitsSeveral(t *testing.T) {
 	hello := startUnits(t)
 	hostdirtest.Must(t, exchange(unitAddr, hello))
@@ -438,10 +441,10 @@ func testUnitsSeveral(t *testing.T) {
 	}
 }
 
-// Goal: with the units for Accept=yes systemd starts a service for each connection, in a sandbox; it
-// serves, and ends with the client, as a success. More clients than systemd serves by default, of
-// several addresses, are served at once, after more in a short time than it takes by default; one
-// address has the connections that the socket grants it.
+// Goal: with the units for Accept=yes systemd starts a service for each connection, in a sandbox;
+// it serves, and ends with the client, as a success. More clients than systemd serves by default,
+// of several addresses, are served at once, after more in a short time than it takes by default;
+// one address has the connections that the socket grants it.
 func testUnitsAccept(t *testing.T) {
 	const socket = "sniproxy-accept.socket"
 	serve(t, "/srv/sniproxy", unitHost)
@@ -483,7 +486,8 @@ func testUnitsAccept(t *testing.T) {
 	if len(failed) > 0 {
 		t.Fatalf("%d of %d clients at once failed: %v", len(failed), len(clients), failed[0])
 	}
-	// An address that has all its connections goes on: that many in two seconds would close the port.
+	// An address that has all its connections goes on: that many in two seconds would close the
+	// port.
 	const burst = 500
 	inParallel(burst, func(int) error {
 		c, err := from(0)
@@ -619,7 +623,8 @@ func TestCheckService(t *testing.T) {
 	}
 }
 
-// Goal: sniproxy-next.service has the settings of sniproxy.service, but for the socket and the restart.
+// Goal: sniproxy-next.service has the settings of sniproxy.service, but for the socket and the
+// restart.
 func TestNextService(t *testing.T) {
 	settings := func(file string) []string {
 		b, err := os.ReadFile(file)

@@ -22,7 +22,8 @@ import (
 	"sniproxy/sni/snitest"
 )
 
-// Goal: under a real systemd the units for sniproxy-tls serve hosts, of the administrator and of a user.
+// Goal: under a real systemd the units for sniproxy-tls serve hosts, of the administrator and of a
+// user.
 func TestSystemdTLS(t *testing.T) {
 	if os.Getenv(inside) != "" {
 		t.Run("system", testUnitsTLS)
@@ -33,8 +34,8 @@ func TestSystemdTLS(t *testing.T) {
 	hostdirtest.InSystemd(t, "..", inside+"=1", installed(t)...)
 }
 
-// installCertificate makes a certificate of its own for a host, in cert.pem and key.pem in its directory,
-// which become its owner's. It returns what a client must trust.
+// installCertificate makes a certificate of its own for a host, in cert.pem and key.pem in its
+// directory, which become its owner's. It returns what a client must trust.
 func installCertificate(t *testing.T, dir, name string) *x509.CertPool {
 	t.Helper()
 	pool := x509.NewCertPool()
@@ -44,8 +45,8 @@ func installCertificate(t *testing.T, dir, name string) *x509.CertPool {
 	return pool
 }
 
-// certificatePEM makes a certificate that signs itself, in cert.pem and key.pem in a directory, whose
-// owner they get. It returns the certificate.
+// certificatePEM makes a certificate that signs itself, in cert.pem and key.pem in a directory,
+// whose owner they get. It returns the certificate.
 func certificatePEM(t *testing.T, dir, name string) []byte {
 	t.Helper()
 	cert := certificate(t, name)
@@ -131,7 +132,8 @@ func environment(t *testing.T, pid int, name string) string {
 	return ""
 }
 
-// expectRestarts restarts what serves a host, again and again, while clients come. None may be lost.
+// expectRestarts restarts what serves a host, again and again, while clients come. None may be
+// lost.
 func expectRestarts(t *testing.T, name string, roots *x509.CertPool, restart func()) {
 	t.Helper()
 	pages := startLoadOf(t, func() error {
@@ -149,8 +151,9 @@ func expectRestarts(t *testing.T, name string, roots *x509.CertPool, restart fun
 	pages.end()
 }
 
-// Goal: sniproxy-tls@.service, installed as its comment says, serves a host with HTTPS as a user of its own,
-// loses no client at restarts, keeps what an ACME server knows it by, and stops as a success.
+// Goal: sniproxy-tls@.service, installed as its comment says, serves a host with HTTPS as a user of
+// its own, loses no client at restarts, keeps what an ACME server knows it by, and stops as a
+// success.
 func testUnitsTLS(t *testing.T) {
 	const name, unit = "tls.example", "sniproxy-tls@tls.example.service"
 	startUnits(t)
@@ -215,8 +218,8 @@ func testUnitsTLS(t *testing.T) {
 	}
 }
 
-// Goal: with user/sniproxy-tls@.service a user serves a host of his own without an administrator; it is served
-// without a login, as after a start of the machine.
+// Goal: with user/sniproxy-tls@.service a user serves a host of his own without an administrator;
+// it is served without a login, as after a start of the machine.
 func testUnitsUserTLS(t *testing.T) {
 	const name, alice = "alice.example", "alice"
 	startUnits(t)

@@ -283,7 +283,8 @@ func (d *Dialer) connectOnce(datagram int, wait bool) (Backend, error) {
 		}
 	}
 	var err error
-	// Only if nobody but the administrator can exchange the socket just now does this surely not wait.
+	// Only if nobody but the administrator can exchange the socket just now does this surely not
+	// wait.
 	if errno := connectSocket(uintptr(b.FD), !sure || w.slow); errno != 0 {
 		err = connectError(".", errno)
 	} else if errno = d.readMarkers(&b); errno != 0 {
@@ -329,8 +330,8 @@ func (d *Dialer) checkSocket() error {
 	return MayWait
 }
 
-// readMarkers finds out what the markers say. A new owner of a marker is no change of the directory,
-// so it is asked for each time.
+// readMarkers finds out what the markers say. A new owner of a marker is no change of the
+// directory, so it is asked for each time.
 func (d *Dialer) readMarkers(b *Backend) (errno unix.Errno) {
 	w := &d.workdir
 	is := w.markers
@@ -352,14 +353,14 @@ func (d *Dialer) readMarkers(b *Backend) (errno unix.Errno) {
 }
 
 // whatIsSeenLasts reports whether what is in the working directory from now on stays there for as
-// long as the ctime of the directory is the same. It costs some calls, so it never does at the first
-// look-up.
+// long as the ctime of the directory is the same. It costs some calls, so it never does at the
+// first look-up.
 //
 // A change writes the ctime down first, and then makes the change itself. So there are two ways in
-// which the ctime could be that of the last look although something has changed since. The clock may
-// not have moved on since that ctime: then the next change can have the same. And the change that
-// wrote it down may not be done yet: but that locks the directory, so whoever has had that lock has
-// waited for it.
+// which the ctime could be that of the last look although something has changed since. The clock
+// may not have moved on since that ctime: then the next change can have the same. And the change
+// that wrote it down may not be done yet: but that locks the directory, so whoever has had that
+// lock has waited for it.
 func (d *Dialer) whatIsSeenLasts() bool {
 	w := &d.workdir
 	if !w.same || !d.hosts.dated || !clockAfter(w.changed) {

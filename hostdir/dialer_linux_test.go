@@ -249,8 +249,8 @@ func TestDialNowAgain(t *testing.T) {
 
 // Goal: what has changed in the host's directory a moment ago counts at the next look-up, even if
 // nothing had changed for so long that look-ups relied on what they had seen: a marker that was
-// made, removed, replaced or given away, a socket that was replaced, exchanged for a symlink, closed
-// to this user or got another name, and another directory in place of this one.
+// made, removed, replaced or given away, a socket that was replaced, exchanged for a symlink,
+// closed to this user or got another name, and another directory in place of this one.
 func TestChangesAtOnce(t *testing.T) {
 	chdir(t)
 	changesAtOnce(t, 2000)

@@ -58,8 +58,8 @@ type Entry struct {
 	// Administrators reports whether the owner is the administrator.
 	Administrators bool
 
-	// Foreign reports that somebody else than the administrator may be able to change the directory,
-	// which is the entry or its target.
+	// Foreign reports that somebody else than the administrator may be able to change the
+	// directory, which is the entry or its target.
 	Foreign bool
 }
 
@@ -71,8 +71,8 @@ type Backend struct {
 	Log      bool  // the connection is to be logged
 }
 
-// Expects says what a backend must expect, given the version of the PROXY protocol header that it is
-// sent, 0 for none: a backend that does not agree with its markers is the most common mistake.
+// Expects says what a backend must expect, given the version of the PROXY protocol header that it
+// is sent, 0 for none: a backend that does not agree with its markers is the most common mistake.
 func Expects(proxy uint8) string {
 	if proxy == 0 {
 		return "without send-proxy-v1 and send-proxy-v2 it must expect no PROXY header"
@@ -289,8 +289,8 @@ func connectError(dir string, err error) error {
 	return &Error{Problem: problem, Errno: errno(err)}
 }
 
-// kinds returns what is at a path (S_IFDIR and the like), and what that leads to if it is a symlink.
-// They are 0 if that cannot be found out.
+// kinds returns what is at a path (S_IFDIR and the like), and what that leads to if it is a
+// symlink. They are 0 if that cannot be found out.
 func kinds(path string) (at, to uint32) {
 	var st unix.Stat_t
 	if unix.Lstat(path, &st) == nil {

@@ -102,11 +102,12 @@ func (h *Hosts) LogAll() (bool, error) {
 }
 
 // AcceptProxy reports whether all connections must begin with a PROXY protocol header: whether the
-// marker .accept-proxy in the hosts directory is a directory of the administrator's. (A tenant can move
-// files and symlinks of the administrator's out of his own directory, but no directory.) If something
-// exists there and does not count, ignored says why and what to do. An error means that this could not be found out.
-// It waits for no file system but that of the hosts directory: whoever mounts another one on a
-// marker of his own keeps nobody from finding out about the administrator's.
+// marker .accept-proxy in the hosts directory is a directory of the administrator's. (A tenant can
+// move files and symlinks of the administrator's out of his own directory, but no directory.) If
+// something exists there and does not count, ignored says why and what to do. An error means that
+// this could not be found out. It waits for no file system but that of the hosts directory: whoever
+// mounts another one on a marker of his own keeps nobody from finding out about the
+// administrator's.
 func (h *Hosts) AcceptProxy() (yes bool, ignored string, err error) {
 	st, err := h.look([]byte(".accept-proxy\x00"), true)
 	switch {

@@ -134,9 +134,9 @@ func (h *Hosts) askOwner() (uint32, error) {
 	return st.Uid, nil
 }
 
-// mayLock reports whether others than its owner can change a directory with a mode. (An ACL shows in
-// the bits of the group.) Who may read a directory, and change it, can keep it locked for ever; then
-// a look for a name that the kernel does not know waits.
+// mayLock reports whether others than its owner can change a directory with a mode. (An ACL shows
+// in the bits of the group.) Who may read a directory, and change it, can keep it locked for ever;
+// then a look for a name that the kernel does not know waits.
 func mayLock(mode uint32) bool { return mode&0o022 != 0 }
 
 // lstat tells about an entry of the hosts directory, whose name ends in a zero.

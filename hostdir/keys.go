@@ -135,8 +135,8 @@ func (h *Hosts) readKeyFile(dir int, name string) ([]byte, error) {
 	return nil, fmt.Errorf("it has more than %d KiB: a key file has some hundred bytes", maxKeyFile>>10)
 }
 
-// openRead opens something in a directory, but never what a symlink there leads to, nor does it wait
-// for the other end of a FIFO.
+// openRead opens something in a directory, but never what a symlink there leads to, nor does it
+// wait for the other end of a FIFO.
 func openRead(dir int, name string, flags int) (fd int, err error) {
 	for {
 		fd, err = unix.Openat(dir, name, flags|unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)

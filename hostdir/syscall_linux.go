@@ -143,7 +143,8 @@ func shutdown(s uintptr) unix.Errno {
 	return errno
 }
 
-// connectSocket connects a socket, which is non-blocking, to the tls-socket in the working directory.
+// connectSocket connects a socket, which is non-blocking, to the tls-socket in the working
+// directory.
 func connectSocket(s uintptr, slow bool) unix.Errno {
 	if !slow {
 		_, _, errno := syscall.RawSyscall(unix.SYS_CONNECT, s, uintptr(unsafe.Pointer(&tlsSocketAddr)), unsafe.Sizeof(tlsSocketAddr))

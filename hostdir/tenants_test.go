@@ -163,9 +163,9 @@ func acceptProxy(t *testing.T, h *hostdir.Hosts, want bool, wantIgnored string) 
 	}
 }
 
-// Goal: PROXY headers are expected if there is an .accept-proxy of the administrator's that is a directory,
-// is and wherever it leads. One of somebody else does not count, and it is said why. No descriptor
-// is needed.
+// Goal: PROXY headers are expected if there is an .accept-proxy of the administrator's that is a
+// directory, is and wherever it leads. One of somebody else does not count, and it is said why. No
+// descriptor is needed.
 func TestAcceptProxy(t *testing.T) {
 	chdir(t)
 	h := open(t)

@@ -160,8 +160,8 @@ func TestAppendV2Appends(t *testing.T) {
 	}
 }
 
-// Goal: what a header says about TLS is laid out as Section 2.2.6 of the specification has it; what is empty or
-// too long is left out; and without addresses there is nothing of it.
+// Goal: what a header says about TLS is laid out as Section 2.2.6 of the specification has it; what
+// is empty or too long is left out; and without addresses there is nothing of it.
 func TestAppendV2TLS(t *testing.T) {
 	ends := netip.MustParseAddrPort("192.0.2.1:1")
 	const start = "0d0a0d0a000d0a515549540a 21 11"

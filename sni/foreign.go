@@ -80,8 +80,8 @@ func common(signature string, b []byte) (n int) {
 	return n
 }
 
-// Foreign returns the [Alert] for a client that will send no more, if what it has sent cannot be TLS
-// but is too short to tell what it is. Otherwise it returns nil.
+// Foreign returns the [Alert] for a client that will send no more, if what it has sent cannot be
+// TLS but is too short to tell what it is. Otherwise it returns nil.
 func (p *Parser) Foreign() error {
 	if p.answer == pending && p.header == foreign {
 		return alerts[notTLS]

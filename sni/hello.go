@@ -37,17 +37,17 @@ type Parser struct {
 	name [MaxName + 1]byte // with a dot at its end
 }
 
-// Parse continues with b, the raw bytes that follow those of earlier calls. Done tells whether it has
-// an answer: the canonical name (see [AppendCanonical]), in memory of p itself, empty if the client
-// names no host; or an [Alert]. From then on it returns the same, and ignores b.
+// Parse continues with b, the raw bytes that follow those of earlier calls. Done tells whether it
+// has an answer: the canonical name (see [AppendCanonical]), in memory of p itself, empty if the
+// client names no host; or an [Alert]. From then on it returns the same, and ignores b.
 //
 // A client names no host if its complete, valid ClientHello has no extensions, no server_name
-// extension, or no host_name in that; or if its server name is an IPv6 address, see [Parser.Address].
-// Other readers of the same bytes find no name either, so such a
-// client can be served without one. A valid hello has good records and good lengths up to its end; a
-// session id, cipher suites, compression methods and a server name list within the bounds of RFC 8446
-// and RFC 6066; and at most one server_name extension. What is inside other extensions, and inside
-// names of other types, does not matter.
+// extension, or no host_name in that; or if its server name is an IPv6 address, see
+// [Parser.Address]. Other readers of the same bytes find no name either, so such a client can be
+// served without one. A valid hello has good records and good lengths up to its end; a session id,
+// cipher suites, compression methods and a server name list within the bounds of RFC 8446 and RFC
+// 6066; and at most one server_name extension. What is inside other extensions, and inside names of
+// other types, does not matter.
 //
 // Parse does not look behind the name, since the rest of the hello is for the server to judge, nor
 // behind a hello without a name.
@@ -70,9 +70,9 @@ func (p *Parser) Parse(b []byte) (name []byte, done bool, err error) {
 	}
 }
 
-// Address reports whether the client has sent an IPv6 address in place of a server name, in brackets
-// or not. RFC 6066, Section 3: "Literal IPv4 and IPv6 addresses are not permitted". (An IPv4 address
-// is a canonical name.)
+// Address reports whether the client has sent an IPv6 address in place of a server name, in
+// brackets or not. RFC 6066, Section 3: "Literal IPv4 and IPv6 addresses are not permitted". (An
+// IPv4 address is a canonical name.)
 func (p *Parser) Address() bool { return p.answer == address6 }
 
 // readRecords takes b apart into records and passes on their contents. RFC 8446, Section 5.1.

@@ -7,8 +7,8 @@ import "bytes"
 const MaxName = 254
 
 // AppendCanonical appends the canonical form of name to dst, which may be name[:0]. One dot at the
-// end comes off: browsers send it for https://one.example./, and it means the same name. (sniproxy-rs
-// refuses it.) ASCII letters become lower case; every other byte stays.
+// end comes off: browsers send it for https://one.example./, and it means the same name.
+// (sniproxy-rs refuses it.) ASCII letters become lower case; every other byte stays.
 //
 // A canonical name has 1 to MaxName bytes. Its labels, between dots, consist of a-z, 0-9, '-' and
 // '_', are not empty, and do not begin with '-'. So it is safe as a file name: it is never "..",
@@ -94,8 +94,8 @@ func isPort(b []byte) bool {
 	return true
 }
 
-// isIPv6 reports whether a name is an IPv6 address, in brackets or not. Its zone, behind '%', may be
-// anything.
+// isIPv6 reports whether a name is an IPv6 address, in brackets or not. Its zone, behind '%', may
+// be anything.
 func isIPv6(b []byte) bool {
 	if n := len(b) - 1; n > 0 && b[0] == '[' && b[n] == ']' {
 		b = b[1:n]

@@ -10,9 +10,9 @@ import (
 	"sniproxy/hostdir/hostdirtest"
 )
 
-// Goal: what can never be a host is a remark and no fault: lost+found, a file of any name, a directory
-// under a name that is not canonical. With a tls-socket in it, somebody means it to be a host: then it
-// is a fault. So is a file, if somebody asks for its name.
+// Goal: what can never be a host is a remark and no fault: lost+found, a file of any name, a
+// directory under a name that is not canonical. With a tls-socket in it, somebody means it to be a
+// host: then it is a fault. So is a file, if somebody asks for its name.
 func TestNoHosts(t *testing.T) {
 	t.Parallel()
 	hosts := hostdirtest.Dir(t)
@@ -58,8 +58,8 @@ func TestNoHosts(t *testing.T) {
 	}
 }
 
-// Goal: who asks for a name that has no entry is told of entries that nearly are it, whether a wildcard
-// serves the name or not.
+// Goal: who asks for a name that has no entry is told of entries that nearly are it, whether a
+// wildcard serves the name or not.
 func TestNearby(t *testing.T) {
 	t.Parallel()
 	hosts := hostdirtest.Dir(t)

@@ -114,8 +114,8 @@ func (c *checker) tryECH(d *hostdir.Dialer, h host, s *session, first attempt, d
 	case isAlert(a.err):
 		return fmt.Sprintf("does not confirm ECH, but refuses the handshake: %s%s", clean(a.err.Error()), consequence), false
 	case a.err == nil, local != nil && local.Op == "local error", undecryptable:
-		// A client that sees no confirmation goes on with another hello than the backend has got. So
-		// their keys differ, and nor can the proxy decrypt a second hello.
+		// A client that sees no confirmation goes on with another hello than the backend has got.
+		// So their keys differ, and nor can the proxy decrypt a second hello.
 		return "does not confirm ECH" + consequence, false
 	}
 	return unknown + s.failure(a), a.late()

@@ -16,9 +16,9 @@ import (
 	"sniproxy/hostdir"
 )
 
-// explain returns the problem in the words of sniproxy, then why, and what to do. Name is nil if only
-// the entry is known; entry is the one that decided, "" if there is none; passedOver are wildcards
-// that did not count; limit is how long the wait was.
+// explain returns the problem in the words of sniproxy, then why, and what to do. Name is nil if
+// only the entry is known; entry is the one that decided, "" if there is none; passedOver are
+// wildcards that did not count; limit is how long the wait was.
 func (c *checker) explain(name []byte, entry string, passedOver []string, limit time.Duration, err error) string {
 	why := ""
 	switch err {
@@ -129,8 +129,9 @@ func (e *eyes) shut(socket string) string {
 	return "by something else than modes, as a security module or a sandbox"
 }
 
-// closed says where the way to a socket is closed to the user, "" if it is not by modes or ACLs. The
-// error is errUnseen if that cannot be told. Of a wildcard the symlink itself is read by sniproxy.
+// closed says where the way to a socket is closed to the user, "" if it is not by modes or ACLs.
+// The error is errUnseen if that cannot be told. Of a wildcard the symlink itself is read by
+// sniproxy.
 func (e *eyes) closed(socket string, wildcard bool) (why string, err error) {
 	at, links, _, err := e.walkLinks(socket)
 	switch {
@@ -197,8 +198,8 @@ func (e *eyes) needs(bit uint32, path string) string {
 	return fmt.Sprintf("%s: setfacl -m u:%d:%s it, or chmod", text, e.uid, letter)
 }
 
-// asMade is how a backend makes its socket so that everybody may connect: what is done to the socket
-// itself ends with the next start of the backend.
+// asMade is how a backend makes its socket so that everybody may connect: what is done to the
+// socket itself ends with the next start of the backend.
 const asMade = "a chmod lasts until the backend starts again, so have it make the socket with mode 0666: nginx does, HAProxy with `mode 666`, Caddy with `|0666` behind the path, Node.js with `writableAll: true`, a socket unit of systemd with `SocketMode=0666`, others with umask 0 (`UMask=0000`)"
 
 // asLeft is what to do about a socket that an earlier run of the backend has left behind.
@@ -243,8 +244,8 @@ func (e *eyes) walk(path string) (at string, err error) {
 	return at, err
 }
 
-// unprotected returns the first of the symlinks that Linux follows only for its owner, "" if there is
-// none: see fs.protected_symlinks in proc(5).
+// unprotected returns the first of the symlinks that Linux follows only for its owner, "" if there
+// is none: see fs.protected_symlinks in proc(5).
 func (e *eyes) unprotected(links []string) string {
 	for _, link := range links {
 		var st, dir unix.Stat_t

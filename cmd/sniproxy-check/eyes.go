@@ -58,12 +58,13 @@ func sorted(groups []uint32) []uint32 {
 // proxyUser is the name of the user that sniproxy usually runs as.
 const proxyUser = "sniproxy"
 
-// watchersMost is how many users it answers for, of those who run a sniproxy in the hosts directory.
-// Any tenant can run one.
+// watchersMost is how many users it answers for, of those who run a sniproxy in the hosts
+// directory. Any tenant can run one.
 const watchersMost = 4
 
-// findEyes returns the users to answer for: the one that is asked for, else those who run sniproxy in
-// the hosts directory, else the user sniproxy, else who asks. Remarks say what is odd about that.
+// findEyes returns the users to answer for: the one that is asked for, else those who run sniproxy
+// in the hosts directory, else the user sniproxy, else who asks. Remarks say what is odd about
+// that.
 func findEyes(asked, dir string) (all []eyes, remarks []string, err error) {
 	self := ours()
 	if asked != "" {
@@ -146,7 +147,8 @@ func parseEyes(s string) (eyes, error) {
 	return e, nil
 }
 
-// lookUpUser returns a user of the system, by name or number, with the groups that the system knows.
+// lookUpUser returns a user of the system, by name or number, with the groups that the system
+// knows.
 func lookUpUser(name string) (eyes, error) {
 	u, err := accounts.Lookup(name)
 	if err != nil {
@@ -200,8 +202,8 @@ func (e *eyes) become() error {
 // errPrivileged means that rights of root were kept, as with the securebits of capabilities(7).
 var errPrivileged = errors.New("rights of root would stay")
 
-// may tells whether the user may do something with what is at a path: X_OK, W_OK or R_OK. The error is
-// EACCES if not, and errUnseen if this cannot be told.
+// may tells whether the user may do something with what is at a path: X_OK, W_OK or R_OK. The error
+// is EACCES if not, and errUnseen if this cannot be told.
 func (e *eyes) may(path string, bit uint32) error {
 	if e.own {
 		return unix.Access(path, bit)

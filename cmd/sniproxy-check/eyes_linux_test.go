@@ -26,8 +26,8 @@ const (
 
 var proxyArg = fmt.Sprintf("%d:%d", proxyUID, proxyUID)
 
-// printAccess prints what the system says to this process: a line for each path, with the permissions
-// it has.
+// printAccess prints what the system says to this process: a line for each path, with the
+// permissions it has.
 func printAccess(paths []string) {
 	for _, path := range paths {
 		var has uint32
@@ -345,8 +345,8 @@ func TestEyesOfUser(t *testing.T) {
 	}
 }
 
-// Goal: a tenant is told what modes and ACLs say of sniproxy's user, along the whole path, and never a
-// plain ok; and what cannot be told, since the tenant may not look there.
+// Goal: a tenant is told what modes and ACLs say of sniproxy's user, along the whole path, and
+// never a plain ok; and what cannot be told, since the tenant may not look there.
 func TestEyesOfTenant(t *testing.T) {
 	hostdirtest.NeedRoot(t)
 	t.Parallel()
@@ -443,8 +443,8 @@ func TestEyesOfTenant(t *testing.T) {
 	}
 }
 
-// Goal: root does not answer with rights that would stay, and where it cannot become a user it says so
-// and tells what modes and ACLs say.
+// Goal: root does not answer with rights that would stay, and where it cannot become a user it says
+// so and tells what modes and ACLs say.
 func TestEyesOfBoundRoot(t *testing.T) {
 	hostdirtest.NeedRoot(t)
 	t.Parallel()

@@ -48,9 +48,9 @@ func askedName(name []byte) string {
 	return "a" + rest
 }
 
-// shakeHands makes a handshake with the backend of a host. If there is no certificate in it, it tries
-// again with another PROXY header, or without one: marker and backend that do not agree are the
-// commonest mistake. It closes the connection that it is given.
+// shakeHands makes a handshake with the backend of a host. If there is no certificate in it, it
+// tries again with another PROXY header, or without one: marker and backend that do not agree are
+// the commonest mistake. It closes the connection that it is given.
 func (c *checker) shakeHands(d *hostdir.Dialer, h host, b hostdir.Backend, limit time.Duration) handshake {
 	if h.name == nil || limit == 0 {
 		unix.Close(b.FD)

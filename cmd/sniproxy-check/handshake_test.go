@@ -135,7 +135,8 @@ const (
 	anothers      = "the certificate is not for "
 )
 
-// Goal: with nginx, whose version in Debian 12 speaks TLS 1.2 unless it is told otherwise, the five mistakes are found, except one that stops it, and what is right is ok.
+// Goal: with nginx, whose version in Debian 12 speaks TLS 1.2 unless it is told otherwise, the five
+// mistakes are found, except one that stops it, and what is right is ok.
 func TestHandshakeNginx(t *testing.T) {
 	t.Parallel()
 	nginx := hostdirtest.Need(t, "nginx")
@@ -203,8 +204,8 @@ func TestHandshakeHAProxy(t *testing.T) {
 	h.check()
 }
 
-// Goal: OpenSSL's server, with old versions of TLS, with a certificate that has expired or is not yet
-// valid, behind a marker, and stopped: then the answer comes after ten seconds.
+// Goal: OpenSSL's server, with old versions of TLS, with a certificate that has expired or is not
+// yet valid, behind a marker, and stopped: then the answer comes after ten seconds.
 func TestHandshakeOpenSSL(t *testing.T) {
 	t.Parallel()
 	openssl := hostdirtest.Need(t, "openssl")
@@ -432,7 +433,8 @@ func TestHandshakeLimit(t *testing.T) {
 	}
 }
 
-// Goal: handshakes that nearly take the whole time count together as if some had; quick ones do not.
+// Goal: handshakes that nearly take the whole time count together as if some had; quick ones do
+// not.
 func TestHandshakeAllowance(t *testing.T) {
 	t.Parallel()
 	var a allowance

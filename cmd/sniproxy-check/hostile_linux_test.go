@@ -34,8 +34,8 @@ func forbidPassRights() {
 	}
 }
 
-// Goal: where the kernel does not refuse descriptors, a backend that passes one whose last close never
-// returns keeps nobody from the whole answer, and not the program from ending.
+// Goal: where the kernel does not refuse descriptors, a backend that passes one whose last close
+// never returns keeps nobody from the whole answer, and not the program from ending.
 func TestPassedDescriptor(t *testing.T) {
 	t.Parallel()
 	hostdirtest.OwnMounts(t)
@@ -60,8 +60,8 @@ func TestPassedDescriptor(t *testing.T) {
 		if n, err := c.Read(b); err != nil || n == 0 {
 			return
 		}
-		// Sniproxy-check must not read the message before the close of the descriptor would hang, and
-		// here it can be closed only as long as that does not.
+		// Sniproxy-check must not read the message before the close of the descriptor would hang,
+		// and here it can be closed only as long as that does not.
 		resume := suspend(t, c)
 		_, _, err := c.WriteMsgUnix([]byte("HTTP/1.1 400 Bad Request\r\n\r\n"), unix.UnixRights(passed), nil)
 		unix.Close(passed)
@@ -218,8 +218,8 @@ func TestEndless(t *testing.T) {
 	}
 }
 
-// Goal: where only a mount still shows a socket that was removed, as a container does after the backend
-// was started again, that is said, and what to mount in its place.
+// Goal: where only a mount still shows a socket that was removed, as a container does after the
+// backend was started again, that is said, and what to mount in its place.
 func TestRemovedSocket(t *testing.T) {
 	t.Parallel()
 	hostdirtest.OwnMounts(t)

@@ -12,11 +12,11 @@
 //
 // # For whom it answers
 //
-// It answers for USER, a name or a number, or USER:GROUP,GROUP with the groups; else for the user of
-// a running sniproxy whose working directory this is, one after the other if there are several; else
-// for the user sniproxy; else, with a remark, for who asks. root becomes that user before it looks at
-// anything of tenants. Anybody else is told what modes, groups and ACLs say of that user, along the
-// whole path, beside what the look-up says.
+// It answers for USER, a name or a number, or USER:GROUP,GROUP with the groups; else for the user
+// of a running sniproxy whose working directory this is, one after the other if there are several;
+// else for the user sniproxy; else, with a remark, for who asks. root becomes that user before it
+// looks at anything of tenants. Anybody else is told what modes, groups and ACLs say of that user,
+// along the whole path, beside what the look-up says.
 //
 // # How it finds out
 //
@@ -25,23 +25,23 @@
 // handshake. The look-up decides whether a host can be served; only then does it look for the
 // reason.
 //
-// With -t it goes on with a TLS handshake, behind the PROXY header that the markers ask for, and looks
-// at the certificate. A datagram socket is handed one end of a TCP connection. If the handshake fails,
-// it tries again with another header or without one, to tell whether the markers are the reason. After
-// a good one it makes another, to tell whether the backend confirms Encrypted Client Hello: it is the
-// client, and the proxy that decrypts the hello, with a key of its own.
+// With -t it goes on with a TLS handshake, behind the PROXY header that the markers ask for, and
+// looks at the certificate. A datagram socket is handed one end of a TCP connection. If the
+// handshake fails, it tries again with another header or without one, to tell whether the markers
+// are the reason. After a good one it makes another, to tell whether the backend confirms Encrypted
+// Client Hello: it is the client, and the proxy that decrypts the hello, with a key of its own.
 //
 // # Limits
 //
 // No directory can keep it for long or make it use much memory. It looks at 100,000 entries at
 // most, and prints 2,000 lines at most for those that are no hosts. It waits for a look-up as long
-// as sniproxy does, ten seconds, and as long for all handshakes with a backend. After eight hosts of
-// one owner took that long, or 128 in all, others get one second. After 64, or 256 in all, it tries
-// others once and makes no look-up that may wait. It says on standard error what it left out.
+// as sniproxy does, ten seconds, and as long for all handshakes with a backend. After eight hosts
+// of one owner took that long, or 128 in all, others get one second. After 64, or 256 in all, it
+// tries others once and makes no look-up that may wait. It says on standard error what it left out.
 //
 // The exit status is 0 if every host can be served; 1 if one cannot, if that cannot be told, if
-// something was left out, if the hosts directory cannot be read, or if the output cannot be written; 2
-// for wrong usage, or if there is no such USER.
+// something was left out, if the hosts directory cannot be read, or if the output cannot be
+// written; 2 for wrong usage, or if there is no such USER.
 package main
 
 import (
@@ -239,8 +239,8 @@ func (o *options) check(e eyes, stdout io.Writer, complain func(string, ...any))
 			complain("cannot list the hosts directory %s; sniproxy need not do that: with NAMEs it can be checked all the same", trouble(dir, err))
 			return 1
 		}
-		// Entries have no neighbours named: all are listed, and to compare each with all takes long. Nor
-		// may the directory be read again, while the first reader may still be at it.
+		// Entries have no neighbours named: all are listed, and to compare each with all takes
+		// long. Nor may the directory be read again, while the first reader may still be at it.
 		c.listOnce.Do(func() {})
 		if names, make = all.entries, listed; len(names) == 0 && all.cut == "" {
 			complain("there are no hosts in %s", show(dir))

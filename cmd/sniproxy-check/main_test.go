@@ -142,8 +142,9 @@ func checkFor(t *testing.T, u user, dir string, args ...string) (stdout, stderr 
 // entryOf returns the name of the directory of a host.
 func entryOf(name string) string { return hostdirtest.Entry(name) }
 
-// Goal: any wrong option gives the usage on stderr and exit status 2; -h gives it on stdout and exit
-// status 0. The usage says that backends are connected to, and only in a hashed build that it is one.
+// Goal: any wrong option gives the usage on stderr and exit status 2; -h gives it on stdout and
+// exit status 0. The usage says that backends are connected to, and only in a hashed build that it
+// is one.
 func TestUsage(t *testing.T) {
 	for _, args := range []string{"-h", "--help", "-", "-x", "-u", "-u=", "-t -u"} {
 		stdout, stderr, status := checkFor(t, users()[0], "", strings.Fields(args)...)

@@ -48,9 +48,9 @@ func closeTo(dir, name string) string {
 // nearbyMost is how many entries are named that nearly are a name.
 const nearbyMost = 3
 
-// nearby names entries of the hosts directory that nearly are the one of a name: in another spelling of
-// the same name, or with one letter more, less or different. It is "" if there are none, or if the
-// directory cannot be listed.
+// nearby names entries of the hosts directory that nearly are the one of a name: in another
+// spelling of the same name, or with one letter more, less or different. It is "" if there are
+// none, or if the directory cannot be listed.
 func (c *checker) nearby(name []byte) string {
 	same, alike := c.neighbours(name)
 	switch {
@@ -62,7 +62,8 @@ func (c *checker) nearby(name []byte) string {
 	return ""
 }
 
-// neighbours returns entries that are another spelling of a name, and others that are nearly the name.
+// neighbours returns entries that are another spelling of a name, and others that are nearly the
+// name.
 func (c *checker) neighbours(name []byte) (same, alike []string) {
 	if name == nil {
 		return nil, nil

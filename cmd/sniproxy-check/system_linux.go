@@ -15,8 +15,8 @@ import (
 // byModes is what answers for a user whom the process cannot be.
 const byModes = "modes and ACLs"
 
-// runningEyes returns the users who run a sniproxy whose working directory is the hosts directory, as
-// far as that may be seen. Each is in the list once for each process.
+// runningEyes returns the users who run a sniproxy whose working directory is the hosts directory,
+// as far as that may be seen. Each is in the list once for each process.
 func runningEyes(dir string) (all []eyes, remarks []string) {
 	hosts, err := place(dir)
 	if err != nil {
@@ -64,14 +64,15 @@ func runningEyes(dir string) (all []eyes, remarks []string) {
 	return all, remarks
 }
 
-// A position tells a directory from all others, and says that of no directory that only looks alike.
+// A position tells a directory from all others, and says that of no directory that only looks
+// alike.
 type position struct {
 	major, minor uint32
 	inode        uint64
 }
 
-// place returns the position of the directory at a path. It waits for no file system: any tenant can
-// have a process whose directories are on one that does not answer.
+// place returns the position of the directory at a path. It waits for no file system: any tenant
+// can have a process whose directories are on one that does not answer.
 func place(path string) (position, error) {
 	var st unix.Statx_t
 	err := unix.Statx(unix.AT_FDCWD, path, unix.AT_STATX_DONT_SYNC, unix.STATX_INO, &st)
@@ -87,8 +88,8 @@ func sameView(proc string) bool {
 	return err1 != nil || err2 != nil || err3 != nil || err4 != nil || mounts == own && root == ownRoot
 }
 
-// parseStatus reads who a process is from /proc/PID/status: see proc_pid_status(5). The fourth number
-// is the one that counts for files.
+// parseStatus reads who a process is from /proc/PID/status: see proc_pid_status(5). The fourth
+// number is the one that counts for files.
 func parseStatus(status string) (eyes, error) {
 	numbers := func(key string) (all []uint32) {
 		_, rest, _ := strings.Cut("\n"+status, "\n"+key+":")
@@ -147,8 +148,8 @@ func parseACL(b []byte) (acl []aclEntry, err error) {
 	return acl, nil
 }
 
-// inMemory reports whether a path leads to a file system that exists only in memory, which keeps nobody
-// waiting.
+// inMemory reports whether a path leads to a file system that exists only in memory, which keeps
+// nobody waiting.
 func inMemory(path string) bool {
 	var fs unix.Statfs_t
 	err := unix.Statfs(path, &fs)

@@ -49,8 +49,8 @@ type checker struct {
 	spellings map[string][]string // entries by the name that they are another spelling of
 }
 
-// newDialer returns a Dialer. Without a handshake its connections take nothing that backends send or
-// pass: closing a passed descriptor may take any time.
+// newDialer returns a Dialer. Without a handshake its connections take nothing that backends send
+// or pass: closing a passed descriptor may take any time.
 func (c *checker) newDialer() (*hostdir.Dialer, error) {
 	d, err := c.hosts.NewDialer()
 	if err == nil {
@@ -260,8 +260,8 @@ func (w *worker) try(d *hostdir.Dialer, h host, limit time.Duration) (b hostdir.
 	return b, slow, shaken, err
 }
 
-// byModes returns the verdict of modes and ACLs on a host, for a user whom the process cannot be. It is
-// final unless they let that user in, and the look-up, whose error err is, can tell more.
+// byModes returns the verdict of modes and ACLs on a host, for a user whom the process cannot be.
+// It is final unless they let that user in, and the look-up, whose error err is, can tell more.
 func (c *checker) byModes(h host, entry string, err error, remarks []string) (v verdict, final bool) {
 	why, unseen := c.eyes.closed(entry+"/tls-socket", h.isWildcard(entry))
 	switch {
@@ -304,8 +304,8 @@ func (c *checker) served(h host, entry string, b hostdir.Backend) string {
 // noFault introduces why something has no effect on the exit status.
 const noFault = "; no fault: "
 
-// lookStranger looks at an entry that no client can ask for. It is a fault if it is laid out as a host
-// is, since then somebody means it to be one.
+// lookStranger looks at an entry that no client can ask for. It is a fault if it is laid out as a
+// host is, since then somebody means it to be one.
 func (w *worker) lookStranger(h host) verdict {
 	entry := string(h.entry)
 	var st unix.Stat_t
@@ -359,9 +359,10 @@ func odd(entry string) string {
 	return kindOf(info)
 }
 
-// onAnother reports whether the directory or the socket of an entry is on another file system than the
-// hosts directory, and one that may keep look-ups waiting: not in memory. It also brings the socket into the kernel's cache: a look-up that has to wait
-// afterwards always has to, and not only the first time.
+// onAnother reports whether the directory or the socket of an entry is on another file system than
+// the hosts directory, and one that may keep look-ups waiting: not in memory. It also brings the
+// socket into the kernel's cache: a look-up that has to wait afterwards always has to, and not only
+// the first time.
 func onAnother(entry string) bool {
 	var hosts unix.Stat_t
 	unix.Stat(".", &hosts)

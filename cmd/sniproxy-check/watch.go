@@ -9,9 +9,10 @@ import (
 	"sniproxy/hostdir"
 )
 
-// With a handshake, a backend can pass descriptors, unless the kernel refuses them. A process in which
-// the last descriptor of a file is closed whose file system does not answer never ends, not even when
-// it is killed. So the work is done by a process that nobody waits for, once it has told its status.
+// With a handshake, a backend can pass descriptors, unless the kernel refuses them. A process in
+// which the last descriptor of a file is closed whose file system does not answer never ends, not
+// even when it is killed. So the work is done by a process that nobody waits for, once it has told
+// its status.
 
 // watchedName is the name by which the program calls itself to be that process.
 const watchedName = "sniproxy-check: handshakes"
@@ -29,8 +30,8 @@ func refusesDescriptors() bool {
 	return hosts.RefusesDescriptors()
 }
 
-// watch has another process do the work, and returns its exit status. It is not ok if no such process
-// can be started.
+// watch has another process do the work, and returns its exit status. It is not ok if no such
+// process can be started.
 func watch(args []string, stdout, stderr io.Writer) (status int, ok bool) {
 	told, tell, err := os.Pipe()
 	if err != nil {

@@ -183,8 +183,8 @@ func TestOutputLost(t *testing.T) {
 	}
 }
 
-// Goal: with the commands in the manual page for administrators sniproxy gets a key that it can read,
-// and that nobody else can: sniproxy-check has nothing to say about it.
+// Goal: with the commands in the manual page for administrators sniproxy gets a key that it can
+// read, and that nobody else can: sniproxy-check has nothing to say about it.
 func TestManualRecipe(t *testing.T) {
 	hostdirtest.NeedRoot(t)
 	page, err := os.ReadFile("sniproxy-ech.7")

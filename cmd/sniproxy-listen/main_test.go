@@ -207,7 +207,8 @@ func linkLocal(t *testing.T) netip.Addr {
 }
 
 // Goal: wrong usage, and so every option but -h, gives the usage on standard error and exit status
-// 2. -h gives it on standard output and exit status 0. Neither runs anything. Both have the version.
+// 2. -h gives it on standard output and exit status 0. Neither runs anything. Both have the
+// version.
 func TestUsage(t *testing.T) {
 	asked, messages, status := hostdirtest.Run(t, program(t, "-h", "echo", "run"))
 	if messages != "" || status != 0 || !strings.HasPrefix(asked, "usage: sniproxy-listen ADDR PROGRAM") || !strings.Contains(asked, "\nThis is version ") {

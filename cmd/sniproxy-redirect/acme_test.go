@@ -27,8 +27,9 @@ import (
 	"sniproxy/hostdir/hostdirtest"
 )
 
-// Goal: a real CA issues a certificate by the challenge http-01: on port 80 it is sent to HTTPS, and
-// there the host's own server behind sniproxy, with whatever certificate it has, has the answer.
+// Goal: a real CA issues a certificate by the challenge http-01: on port 80 it is sent to HTTPS,
+// and there the host's own server behind sniproxy, with whatever certificate it has, has the
+// answer.
 func TestACME(t *testing.T) {
 	t.Parallel()
 	const host = "one.example"

@@ -1,5 +1,5 @@
-// Command sniproxy-redirect sends those who come by HTTP to HTTPS. It answers every request with the
-// status 308 and the same address with https, and does nothing else.
+// Command sniproxy-redirect sends those who come by HTTP to HTTPS. It answers every request with
+// the status 308 and the same address with https, and does nothing else.
 //
 //	sniproxy-listen :80 sniproxy-redirect
 //
@@ -9,8 +9,8 @@
 // request without a host, or with one that is neither, gets 400. PATH and QUERY are those of the
 // request, to the byte.
 //
-// A request has ten seconds, and its head at most 8 KiB. SIGHUP, SIGTERM, SIGINT and SIGQUIT stop the
-// program as they stop sniproxy.
+// A request has ten seconds, and its head at most 8 KiB. SIGHUP, SIGTERM, SIGINT and SIGQUIT stop
+// the program as they stop sniproxy.
 package main
 
 import (

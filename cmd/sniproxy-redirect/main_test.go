@@ -204,7 +204,8 @@ func TestRequests(t *testing.T) {
 	c.expect("HEAD", "https://two.example/")
 }
 
-// Goal: a request with content is answered, and what comes behind a request is never taken for another.
+// Goal: a request with content is answered, and what comes behind a request is never taken for
+// another.
 func TestContent(t *testing.T) {
 	d := start(t)
 	for _, field := range []string{"Content-Length: 200000", "Transfer-Encoding: chunked"} {
@@ -331,8 +332,8 @@ func TestMadeBlocking(t *testing.T) {
 	}
 }
 
-// Goal: the signals stop the program: the port is free at once, clients that are there are answered, and
-// the program ends with the last.
+// Goal: the signals stop the program: the port is free at once, clients that are there are
+// answered, and the program ends with the last.
 func TestStop(t *testing.T) {
 	for _, s := range []syscall.Signal{syscall.SIGHUP, syscall.SIGTERM, syscall.SIGINT, syscall.SIGQUIT} {
 		t.Run(unix.SignalName(s), func(t *testing.T) {

@@ -67,8 +67,8 @@ func TestLocation(t *testing.T) {
 	}
 }
 
-// Goal: what has no host, or none that could be a name, is refused, and so is what is not HTTP. Nothing
-// of the request is in the answer.
+// Goal: what has no host, or none that could be a name, is refused, and so is what is not HTTP.
+// Nothing of the request is in the answer.
 func TestRefusals(t *testing.T) {
 	const get = "GET / HTTP/1.1"
 	d := start(t)

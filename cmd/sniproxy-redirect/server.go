@@ -22,12 +22,13 @@ const (
 	// requestTime is for a request, from accept on.
 	requestTime = 10 * time.Second
 
-	// maxHead is how long the head of a request may be in bytes. Package net/http adds 4 KiB to what
-	// it is told.
+	// maxHead is how long the head of a request may be in bytes. Package net/http adds 4 KiB to
+	// what it is told.
 	maxHead = 8 << 10
 )
 
-// A server answers all clients. Each connection has one request: who is redirected goes on elsewhere.
+// A server answers all clients. Each connection has one request: who is redirected goes on
+// elsewhere.
 type server struct {
 	http      http.Server
 	listeners []*listener

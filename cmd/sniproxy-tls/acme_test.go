@@ -69,8 +69,8 @@ func (p *pebble) command(t testing.TB, state, host string, names ...string) *exe
 	return cmd
 }
 
-// serial returns the number of the certificate that a client of the host gets, "" if it gets none. It
-// does not verify that: the server's own CA is new at each start.
+// serial returns the number of the certificate that a client of the host gets, "" if it gets none.
+// It does not verify that: the server's own CA is new at each start.
 func (s *site) serial(host string) string {
 	config := s.config(host)
 	config.InsecureSkipVerify = true
@@ -86,9 +86,9 @@ func (s *site) serial(host string) string {
 	return leaf.SerialNumber.String()
 }
 
-// Goal: each NAME gets a certificate from a real ACME server, whose validation comes through the proxy. The
-// account and the certificates are kept where nobody else can read them. A restart orders nothing, and
-// uses the same account.
+// Goal: each NAME gets a certificate from a real ACME server, whose validation comes through the
+// proxy. The account and the certificates are kept where nobody else can read them. A restart
+// orders nothing, and uses the same account.
 func TestOrder(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -161,8 +161,8 @@ func TestOrder(t *testing.T) {
 	}
 }
 
-// Goal: a client that comes while the first order is under way waits for it. The alert for a name that is no
-// NAME is unrecognized_name, and nothing is ordered for it.
+// Goal: a client that comes while the first order is under way waits for it. The alert for a name
+// that is no NAME is unrecognized_name, and nothing is ordered for it.
 func TestFirstClient(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -190,9 +190,10 @@ func TestFirstClient(t *testing.T) {
 	}
 }
 
-// Goal: certificates that are valid for seconds are renewed, again and again. While the ACME server is down
-// the old one is served for as long as it is valid; a line says why, and tries go on with growing pauses. A
-// server that comes back without what it knew gets a new account for the same key.
+// Goal: certificates that are valid for seconds are renewed, again and again. While the ACME server
+// is down the old one is served for as long as it is valid; a line says why, and tries go on with
+// growing pauses. A server that comes back without what it knew gets a new account for the same
+// key.
 func TestRenewal(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes half a minute")
@@ -228,8 +229,8 @@ func TestRenewal(t *testing.T) {
 	hostdirtest.Await(t, "a new certificate", func() bool { return s.serial("one.example") != "" })
 }
 
-// Goal: if the name does not lead here, a line says what the server found, and what to look at. Tries have
-// growing pauses.
+// Goal: if the name does not lead here, a line says what the server found, and what to look at.
+// Tries have growing pauses.
 func TestNotValidated(t *testing.T) {
 	t.Parallel()
 	s, other := newSite(t), newSite(t)
@@ -246,8 +247,8 @@ func TestNotValidated(t *testing.T) {
 	}
 }
 
-// Goal: pauses double up to a limit; they get shorter than that only before a certificate ends; and never
-// shorter than what the server asks for.
+// Goal: pauses double up to a limit; they get shorter than that only before a certificate ends; and
+// never shorter than what the server asks for.
 func TestPauses(t *testing.T) {
 	defer func(first, most time.Duration) { pauseFirst, pauseMost = first, most }(pauseFirst, pauseMost)
 	pauseFirst, pauseMost = time.Minute, time.Hour

@@ -24,8 +24,9 @@ import (
 // benchClients is how many clients make requests at the same time.
 const benchClients = 8
 
-// With this in its environment the test binary is the least that a Go program can do with the connections that
-// it is handed: package httputil with its defaults. The value is the path of the service's socket.
+// With this in its environment the test binary is the least that a Go program can do with the
+// connections that it is handed: package httputil with its defaults. The value is the path of the
+// service's socket.
 const runPlain = "SNIPROXY_TLS_RUN_PLAIN"
 
 func plain(service string) {
@@ -44,10 +45,11 @@ func plain(service string) {
 	panic(http.ServeTLS(l, proxy, certFile, keyFile))
 }
 
-// BenchmarkTLS compares sniproxy-tls with nginx, and with the least that Go can do: the same certificate, client
-// and service, each behind a sniproxy of its own. One operation is a request by HTTP/1.1 on a connection that is kept or that is new, or
-// a download of 1 GiB. Besides the time it reports the processor time of the program that ends TLS, and that of
-// sniproxy, which passes on the bytes of nginx and hands the connections of the others over.
+// BenchmarkTLS compares sniproxy-tls with nginx, and with the least that Go can do: the same
+// certificate, client and service, each behind a sniproxy of its own. One operation is a request by
+// HTTP/1.1 on a connection that is kept or that is new, or a download of 1 GiB. Besides the time it
+// reports the processor time of the program that ends TLS, and that of sniproxy, which passes on
+// the bytes of nginx and hands the connections of the others over.
 //
 //	go test -run '^$' -bench TLS ./cmd/sniproxy-tls
 func BenchmarkTLS(b *testing.B) {

@@ -30,7 +30,8 @@ async def main():
 asyncio.run(main())
 `
 
-// webSocketClient sends messages, short and long, and a pause in between, and checks what comes back.
+// webSocketClient sends messages, short and long, and a pause in between, and checks what comes
+// back.
 const webSocketClient = `
 import asyncio, ssl, sys, websockets
 async def main():
@@ -46,8 +47,8 @@ async def main():
 asyncio.run(main())
 `
 
-// webSocket starts the service, and returns its address, and the Python that has what it takes: that of
-// the system, which need not be the first in PATH.
+// webSocket starts the service, and returns its address, and the Python that has what it takes:
+// that of the system, which need not be the first in PATH.
 func webSocket(t testing.TB) (addr, python string) {
 	t.Helper()
 	for _, python := range []string{hostdirtest.Need(t, "python3"), "/usr/bin/python3"} {
@@ -99,8 +100,8 @@ async function main() {
 main().catch(e => 'failed: ' + e).then(found => fetch('/found?' + encodeURIComponent(found)))
 </script>`
 
-// Goal: Chromium uses HTTP/2 for a page and what it loads, a WebSocket beside it, and gets events as they
-// come.
+// Goal: Chromium uses HTTP/2 for a page and what it loads, a WebSocket beside it, and gets events
+// as they come.
 func TestChromium(t *testing.T) {
 	t.Parallel()
 	chromium := hostdirtest.Need(t, "chromium")

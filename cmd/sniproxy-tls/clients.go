@@ -16,8 +16,9 @@ const (
 	// descriptors there may be: each takes memory too.
 	clientsMost = 4096
 
-	// ownDescriptors is more than what the program has open besides connections: what it inherits, its
-	// socket, its poller, and what it needs for a moment to read certificates and order new ones.
+	// ownDescriptors is more than what the program has open besides connections: what it inherits,
+	// its socket, its poller, and what it needs for a moment to read certificates and order new
+	// ones.
 	ownDescriptors = 40
 
 	// silentLeast is how long a connection has been silent, at least, before it has to make room.
@@ -145,8 +146,8 @@ func (s *clients) remove(c *client) {
 	}
 }
 
-// makeRoom ends the connection that has been silent longest, if there is one that has not just moved a
-// byte. With busy only those count that requests or bytes are under way for.
+// makeRoom ends the connection that has been silent longest, if there is one that has not just
+// moved a byte. With busy only those count that requests or bytes are under way for.
 func (s *clients) makeRoom(busy bool) bool {
 	silent := s.silentLongest(busy)
 	if silent == nil {

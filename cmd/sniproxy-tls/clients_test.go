@@ -8,8 +8,8 @@ import (
 	"time"
 )
 
-// Goal: at the stop the server is told only when no client is in the handshake or sending the head of a request:
-// it would drop them. It is told at the latest when the time is over.
+// Goal: at the stop the server is told only when no client is in the handshake or sending the head
+// of a request: it would drop them. It is told at the latest when the time is over.
 func TestStopWaits(t *testing.T) {
 	for name, coming := range map[string]func(*client){
 		"handshake": func(c *client) { c.wait.Store(waitHandshake) },

@@ -59,8 +59,8 @@ func parseRequest(t testing.TB, text string) (r request) {
 	return r
 }
 
-// Goal: curl reaches a service in Node.js by HTTP/1.0, 1.1 and 2. The service gets the URI and the Host to
-// the byte, who the client is, and nothing that a client says of that.
+// Goal: curl reaches a service in Node.js by HTTP/1.0, 1.1 and 2. The service gets the URI and the
+// Host to the byte, who the client is, and nothing that a client says of that.
 func TestCurl(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -139,8 +139,8 @@ func TestBodies(t *testing.T) {
 	}
 }
 
-// Goal: a service that refuses what a client announces by "Expect: 100-continue" does so before the client has
-// sent it.
+// Goal: a service that refuses what a client announces by "Expect: 100-continue" does so before the
+// client has sent it.
 func TestRefusedBody(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -167,8 +167,8 @@ func TestRefusedBody(t *testing.T) {
 	}
 }
 
-// Goal: a client cannot change to another version of HTTP, in which it could send any header, but to
-// WebSocket.
+// Goal: a client cannot change to another version of HTTP, in which it could send any header, but
+// to WebSocket.
 func TestUpgrade(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -203,7 +203,8 @@ func python(t testing.TB, dir string) string {
 	return addr
 }
 
-// Goal: a service in Python, which closes each connection, is served, and by its files byte for byte.
+// Goal: a service in Python, which closes each connection, is served, and by its files byte for
+// byte.
 func TestPython(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -315,8 +316,8 @@ func TestAnswers(t *testing.T) {
 	}
 }
 
-// Goal: a part of a body is sent at once, and its end, which is sent anyway, not by itself; this holds whether its
-// length is known or not.
+// Goal: a part of a body is sent at once, and its end, which is sent anyway, not by itself; this
+// holds whether its length is known or not.
 func TestAnswerFlush(t *testing.T) {
 	for _, length := range []string{"10", ""} {
 		r := httptest.NewRecorder()
@@ -335,8 +336,8 @@ func TestAnswerFlush(t *testing.T) {
 	}
 }
 
-// Goal: a request for another host gets 421, however it names that host; CONNECT gets 405, and what is malformed
-// 400.
+// Goal: a request for another host gets 421, however it names that host; CONNECT gets 405, and what
+// is malformed 400.
 func TestMisdirected(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -435,8 +436,8 @@ func TestSpaceInPath(t *testing.T) {
 	}
 }
 
-// Goal: while the service is down clients get 502, and a line says why; once it is there it is served.
-// Nothing needs a restart.
+// Goal: while the service is down clients get 502, and a line says why; once it is there it is
+// served. Nothing needs a restart.
 func TestServiceComesLater(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -464,8 +465,8 @@ func TestServiceComesLater(t *testing.T) {
 	}
 }
 
-// Goal: no request is sent to the service twice, unless that does not matter; and no request is lost
-// because the service ends a connection that it has kept, be it without a word.
+// Goal: no request is sent to the service twice, unless that does not matter; and no request is
+// lost because the service ends a connection that it has kept, be it without a word.
 func TestKeptConnections(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -535,8 +536,8 @@ func TestKeptConnections(t *testing.T) {
 	}
 }
 
-// Goal: a client that sends nothing, or the head of a request too slowly, has ten seconds, and others are
-// served meanwhile.
+// Goal: a client that sends nothing, or the head of a request too slowly, has ten seconds, and
+// others are served meanwhile.
 func TestSlowClients(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes ten seconds")

@@ -69,8 +69,8 @@ func TestUsage(t *testing.T) {
 	}
 }
 
-// Goal: files that are no good at the start have exit status 1 and a line with the reason; whoever served the
-// host before goes on.
+// Goal: files that are no good at the start have exit status 1 and a line with the reason; whoever
+// served the host before goes on.
 func TestBadFiles(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -109,8 +109,8 @@ func TestBadFiles(t *testing.T) {
 	}
 }
 
-// Goal: the state directory is where the environment says; without a good place for it the program does not
-// start, and says what to set.
+// Goal: the state directory is where the environment says; without a good place for it the program
+// does not start, and says what to set.
 func TestStateDirectory(t *testing.T) {
 	for _, test := range []struct{ state, xdg, home, want string }{
 		{"/var/lib/x", "/xdg", "/home/a", "/var/lib/x"},
@@ -143,8 +143,9 @@ func TestStateDirectory(t *testing.T) {
 	}
 }
 
-// Goal: the program does not start where it cannot make the socket, and says who can; a state directory that has
-// something else in it keeps its mode, and what is made in it is for nobody else.
+// Goal: the program does not start where it cannot make the socket, and says who can; a state
+// directory that has something else in it keeps its mode, and what is made in it is for nobody
+// else.
 func TestPermissions(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -186,8 +187,8 @@ func TestPermissions(t *testing.T) {
 	}
 }
 
-// Goal: each of the signals stops the program: the socket is away at once, an open connection goes on, and
-// the exit status is 0 when it has ended.
+// Goal: each of the signals stops the program: the socket is away at once, an open connection goes
+// on, and the exit status is 0 when it has ended.
 func TestStop(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -210,8 +211,8 @@ func TestStop(t *testing.T) {
 	}
 }
 
-// Goal: at the stop no request is lost: neither one that is being answered, nor one whose head is coming, nor
-// one of a client in the handshake. Idle connections end at once.
+// Goal: at the stop no request is lost: neither one that is being answered, nor one whose head is
+// coming, nor one of a client in the handshake. Idle connections end at once.
 func TestStopHTTP(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -279,8 +280,8 @@ func TestStopHTTP(t *testing.T) {
 	}
 }
 
-// Goal: what is open after ten seconds is cut, with a line and exit status 0; a second signal does that at
-// once.
+// Goal: what is open after ten seconds is cut, with a line and exit status 0; a second signal does
+// that at once.
 func TestStopCut(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -307,7 +308,8 @@ func TestStopCut(t *testing.T) {
 	p.lines.Await(t, "cut what was still open after 10s: 1 connection")
 }
 
-// Goal: an upgrade loses nobody: the new program takes the socket while the old one serves what it has.
+// Goal: an upgrade loses nobody: the new program takes the socket while the old one serves what it
+// has.
 func TestReplaced(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -330,8 +332,8 @@ func TestReplaced(t *testing.T) {
 	}
 }
 
-// Goal: after SIGQUIT the socket is away, and what is open stays until it ends, also beyond ten seconds;
-// one of the other signals leaves it ten seconds, and a second one ends it at once.
+// Goal: after SIGQUIT the socket is away, and what is open stays until it ends, also beyond ten
+// seconds; one of the other signals leaves it ten seconds, and a second one ends it at once.
 func TestStopQuit(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -400,8 +402,8 @@ func passed(t *testing.T, cmd *exec.Cmd, socket interface{ File() (*os.File, err
 	return cmd
 }
 
-// Goal: a socket that systemd passes is served. It stays at the stop, and a client that comes meanwhile is
-// served by the next program. A socket of another kind is refused, by what it is.
+// Goal: a socket that systemd passes is served. It stays at the stop, and a client that comes
+// meanwhile is served by the next program. A socket of another kind is refused, by what it is.
 func TestPassedSocket(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -479,8 +481,8 @@ func (s *site) few(t *testing.T, host, backend string) (p *process, most int) {
 	return p, roomFor(limit)
 }
 
-// Goal: when there are as many connections as may be, the one that has been silent longest makes room, and
-// there is always a descriptor for the service.
+// Goal: when there are as many connections as may be, the one that has been silent longest makes
+// room, and there is always a descriptor for the service.
 func TestFull(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -500,8 +502,8 @@ func TestFull(t *testing.T) {
 	p.lines.Await(t, "ended the connection that had been silent longest, for ")
 }
 
-// Goal: the same with HTTP, where one connection can have many requests: they never use up all descriptors, and
-// a client that comes later is served although others hold all they can get.
+// Goal: the same with HTTP, where one connection can have many requests: they never use up all
+// descriptors, and a client that comes later is served although others hold all they can get.
 func TestFullHTTP(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)

@@ -10,24 +10,25 @@
 //	http://HOST[:PORT]  http+unix://PATH         requests: HTTP/1.1 and HTTP/2 from clients, HTTP/1.1
 //	                                             to the service, WebSocket
 //
-// NAME are the names that it serves; the default is that of the directory. Clients that name none are
-// served as the first; others get the alert unrecognized_name, or 421 for a request.
+// NAME are the names that it serves; the default is that of the directory. Clients that name none
+// are served as the first; others get the alert unrecognized_name, or 421 for a request.
 //
-// The certificate is that in cert.pem, with the key in key.pem, in the working directory, or else comes
-// from an ACME server, for each NAME, with the challenge tls-alpn-01. If client-ca.pem is there, clients
-// must have a certificate from one in it. Certificates and keys are read again when they change.
+// The certificate is that in cert.pem, with the key in key.pem, in the working directory, or else
+// comes from an ACME server, for each NAME, with the challenge tls-alpn-01. If client-ca.pem is
+// there, clients must have a certificate from one in it. Certificates and keys are read again when
+// they change.
 //
 // The account with the ACME server and its certificates are in STATE_DIRECTORY, or else in
-// XDG_STATE_HOME/sniproxy-tls, or else in ~/.local/state/sniproxy-tls. The server is ACME_DIRECTORY, or
-// else Let's Encrypt's. ACME_EMAIL is the address of the account.
+// XDG_STATE_HOME/sniproxy-tls, or else in ~/.local/state/sniproxy-tls. The server is
+// ACME_DIRECTORY, or else Let's Encrypt's. ACME_EMAIL is the address of the account.
 //
-// It prints "serving NAME…" on standard output once the socket is in place, and what its owner can do
-// something about on standard error. SIGTERM, SIGHUP and SIGINT stop it: it takes the socket away at
-// once and leaves ten seconds to what is open. A second signal ends it at once. SIGQUIT leaves to what is
-// open as long as it takes, or until ten seconds after one of the others.
+// It prints "serving NAME…" on standard output once the socket is in place, and what its owner can
+// do something about on standard error. SIGTERM, SIGHUP and SIGINT stop it: it takes the socket
+// away at once and leaves ten seconds to what is open. A second signal ends it at once. SIGQUIT
+// leaves to what is open as long as it takes, or until ten seconds after one of the others.
 //
-// A datagram socket that systemd passes (LISTEN_FDS) takes the place of the one that it would make. That
-// stays when the program ends, and clients wait in it for the next.
+// A datagram socket that systemd passes (LISTEN_FDS) takes the place of the one that it would make.
+// That stays when the program ends, and clients wait in it for the next.
 //
 // With -h in place of BACKEND it prints its usage on standard output.
 //
@@ -107,7 +108,8 @@ func run(args []string) int {
 		logline.Text(usage.Text(usageText))
 		return 2
 	}
-	// Go's Getwd keeps the symlink through which the shell has come, so that is the name of the host.
+	// Go's Getwd keeps the symlink through which the shell has come, so that is the name of the
+	// host.
 	dir, err := os.Getwd()
 	if err != nil {
 		logline.Err("cannot tell the working directory: %v", err)
@@ -170,8 +172,8 @@ type server struct {
 	accepted chan struct{} // closed when there is nobody left to accept
 }
 
-// start serves the host from now on. The socket comes last: if anything is wrong, whoever served the
-// host before goes on.
+// start serves the host from now on. The socket comes last: if anything is wrong, whoever served
+// the host before goes on.
 func start(service *service, n names) (*server, error) {
 	f, err := openFiles(n)
 	if err != nil {
@@ -228,8 +230,8 @@ func takeSocket() (*backend.Listener, error) {
 	return l, nil
 }
 
-// newOrdersFor prepares to order certificates where there are none in files. It returns nil if there
-// are.
+// newOrdersFor prepares to order certificates where there are none in files. It returns nil if
+// there are.
 func newOrdersFor(f *files) (*orders, error) {
 	if f.pair.Load() != nil {
 		return nil, nil

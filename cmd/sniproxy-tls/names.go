@@ -11,7 +11,8 @@ import (
 	"sniproxy/sni"
 )
 
-// names are the NAMEs that are served, canonical. A client that names no host is served as the first.
+// names are the NAMEs that are served, canonical. A client that names no host is served as the
+// first.
 type names []string
 
 // parseNames returns the NAMEs of the arguments or, if there are none, that of the directory.

@@ -113,7 +113,8 @@ func (o *orders) get(ctx context.Context, name string) (*tls.Certificate, error)
 	return cert, nil
 }
 
-// valid reports whether a certificate can be served. The clock of this machine may be a little slow.
+// valid reports whether a certificate can be served. The clock of this machine may be a little
+// slow.
 func valid(cert *tls.Certificate) bool {
 	now := time.Now()
 	return cert != nil && !now.Add(slowMost).Before(cert.Leaf.NotBefore) && !now.After(cert.Leaf.NotAfter)
@@ -168,8 +169,8 @@ func (o *orders) keep(h *ordered) {
 	}
 }
 
-// pauseAfter returns how long to wait after so many failures, of which the last is err. A certificate
-// that is still valid leaves time for three more tries, unless the server forbids that.
+// pauseAfter returns how long to wait after so many failures, of which the last is err. A
+// certificate that is still valid leaves time for three more tries, unless the server forbids that.
 func pauseAfter(failures int, cert *tls.Certificate, err error) time.Duration {
 	wait := min(pauseFirst<<min(failures-1, 20), pauseMost)
 	if valid(cert) {
@@ -189,8 +190,8 @@ func remaining(cert *tls.Certificate) string {
 	return "the old one is valid until " + date(cert.Leaf.NotAfter)
 }
 
-// jitter returns a little less than d, so that programs that were started together, and hosts of one,
-// do not all come at the same moment.
+// jitter returns a little less than d, so that programs that were started together, and hosts of
+// one, do not all come at the same moment.
 func jitter(d time.Duration) time.Duration {
 	if d < 20 {
 		return d
@@ -259,8 +260,8 @@ func (o *orders) order(name string) (*tls.Certificate, error) {
 	return &cert, nil
 }
 
-// register returns a client for the account, which it makes if there is none yet. There is a new client
-// for each order: so it finds out if the server has forgotten the account, or has moved.
+// register returns a client for the account, which it makes if there is none yet. There is a new
+// client for each order: so it finds out if the server has forgotten the account, or has moved.
 func (o *orders) register(ctx context.Context) (*acme.Client, error) {
 	key, err := o.state.account()
 	if err != nil {
@@ -296,8 +297,8 @@ func (o *orders) register(ctx context.Context) (*acme.Client, error) {
 	return client, nil
 }
 
-// backoff tells when a request is made again: soon, if just its nonce was too old. All else is a failed
-// order, after which there is a pause.
+// backoff tells when a request is made again: soon, if just its nonce was too old. All else is a
+// failed order, after which there is a pause.
 func backoff(n int, _ *http.Request, res *http.Response) time.Duration {
 	if res.StatusCode == http.StatusBadRequest && n <= nonceTries { // otherwise it is not asked
 		return 10 * time.Millisecond
@@ -342,8 +343,8 @@ func (o *orders) setChallenge(name string, cert *tls.Certificate) {
 	o.challenges[name] = cert
 }
 
-// challenge returns the certificate for a connection that validates the name, nil if nobody has asked
-// for that.
+// challenge returns the certificate for a connection that validates the name, nil if nobody has
+// asked for that.
 func (o *orders) challenge(name string) *tls.Certificate {
 	o.mu.Lock()
 	defer o.mu.Unlock()

@@ -12,8 +12,8 @@ import (
 	"sniproxy/hostdir/hostdirtest"
 )
 
-// postgresClient makes a query over TLS from the first byte, as since PostgreSQL 17. Debian 12 has the client
-// of PostgreSQL 15, which cannot do that.
+// postgresClient makes a query over TLS from the first byte, as since PostgreSQL 17. Debian 12 has
+// the client of PostgreSQL 15, which cannot do that.
 const postgresClient = `package main
 
 import (
@@ -54,8 +54,8 @@ func unprivileged(t testing.TB, cmd *exec.Cmd) *exec.Cmd {
 	return cmd
 }
 
-// Goal: a client of PostgreSQL with direct TLS, which insists on its protocol (ALPN), reaches a server that
-// knows no TLS.
+// Goal: a client of PostgreSQL with direct TLS, which insists on its protocol (ALPN), reaches a
+// server that knows no TLS.
 func TestPostgres(t *testing.T) {
 	t.Parallel()
 	found, _ := filepath.Glob("/usr/lib/postgresql/*/bin/initdb")

@@ -30,15 +30,15 @@ const (
 	idleTimeout = 3 * time.Minute
 
 	// serviceIdle is how long a connection to the service is kept without a request. It is short,
-	// since services close theirs after some seconds (Node.js after five, gunicorn after two), and a
-	// request on its way at that moment would be lost.
+	// since services close theirs after some seconds (Node.js after five, gunicorn after two), and
+	// a request on its way at that moment would be lost.
 	serviceIdle = time.Second
 
 	// serviceIdleMost is the most such connections.
 	serviceIdleMost = 256
 
-	// streamsMost is the most requests at once of a connection by HTTP/2, if that is not too large a part
-	// of all.
+	// streamsMost is the most requests at once of a connection by HTTP/2, if that is not too large
+	// a part of all.
 	streamsMost = 100
 
 	// bodyMost is how many bytes of the bodies of requests by HTTP/2 wait for the service, for each
@@ -167,8 +167,8 @@ func withoutPort(host string) string {
 	return host
 }
 
-// An answer is what a service answers. All that has come of a body is sent at once, but not in a record of
-// its own if it is the end, which is sent anyway.
+// An answer is what a service answers. All that has come of a body is sent at once, but not in a
+// record of its own if it is the end, which is sent anyway.
 type answer struct {
 	http.ResponseWriter
 	left int64 // bytes that the body still has; less than 0 if that is not known
@@ -203,11 +203,12 @@ func (a *answer) Write(b []byte) (int, error) {
 // Unwrap is for [http.ResponseController].
 func (a *answer) Unwrap() http.ResponseWriter { return a.ResponseWriter }
 
-// headDelay is how long the head of an answer waits for the beginning of the body, to be sent with it.
+// headDelay is how long the head of an answer waits for the beginning of the body, to be sent with
+// it.
 const headDelay = 2 * time.Millisecond
 
-// pace has package httputil keep to headDelay. Where the length of a body is not known it would send the
-// head by itself.
+// pace has package httputil keep to headDelay. Where the length of a body is not known it would
+// send the head by itself.
 func pace(r *http.Response) error {
 	if r.ContentLength < 0 && r.StatusCode != http.StatusSwitchingProtocols {
 		r.ContentLength = 0 // the header counts
@@ -270,9 +271,9 @@ func originForm(uri string) string {
 	return rest[i:]
 }
 
-// private reports whether a header is not passed on from a client: whatever says who it is, and names
-// with an underscore. Many services take that for a hyphen, and some (CGI, RFC 3875, Section 4.1.18) any
-// other character, too.
+// private reports whether a header is not passed on from a client: whatever says who it is, and
+// names with an underscore. Many services take that for a hyphen, and some (CGI, RFC 3875, Section
+// 4.1.18) any other character, too.
 func private(name string) bool {
 	name = strings.Map(func(r rune) rune {
 		switch {
@@ -364,8 +365,8 @@ func (r *router) RoundTrip(request *http.Request) (*http.Response, error) {
 	return r.usual.RoundTrip(request)
 }
 
-// A verbatim makes requests whose URI begins with two slashes. Package net/http cannot write such an
-// URI as it is, so each has a connection of its own, on which another one is replaced.
+// A verbatim makes requests whose URI begins with two slashes. Package net/http cannot write such
+// an URI as it is, so each has a connection of its own, on which another one is replaced.
 type verbatim struct{ transport *http.Transport }
 
 // placeholder is the URI that is replaced.
@@ -416,9 +417,9 @@ func (c *replacing) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// stop ends the server, for which it has until ctx is done: nobody comes any more. Before the server is
-// told, it waits for those who have just come, or are sending the head of a request: the server would
-// drop them.
+// stop ends the server, for which it has until ctx is done: nobody comes any more. Before the
+// server is told, it waits for those who have just come, or are sending the head of a request: the
+// server would drop them.
 func (p *proxy) stop(ctx context.Context) {
 	for quiet := 0; quiet < 3 && ctx.Err() == nil; quiet++ {
 		if p.clients.coming() {

@@ -104,8 +104,8 @@ func addrPort(a net.Addr) netip.AddrPort {
 	return netip.AddrPort{}
 }
 
-// cipherName returns what OpenSSL calls a cipher suite, and so everybody who reads PROXY headers. For
-// TLS 1.3 it is the name that Go and the RFC have.
+// cipherName returns what OpenSSL calls a cipher suite, and so everybody who reads PROXY headers.
+// For TLS 1.3 it is the name that Go and the RFC have.
 func cipherName(suite uint16) string {
 	name := tls.CipherSuiteName(suite)
 	exchange, cipher, ok := strings.Cut(strings.TrimPrefix(name, "TLS_"), "_WITH_")
@@ -118,8 +118,8 @@ func cipherName(suite uint16) string {
 	return strings.ReplaceAll(exchange+"_"+cipher, "_", "-")
 }
 
-// exchange passes bytes on in both directions until both have ended, and reports whether they did so
-// without an error.
+// exchange passes bytes on in both directions until both have ended, and reports whether they did
+// so without an error.
 func exchange(client *tls.Conn, service net.Conn) bool {
 	x := &flows{ends: make(chan error, 2)}
 	go x.flow(client, service)

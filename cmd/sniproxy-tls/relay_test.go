@@ -23,8 +23,8 @@ import (
 	"sniproxy/proxyproto"
 )
 
-// Goal: bytes go both ways unchanged, over TCP and Unix sockets, by TLS 1.2 and 1.3, and the end of one
-// direction leaves the other as it is.
+// Goal: bytes go both ways unchanged, over TCP and Unix sockets, by TLS 1.2 and 1.3, and the end of
+// one direction leaves the other as it is.
 func TestBytes(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -69,7 +69,8 @@ func TestBytes(t *testing.T) {
 	}
 }
 
-// Goal: a service that ends first has its end passed on, and still gets what the client sends after it.
+// Goal: a service that ends first has its end passed on, and still gets what the client sends after
+// it.
 func TestServiceEndsFirst(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -97,8 +98,8 @@ func TestServiceEndsFirst(t *testing.T) {
 	}
 }
 
-// Goal: what was cut off never looks like an end: a client that ends without close_notify is a reset for the
-// service, and a service that resets is one for the client.
+// Goal: what was cut off never looks like an end: a client that ends without close_notify is a
+// reset for the service, and a service that resets is one for the client.
 func TestCutOff(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -299,8 +300,8 @@ http {
 	}
 }
 
-// Goal: Varnish, which reads all of the header, learns the protocol, the version and cipher of TLS, and
-// who the client is by its certificate, also when it resumes a session.
+// Goal: Varnish, which reads all of the header, learns the protocol, the version and cipher of TLS,
+// and who the client is by its certificate, also when it resumes a session.
 func TestVarnish(t *testing.T) {
 	t.Parallel()
 	varnish := hostdirtest.Need(t, "varnishd")

@@ -45,8 +45,8 @@ func stateDirectory() (string, error) {
 	return filepath.Join(home, ".local/state/sniproxy-tls"), nil
 }
 
-// openState makes the directories for an ACME server. Nobody else may enter them. A directory that has
-// other things in it stays as it is.
+// openState makes the directories for an ACME server. Nobody else may enter them. A directory that
+// has other things in it stays as it is.
 func openState(dir, server string) (*state, error) {
 	s := &state{filepath.Join(dir, serverName(server))}
 	entries, err := os.ReadDir(dir)
@@ -151,8 +151,8 @@ func (s *state) store(name string, text []byte) error {
 	return s.write(name+".pem", text, os.Rename)
 }
 
-// write writes a file under another name, and then moves it to its place: so what is there is whole,
-// also after a loss of power.
+// write writes a file under another name, and then moves it to its place: so what is there is
+// whole, also after a loss of power.
 func (s *state) write(name string, text []byte, move func(from, to string) error) error {
 	file, err := os.CreateTemp(s.dir, ".new-") // mode 0600
 	if err != nil {

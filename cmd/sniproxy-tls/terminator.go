@@ -56,7 +56,8 @@ func (t *terminator) renew() {
 func (t *terminator) server(c *client) *tls.Conn { return tls.Server(c, t.current.Load()) }
 
 // refusal is for clients that get unrecognized_name: crypto/tls sends that where there is no
-// certificate. There is nothing that such a client could resume, and no protocol that it could miss.
+// certificate. There is nothing that such a client could resume, and no protocol that it could
+// miss.
 var refusal = &tls.Config{
 	SessionTicketsDisabled: true,
 	GetCertificate:         func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return nil, nil },
@@ -84,8 +85,8 @@ func (t *terminator) configFor(hello *tls.ClientHelloInfo) (*tls.Config, error) 
 	case t.http || single == "":
 		return nil, nil
 	}
-	// The service knows whether it speaks that. Some clients insist on an answer, PostgreSQL's above
-	// all.
+	// The service knows whether it speaks that. Some clients insist on an answer, PostgreSQL's
+	// above all.
 	config := t.current.Load().Clone()
 	config.NextProtos = []string{single}
 	return config, nil

@@ -16,9 +16,9 @@ import (
 	"sniproxy/hostdir/hostdirtest"
 )
 
-// Goal: a client that names a host that is no NAME gets unrecognized_name, whatever it offers, also with a
-// session of another name; a wildcard NAME covers what its certificate does; letters may be of either
-// case.
+// Goal: a client that names a host that is no NAME gets unrecognized_name, whatever it offers, also
+// with a session of another name; a wildcard NAME covers what its certificate does; letters may be
+// of either case.
 func TestNames(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -81,8 +81,8 @@ func (o *oneSession) Get(string) (*tls.ClientSessionState, bool) { return o.cach
 
 func (o *oneSession) Put(string, *tls.ClientSessionState) {}
 
-// Goal: with plain bytes the client's protocol is taken if it offers one; sessions are resumed, by TLS 1.2
-// and 1.3; older versions are refused.
+// Goal: with plain bytes the client's protocol is taken if it offers one; sessions are resumed, by
+// TLS 1.2 and 1.3; older versions are refused.
 func TestProtocols(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -127,8 +127,9 @@ func TestProtocols(t *testing.T) {
 	}
 }
 
-// Goal: with client-ca.pem only clients with a certificate from there are served; a new client-ca.pem counts
-// within moments, also for those who have a session; a broken or missing one changes nothing.
+// Goal: with client-ca.pem only clients with a certificate from there are served; a new
+// client-ca.pem counts within moments, also for those who have a session; a broken or missing one
+// changes nothing.
 func TestClientCA(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -177,9 +178,9 @@ func TestClientCA(t *testing.T) {
 	}
 }
 
-// Goal: a certificate that is replaced, in files or behind symlinks such as those of certbot and lego, is used
-// within moments, without a restart; half of it, a wrong key or nothing is reported once, and the one before
-// stays in use.
+// Goal: a certificate that is replaced, in files or behind symlinks such as those of certbot and
+// lego, is used within moments, without a restart; half of it, a wrong key or nothing is reported
+// once, and the one before stays in use.
 func TestReload(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)

@@ -166,8 +166,9 @@ stream {
 }
 
 // Goal: of two daemons in a row over TCP, where a host of the first is a forwarder, the second sees
-// the clients' addresses, if the first sends them and the second reads them. A third one in between,
-// which does both, passes them on. It does not matter whether the last hands connections over.
+// the clients' addresses, if the first sends them and the second reads them. A third one in
+// between, which does both, passes them on. It does not matter whether the last hands connections
+// over.
 func TestTwoInARow(t *testing.T) {
 	hostdirtest.Need(t, "socat")
 	last := startFront(t)

@@ -49,8 +49,8 @@ func BenchmarkConnection(b *testing.B) {
 }
 
 // The cost of a short connection with keys for Encrypted Client Hello: one without it, one that is
-// encrypted to a key of another's (as GREASE is), one that is opened, and one that is forged, so that
-// it is decrypted in vain.
+// encrypted to a key of another's (as GREASE is), one that is opened, and one that is forged, so
+// that it is decrypted in vain.
 func BenchmarkECH(b *testing.B) {
 	d := startHidden(b)
 	const name = "short.example"

@@ -64,8 +64,8 @@ func (ch *chaos) pass() (stop func()) {
 	return func() { l.Close() }
 }
 
-// stick has hosts lead into a file system that never answers: an entry, a wildcard, and a socket that
-// takes turns with a symlink. They are a tenant's but for the wildcard, which would not count.
+// stick has hosts lead into a file system that never answers: an entry, a wildcard, and a socket
+// that takes turns with a symlink. They are a tenant's but for the wildcard, which would not count.
 func (ch *chaos) stick() (stop func()) {
 	d := ch.daemons[0]
 	fs := hostdirtest.MountUserFS(ch.t, hostdirtest.Dir(ch.t), unix.S_IFDIR)

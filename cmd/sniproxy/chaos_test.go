@@ -121,7 +121,8 @@ type chaos struct {
 	all, whole, alone int // conversations
 }
 
-// chaosActors prepare what only some systems have, before the daemons are started: hosts, and actors.
+// chaosActors prepare what only some systems have, before the daemons are started: hosts, and
+// actors.
 var chaosActors []func(*chaos)
 
 // A chaosHost is an entry of the hosts directory, and what may become of clients whom it serves.

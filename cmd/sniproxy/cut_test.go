@@ -8,8 +8,8 @@ import (
 	"time"
 )
 
-// Goal: connections that are cut at the stop get a reset, so that no client mistakes what it has for
-// all there is; one whose backend has ended gets a clean end.
+// Goal: connections that are cut at the stop get a reset, so that no client mistakes what it has
+// for all there is; one whose backend has ended gets a clean end.
 func TestCut(t *testing.T) {
 	d := start(t)
 	l := d.host("a.example")
@@ -31,8 +31,8 @@ func TestCut(t *testing.T) {
 	}
 }
 
-// Goal: a relay that was silent for long before one side ended may still move bytes the other way: its
-// time limit begins with that end.
+// Goal: a relay that was silent for long before one side ended may still move bytes the other way:
+// its time limit begins with that end.
 func TestHalfClosedAfterSilence(t *testing.T) {
 	t.Parallel()
 	const limit = 800 * time.Millisecond

@@ -26,8 +26,8 @@ type hiddenTalk struct {
 	sealer  *snitest.Sealer
 }
 
-// innerStream returns the inner hello for a name that a backend gets, and what comes before it, with
-// a record version.
+// innerStream returns the inner hello for a name that a backend gets, and what comes before it,
+// with a record version.
 func innerStream(name string, version byte) []byte {
 	b := snitest.ClientHello{SessionID: 32, Extensions: func(m *snitest.Message) {
 		m.ServerName(func() { m.Entry(snitest.HostName, name) })
@@ -91,9 +91,9 @@ var (
 	retryRequest     = append(snitest.ServerHello(true), changeCipherSpec...)
 )
 
-// Goal: early data reaches the backend with the hello, before that has said anything. If the backend
-// takes it all else passes unchanged; if it asks for a second hello, that is opened, and its record
-// version is that of TLS 1.2.
+// Goal: early data reaches the backend with the hello, before that has said anything. If the
+// backend takes it all else passes unchanged; if it asks for a second hello, that is opened, and
+// its record version is that of TLS 1.2.
 func TestECHEarlyData(t *testing.T) {
 	t.Parallel()
 	d := startHidden(t)
@@ -121,8 +121,8 @@ func TestECHEarlyData(t *testing.T) {
 	}
 }
 
-// Goal: what may be a second hello waits for the backend's answer, and nothing of it is lost: not if
-// that is no TLS, not if the backend ends what it sends, or all, and not if the client ends.
+// Goal: what may be a second hello waits for the backend's answer, and nothing of it is lost: not
+// if that is no TLS, not if the backend ends what it sends, or all, and not if the client ends.
 func TestECHHeldBack(t *testing.T) {
 	t.Parallel()
 	d := startHidden(t)
@@ -222,8 +222,8 @@ func withECH(body []byte) []byte {
 	}).Stream()
 }
 
-// Goal: a second hello that is no good gets the alert of the RFC, behind what the backend has sent, and
-// a line in the log. Nothing of it reaches the backend.
+// Goal: a second hello that is no good gets the alert of the RFC, behind what the backend has sent,
+// and a line in the log. Nothing of it reaches the backend.
 func TestECHSecond(t *testing.T) {
 	t.Parallel()
 	d := startHidden(t)

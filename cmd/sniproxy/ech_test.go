@@ -121,7 +121,8 @@ func (d *hidden) accepted(config *tls.Config, via func(net.Conn) net.Conn) tls.C
 	return state
 }
 
-// retry has a backend ask for a second hello: it takes no curve that the client has sent a share of.
+// retry has a backend ask for a second hello: it takes no curve that the client has sent a share
+// of.
 func retry(c *tls.Config) { c.CurvePreferences = []tls.CurveID{tls.CurveP384} }
 
 // first has a client offer shares of other curves than that.
@@ -129,8 +130,8 @@ func first(c *tls.Config) {
 	c.CurvePreferences = []tls.CurveID{tls.X25519, tls.CurveP384}
 }
 
-// cut is a connection that writes at most size bytes at a time, and puts what is in handshake records
-// into records of at most that size.
+// cut is a connection that writes at most size bytes at a time, and puts what is in handshake
+// records into records of at most that size.
 type cut struct {
 	net.Conn
 	size, records int
@@ -174,7 +175,8 @@ func TestECH(t *testing.T) {
 			}
 		}
 	}
-	// With a key of another's, it goes to the host of the outer name, which does not know it either.
+	// With a key of another's, it goes to the host of the outer name, which does not know it
+	// either.
 	other, err := ech.GenerateKey("public.example")
 	hostdirtest.Must(t, err)
 	_, err = d.try(d.client(func(c *tls.Config) { c.EncryptedClientHelloConfigList = other.ConfigList() }), nil)
@@ -202,8 +204,8 @@ func TestECHOthers(t *testing.T) {
 }
 
 // Goal: a key is rotated without a client that fails: both count while both are there, and a client
-// with an old one learns the new one from the backend of the public name, which has the same keys. A
-// file that is no good changes nothing.
+// with an old one learns the new one from the backend of the public name, which has the same keys.
+// A file that is no good changes nothing.
 func TestECHRotation(t *testing.T) {
 	t.Parallel()
 	d := startHidden(t)
@@ -264,7 +266,8 @@ func TestECHResumption(t *testing.T) {
 	}
 }
 
-// Goal: everything goes by the inner name: the header for the backend, wildcards, the log, refusals.
+// Goal: everything goes by the inner name: the header for the backend, wildcards, the log,
+// refusals.
 func TestECHName(t *testing.T) {
 	t.Parallel()
 	d := startHidden(t)
@@ -311,8 +314,8 @@ func TestECHName(t *testing.T) {
 	d.err.Await(t, ": server name has a space or a control character (alert 112, unrecognized_name)")
 }
 
-// Goal: what is wrong with the extension of the first hello, or with the inner hello, has the alert of
-// the RFC and a line in the log, and is routed nowhere.
+// Goal: what is wrong with the extension of the first hello, or with the inner hello, has the alert
+// of the RFC and a line in the log, and is routed nowhere.
 func TestECHFirst(t *testing.T) {
 	t.Parallel()
 	d := startHidden(t)
@@ -475,8 +478,8 @@ func TestECHKeys(t *testing.T) {
 	}
 }
 
-// Goal: an .ech of a tenant, or whatever he has mounted or moved there, is not the administrator's, and
-// keeps nobody waiting.
+// Goal: an .ech of a tenant, or whatever he has mounted or moved there, is not the administrator's,
+// and keeps nobody waiting.
 func TestECHForeignKeys(t *testing.T) {
 	hostdirtest.NeedRoot(t)
 	t.Parallel()
@@ -504,8 +507,8 @@ func TestECHForeignKeys(t *testing.T) {
 	d.err.Await(t, "keys for Encrypted Client Hello in use: a.pem")
 }
 
-// Goal: beside a flood of hellos that are forged, each of which costs a decryption, good clients are
-// served as beside any other flood.
+// Goal: beside a flood of hellos that are forged, each of which costs a decryption, good clients
+// are served as beside any other flood.
 func TestECHFlood(t *testing.T) {
 	floods(t, func(t *testing.T, d *daemon, expectRelay func()) {
 		key, err := ech.GenerateKey("public.example")

@@ -46,9 +46,9 @@ func (u urgent) String() string {
 	return fmt.Sprintf("%d before, %d after, end %v", u.before, u.after, u.end)
 }
 
-// send sends the stream from one end to the other, and reports what is wrong about what arrives: the
-// urgent byte may be there or not. All the rest must be, or else the end that looks like one must
-// not.
+// send sends the stream from one end to the other, and reports what is wrong about what arrives:
+// the urgent byte may be there or not. All the rest must be, or else the end that looks like one
+// must not.
 func (u urgent) send(from, to halfConn) error {
 	const mark = '!'
 	all := randomBytes(u.before + u.after)

@@ -11,8 +11,8 @@ import (
 	"sniproxy/sni/snitest"
 )
 
-// Goal: while it cannot be found out whether all connections are logged, since a tenant has led * into
-// a file system that never answers, it is noticed as ever whether there must be PROXY headers.
+// Goal: while it cannot be found out whether all connections are logged, since a tenant has led *
+// into a file system that never answers, it is noticed as ever whether there must be PROXY headers.
 func TestFrontLogAllStuck(t *testing.T) {
 	t.Parallel() // it waits for the marker to be noticed
 	hostdirtest.NeedRoot(t)

@@ -208,9 +208,9 @@ func TestFrontHanded(t *testing.T) {
 	}
 }
 
-// notFronts are beginnings of connections without a proper header, and what the log says about them.
-// There are no random bytes in them: a daemon is this binary too, and may have no descriptors for
-// those when it starts.
+// notFronts are beginnings of connections without a proper header, and what the log says about
+// them. There are no random bytes in them: a daemon is this binary too, and may have no descriptors
+// for those when it starts.
 var notFronts = []struct{ begin, want string }{
 	{string(sayHello("v0.example")), "no PROXY protocol header"},
 	{"GET / HTTP/1.1\r\nHost: v0.example\r\n\r\n", "no PROXY protocol header"},
@@ -264,8 +264,8 @@ func TestFrontRefused(t *testing.T) {
 	}
 }
 
-// Goal: what comes behind the header is judged as ever, but by the client's address: a second header
-// is no hello.
+// Goal: what comes behind the header is judged as ever, but by the client's address: a second
+// header is no hello.
 func TestFrontAlerts(t *testing.T) {
 	d := startFront(t)
 	for behind, want := range map[string]sni.Description{
@@ -394,8 +394,8 @@ func (d *daemon) awaitFront(t *testing.T, what string, want bool) {
 	hostdirtest.Await(t, what, func() bool { return front(headerV1) == want && front("") == !want })
 }
 
-// Goal: only the administrator's marker counts, and one line says so of another's. What is no directory
-// does not count either: a tenant can move files of root's out of his own directory.
+// Goal: only the administrator's marker counts, and one line says so of another's. What is no
+// directory does not count either: a tenant can move files of root's out of his own directory.
 func TestFrontMarkerOwner(t *testing.T) {
 	hostdirtest.NeedRoot(t)
 	t.Parallel() // it waits for the marker to be noticed

@@ -23,9 +23,10 @@ import (
 	"sniproxy/sni/snitest"
 )
 
-// Goal: a tenant with hundreds of hosts that take nothing of what they are handed has no more under way
-// than he may, and clients of another tenant are all handed over; when his backends die, or take what
-// they were handed, he can be handed connections again. Root is not refused what other users are.
+// Goal: a tenant with hundreds of hosts that take nothing of what they are handed has no more under
+// way than he may, and clients of another tenant are all handed over; when his backends die, or
+// take what they were handed, he can be handed connections again. Root is not refused what other
+// users are.
 func TestHandedShares(t *testing.T) {
 	hostdirtest.NeedRoot(t)
 	for name, test := range map[string]struct {
@@ -83,8 +84,8 @@ func testHandedShares(t *testing.T, d *daemon, most int) {
 	ping(t, client, c)
 }
 
-// Goal: clients in the queue of a backend that dies are gone with it, at once, and those behind them are
-// handed over to the next one.
+// Goal: clients in the queue of a backend that dies are gone with it, at once, and those behind
+// them are handed over to the next one.
 func TestHandedLost(t *testing.T) {
 	d := start(t)
 	l := d.bindDatagram("a.example")
@@ -173,8 +174,8 @@ func TestHandedErrors(t *testing.T) {
 	}
 }
 
-// Goal: while one backend replaces another, again and again, every client is handed over, also if the
-// first ends just before the daemon sends it the connection.
+// Goal: while one backend replaces another, again and again, every client is handed over, also if
+// the first ends just before the daemon sends it the connection.
 func TestHandedReplaced(t *testing.T) {
 	strace := hostdirtest.Need(t, "strace")
 	slow := "--inject=sendmsg:delay_enter=10000"
@@ -241,8 +242,8 @@ func TestHandedDroppedJustNow(t *testing.T) {
 	testHandedDropped(t, d)
 }
 
-// Goal: a backend whose connection lingers at its end (SO_LINGER) keeps only that connection waiting, even
-// if the daemon closes it last, and not the stop.
+// Goal: a backend whose connection lingers at its end (SO_LINGER) keeps only that connection
+// waiting, even if the daemon closes it last, and not the stop.
 func TestHandedLingers(t *testing.T) {
 	strace := hostdirtest.Need(t, "strace")
 	// By the time that the daemon closes its descriptor the backend has closed its own.
@@ -271,8 +272,8 @@ func TestHandedLingers(t *testing.T) {
 	d.expectExit(0)
 }
 
-// Goal: whatever becomes of daemons under load, killed and started again on the same port, connections that
-// were handed over go on, and so do those that come.
+// Goal: whatever becomes of daemons under load, killed and started again on the same port,
+// connections that were handed over go on, and so do those that come.
 func TestHandedRestarted(t *testing.T) {
 	const conns = 32
 	listener := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
@@ -357,7 +358,8 @@ func TestHandedAlone(t *testing.T) {
 	if woken = d.switches() - woken; woken > rounds*conns/10 {
 		t.Errorf("the daemon was woken %d times by connections that it has handed over", woken)
 	}
-	// The clock of processor time ticks each hundredth of a second; the daemon's runtime may take one.
+	// The clock of processor time ticks each hundredth of a second; the daemon's runtime may take
+	// one.
 	if used = d.cpu() - used; used > 20*time.Millisecond {
 		t.Errorf("the daemon took %v of processor time for connections that it has handed over", used)
 	}
@@ -391,8 +393,8 @@ func (d *daemon) switches() (n int) {
 	return n
 }
 
-// Goal: a tenant who remembers the daemon to hand over, and then has stream sockets, takes no room that
-// is kept for clients who wait; and idle senders make room before anybody is dropped.
+// Goal: a tenant who remembers the daemon to hand over, and then has stream sockets, takes no room
+// that is kept for clients who wait; and idle senders make room before anybody is dropped.
 func TestHandedRoom(t *testing.T) {
 	hostdirtest.NeedRoot(t)
 	const hosts = 60
@@ -422,8 +424,8 @@ func TestHandedRoom(t *testing.T) {
 	}
 }
 
-// Goal: sockets to send with, which have nothing to do, are closed before anybody loses a connection to
-// make room, and count among what relays leave to those who wait.
+// Goal: sockets to send with, which have nothing to do, are closed before anybody loses a
+// connection to make room, and count among what relays leave to those who wait.
 func TestHandedIdle(t *testing.T) {
 	const limit, reserve = 100, 16
 	d := start(t, limitFiles(limit), oneLoop)
@@ -462,8 +464,8 @@ func TestHandedIdle(t *testing.T) {
 // Goal: a look-up that hangs after its thread has handed connections over ends no more than itself.
 func TestHandedThenStuck(t *testing.T) {
 	strace := hostdirtest.Need(t, "strace")
-	// Four clients who are handed over take at most eight calls. Those after them take long, and are to
-	// find the entries of names that have none.
+	// Four clients who are handed over take at most eight calls. Those after them take long, and
+	// are to find the entries of names that have none.
 	slow := "--inject=openat2:delay_exit=400000:when=9+"
 	d := start(t, traced(strace, filepath.Join(t.TempDir(), "strace"), "-e", "trace=openat2", slow), oneLoop)
 	d.serveHanded("a.example", greetHanded)
@@ -477,8 +479,8 @@ func TestHandedThenStuck(t *testing.T) {
 	}
 }
 
-// Goal: while clients wait for a place in a queue, those who come after them do not try, but wait behind
-// them: each try in vain costs as much as a hand-over.
+// Goal: while clients wait for a place in a queue, those who come after them do not try, but wait
+// behind them: each try in vain costs as much as a hand-over.
 func TestHandedInLine(t *testing.T) {
 	if isPortable(t) || !anyName {
 		t.Skip("where other threads make the look-ups, each client tries once")
@@ -495,7 +497,8 @@ func TestHandedInLine(t *testing.T) {
 	d.crowd(clients, snitest.Hello("deaf.example"))
 	hostdirtest.Await(t, "all clients to be accepted", func() bool { return d.counters().accepted == clients })
 	n := countCalls(t, log)["sendmsg"]
-	// Those that the queue takes, those of a pause that doubles, and then one in each limits.Redial.
+	// Those that the queue takes, those of a pause that doubles, and then one in each
+	// limits.Redial.
 	if most := 50 + int(time.Since(begin)/limits.Redial); n > most {
 		t.Errorf("%d clients made %d tries, want at most %d", clients, n, most)
 	}

@@ -59,9 +59,9 @@ func greetHanded(c *net.TCPConn, first []byte) {
 	io.WriteString(c, "this is "+name)
 }
 
-// Goal: a backend whose tls-socket is a datagram socket gets the connection itself, as accept(2) would
-// have returned it, and all bytes read so far, behind the header that a marker asks for. Then the
-// daemon has nothing of it any more.
+// Goal: a backend whose tls-socket is a datagram socket gets the connection itself, as accept(2)
+// would have returned it, and all bytes read so far, behind the header that a marker asks for. Then
+// the daemon has nothing of it any more.
 func TestHanded(t *testing.T) {
 	for _, marker := range []string{"", "send-proxy-v1", "send-proxy-v2"} {
 		for name, say := range map[string]func(c net.Conn, b []byte){
@@ -110,9 +110,10 @@ func TestHanded(t *testing.T) {
 	}
 }
 
-// Goal: the host of a datagram socket that nobody reads costs its clients ten seconds and alert 80, and
-// other hosts nothing; when it is read again those who wait are handed over. It is not parallel to other
-// tests: all of its clients must come, and be handed over, within the ten seconds of the first.
+// Goal: the host of a datagram socket that nobody reads costs its clients ten seconds and alert 80,
+// and other hosts nothing; when it is read again those who wait are handed over. It is not parallel
+// to other tests: all of its clients must come, and be handed over, within the ten seconds of the
+// first.
 func TestHandedFull(t *testing.T) {
 	d := start(t)
 	d.serve("other.example", hostdirtest.Greet)
@@ -175,7 +176,8 @@ func TestHandedAlerts(t *testing.T) {
 	d.expectAlert(snitest.Hello("packets.example"), sni.UnrecognizedName)
 }
 
-// Goal: who finds a full queue for ten seconds is refused, and not handed over when it is read later.
+// Goal: who finds a full queue for ten seconds is refused, and not handed over when it is read
+// later.
 func TestHandedFullForLong(t *testing.T) {
 	t.Parallel()
 	const clients = 300 // more than a tenant may have under way
@@ -200,7 +202,8 @@ func TestHandedFullForLong(t *testing.T) {
 		greetHanded(c, first)
 		c.Close()
 	}
-	// What a client sends after its refusal is read, as before, by a daemon that does not wait for more.
+	// What a client sends after its refusal is read, as before, by a daemon that does not wait for
+	// more.
 	for _, c := range crowd {
 		if !served[c.LocalAddr().String()] {
 			c.Write([]byte("what?"))
@@ -261,8 +264,8 @@ func TestHandedSwitched(t *testing.T) {
 	}
 }
 
-// Goal: thousands of connections are handed over, and nothing stays behind: no descriptor, no memory,
-// and, as the system counts them for a user who is not root, no descriptor under way.
+// Goal: thousands of connections are handed over, and nothing stays behind: no descriptor, no
+// memory, and, as the system counts them for a user who is not root, no descriptor under way.
 func TestHandedMany(t *testing.T) {
 	n := 20_000
 	if testing.Short() {
@@ -302,8 +305,8 @@ func TestHandedSingle(t *testing.T) {
 	}
 }
 
-// Goal: the stop neither waits for connections that were handed over nor ends them; clients that wait
-// for a place in a queue are still handed over.
+// Goal: the stop neither waits for connections that were handed over nor ends them; clients that
+// wait for a place in a queue are still handed over.
 func TestHandedStop(t *testing.T) {
 	d := start(t)
 	l := d.bindDatagram("a.example")
@@ -329,8 +332,8 @@ func TestHandedStop(t *testing.T) {
 	ping(t, c, client)
 }
 
-// Goal: a client that is gone when there is a place for it is not handed over, and neither is one that
-// was refused.
+// Goal: a client that is gone when there is a place for it is not handed over, and neither is one
+// that was refused.
 func TestHandedGone(t *testing.T) {
 	d := start(t, oneLoop)
 	l := d.bindDatagram("a.example")
@@ -357,8 +360,8 @@ func TestHandedGone(t *testing.T) {
 	}
 }
 
-// Goal: a connection that is handed over is logged at that moment, if it is to be, and counted, with
-// the bytes of the client that were given to the backend: not with those of a header.
+// Goal: a connection that is handed over is logged at that moment, if it is to be, and counted,
+// with the bytes of the client that were given to the backend: not with those of a header.
 func TestHandedLogged(t *testing.T) {
 	for _, marker := range []string{"", "send-proxy-v1", "send-proxy-v2"} {
 		t.Run(marker, func(t *testing.T) {
@@ -384,8 +387,8 @@ func TestHandedLogged(t *testing.T) {
 	}
 }
 
-// Goal: a backend is given all that the daemon has read, up to 64 KiB, and the longest header, also by a
-// daemon with few descriptors.
+// Goal: a backend is given all that the daemon has read, up to 64 KiB, and the longest header, also
+// by a daemon with few descriptors.
 func TestHandedLarge(t *testing.T) {
 	for _, marker := range []string{"", "send-proxy-v1", "send-proxy-v2"} {
 		t.Run(marker, func(t *testing.T) {

@@ -45,16 +45,16 @@ func deniedToAll() []string {
 // denied tells whether something is forbidden to all daemons of the test run.
 func denied(what string) bool { return slices.Contains(deniedToAll(), what) }
 
-// Both engines connect from within the host's directory, so its name can have any length, unless the
-// system forbids a thread a working directory of its own.
+// Both engines connect from within the host's directory, so its name can have any length, unless
+// the system forbids a thread a working directory of its own.
 var anyName = !denied("unshare")
 
-// They have the directory that it connects from open, so a symlink may be switched at any rate, with the
-// same exception.
+// They have the directory that it connects from open, so a symlink may be switched at any rate,
+// with the same exception.
 var switchPause = map[bool]time.Duration{false: 40 * time.Millisecond}[anyName]
 
-// limitThreads runs the daemon with a limit of the threads of its user (RLIMIT_NPROC), of which root
-// has none.
+// limitThreads runs the daemon with a limit of the threads of its user (RLIMIT_NPROC), of which
+// root has none.
 func limitThreads(n int) setup {
 	return func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, fmt.Sprintf("%s=%d", threadsVariable, n)) }
 }

@@ -29,8 +29,8 @@ func TestMain(m *testing.M) {
 	if os.Getenv(impersonate) != "" {
 		os.Exit(run())
 	}
-	// Tests that run in parallel wait for time limits most of the time, not for processors. With the
-	// race detector they take several times as much of those.
+	// Tests that run in parallel wait for time limits most of the time, not for processors. With
+	// the race detector they take several times as much of those.
 	most := "16"
 	if raceEnabled {
 		most = "8"

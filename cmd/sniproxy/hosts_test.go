@@ -304,8 +304,8 @@ func TestAtomicSwitch(t *testing.T) {
 	}
 }
 
-// Goal: a name is looked up in lower case, without a dot at its end. It may have underscores, and hyphens within and at the
-// end of labels. The backend gets it as the client sent it.
+// Goal: a name is looked up in lower case, without a dot at its end. It may have underscores, and
+// hyphens within and at the end of labels. The backend gets it as the client sent it.
 func TestNames(t *testing.T) {
 	d := start(t)
 	for _, c := range []struct{ sent, canonical string }{

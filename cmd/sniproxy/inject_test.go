@@ -130,8 +130,8 @@ func TestInject(t *testing.T) {
 	})
 }
 
-// Goal: after a failed accept, also if the listening socket cannot be watched again at the first try,
-// clients are served.
+// Goal: after a failed accept, also if the listening socket cannot be watched again at the first
+// try, clients are served.
 func TestInjectListener(t *testing.T) {
 	if isPortable(t) {
 		t.Skip("Go's poller ends the program if its own epoll_ctl fails")

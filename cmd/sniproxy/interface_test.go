@@ -350,9 +350,9 @@ func TestStopCutsAfterTenSeconds(t *testing.T) {
 	expectComplaint(t, d, "2 connections")
 }
 
-// Goal: after SIGQUIT the daemon does not cut what is open, however long that takes and whoever sends
-// it again, and prints no stacks. Another of the signals begins the ten seconds, and one more ends
-// it at once.
+// Goal: after SIGQUIT the daemon does not cut what is open, however long that takes and whoever
+// sends it again, and prints no stacks. Another of the signals begins the ten seconds, and one more
+// ends it at once.
 func TestStopQuit(t *testing.T) {
 	t.Parallel()
 	quit := func() (*daemon, openRelay) {

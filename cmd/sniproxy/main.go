@@ -1,10 +1,11 @@
 // Sniproxy puts many TLS services behind one port. It reads the server name in the ClientHello of
 // each connection, connects to the Unix socket of the host with that name, and forwards the bytes,
-// unchanged, both ways. It decrypts nothing but ClientHellos that are encrypted to a key of its own.
+// unchanged, both ways. It decrypts nothing but ClientHellos that are encrypted to a key of its
+// own.
 //
 // There are no arguments but -h, which prints the usage, and no configuration file. The sockets are
-// inherited, and the working directory is the hosts directory. The manual pages beside this file are
-// its interface: sniproxy(8) has sockets, output, alerts, signals, counters and exit status,
+// inherited, and the working directory is the hosts directory. The manual pages beside this file
+// are its interface: sniproxy(8) has sockets, output, alerts, signals, counters and exit status,
 // sniproxy-hosts(5) has the hosts directory and what each owner of hosts may use.
 //
 // # Packages

@@ -69,7 +69,8 @@ func v2For(name string) func(client, listener netip.AddrPort) []byte {
 	return func(client, listener netip.AddrPort) []byte { return headerV2(client, listener, name) }
 }
 
-// onFamilies runs a test with a daemon for each kind of address that clients and listeners can have.
+// onFamilies runs a test with a daemon for each kind of address that clients and listeners can
+// have.
 func onFamilies(t *testing.T, test func(t *testing.T, d *daemon)) {
 	for _, tt := range []struct{ network, listener, client string }{
 		{"tcp4", "127.0.0.1:0", "127.0.0.1"},

@@ -39,8 +39,8 @@ func passTo(c *net.UnixConn, b []byte, flags int, fds ...int) error {
 	return errors.Join(failed, sent)
 }
 
-// A token is a socket of which descriptors are passed: who has the other end finds out whether all of
-// them are closed.
+// A token is a socket of which descriptors are passed: who has the other end finds out whether all
+// of them are closed.
 type token struct {
 	fd    int
 	other net.Conn
@@ -90,7 +90,8 @@ func TestPassedRefused(t *testing.T) {
 	}
 }
 
-// needPassRights skips the test where the system, or the run of the tests, does not have SO_PASSRIGHTS.
+// needPassRights skips the test where the system, or the run of the tests, does not have
+// SO_PASSRIGHTS.
 func needPassRights(t *testing.T) {
 	t.Helper()
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)

@@ -63,9 +63,9 @@ func TestPromiseSlowHosts(t *testing.T) {
 	d.expectExit(0)
 }
 
-// leadAstray makes * root's symlink to a tenant's directory, with a marker of root's in it that has the
-// connections of all hosts logged, and has one logged. Then the tenant puts a symlink into a stuck file
-// system in the place of its directory.
+// leadAstray makes * root's symlink to a tenant's directory, with a marker of root's in it that has
+// the connections of all hosts logged, and has one logged. Then the tenant puts a symlink into a
+// stuck file system in the place of its directory.
 func (d *daemon) leadAstray(t *testing.T) *hostdirtest.UserFS {
 	t.Helper()
 	d.serve("one.example", hostdirtest.Greet)

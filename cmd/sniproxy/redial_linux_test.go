@@ -149,8 +149,8 @@ func TestRedialDies(t *testing.T) {
 	}
 }
 
-// callsAtOnce returns how many calls a thread has made at most without one of another kind in between,
-// from what a log of strace has behind a place.
+// callsAtOnce returns how many calls a thread has made at most without one of another kind in
+// between, from what a log of strace has behind a place.
 func callsAtOnce(t *testing.T, log string, from int64, call, between string) (most int) {
 	t.Helper()
 	text, err := os.ReadFile(log)

@@ -121,7 +121,8 @@ func TestLogNames(t *testing.T) {
 	}
 }
 
-// Goal: an IPv6 address in place of a name, in brackets or not, is no name: such a client goes to *.
+// Goal: an IPv6 address in place of a name, in brackets or not, is no name: such a client goes to
+// *.
 func TestAddressAsName(t *testing.T) {
 	d := start(t)
 	names := []string{"2001:db8::1", "[2001:DB8::1]", "fe80::1%eth0", "::ffff:192.0.2.1", "[::1]."}
@@ -450,8 +451,8 @@ func TestUnansweredServers(t *testing.T) {
 	}
 }
 
-// Goal: whatever clients send first, and whatever they ask for, the log has no byte of it: each line
-// is the address and one of the daemon's own reasons, and a name only if it is canonical.
+// Goal: whatever clients send first, and whatever they ask for, the log has no byte of it: each
+// line is the address and one of the daemon's own reasons, and a name only if it is canonical.
 func TestLogNothingChosen(t *testing.T) {
 	const token = "fOrGeD" // no canonical name has it
 	random := rand.New(rand.NewPCG(1, 2))

@@ -18,8 +18,8 @@ var (
 	readCall     = regexp.MustCompile(`^\d+ +read\(`)
 )
 
-// readsAtAccepts returns how many reads a daemon had made at each connection that it accepted, from a
-// log of strace.
+// readsAtAccepts returns how many reads a daemon had made at each connection that it accepted, from
+// a log of strace.
 func readsAtAccepts(t *testing.T, log string) (at []int) {
 	t.Helper()
 	text, err := os.ReadFile(log)
@@ -75,8 +75,8 @@ func TestSaturatedAccept(t *testing.T) {
 		most = max(most, at[i+1]-at[i])
 	}
 	t.Logf("up to %d reads between two clients that were accepted, beside %d relays", most, relays)
-	// Each event is a read at most, and then one that finds that there is no more; and there are the
-	// other sides of these relays.
+	// Each event is a read at most, and then one that finds that there is no more; and there are
+	// the other sides of these relays.
 	if limit := 3 * batch; most > limit {
 		t.Errorf("%d reads between two clients that were accepted, beside %d relays, want at most %d", most, relays, limit)
 	}

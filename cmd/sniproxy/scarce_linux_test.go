@@ -15,9 +15,9 @@ import (
 	"sniproxy/sni/snitest"
 )
 
-// leastFiles and mostFiles are limits of descriptors (ulimit -n) between which all are tried. With the
-// lowest the program is reached, since Go's runtime opens none of its own before the first timer is
-// set; then it needs some, and ends the program without them.
+// leastFiles and mostFiles are limits of descriptors (ulimit -n) between which all are tried. With
+// the lowest the program is reached, since Go's runtime opens none of its own before the first
+// timer is set; then it needs some, and ends the program without them.
 const leastFiles, mostFiles = 4, 40
 
 // Goal: with however few descriptors, the daemon either exits with 1 and one line that says how

@@ -36,8 +36,8 @@ type house struct {
 }
 
 // houseFiles is how many descriptors the daemon has, and fewRelays and manyRelays are numbers of
-// relays that are fewer than it has room for and more. Of the descriptors an eighth, and those that are
-// not for connections, are not for relays.
+// relays that are fewer than it has room for and more. Of the descriptors an eighth, and those that
+// are not for connections, are not for relays.
 const (
 	houseFiles = 200
 	fewRelays  = 50

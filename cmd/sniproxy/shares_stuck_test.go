@@ -97,8 +97,8 @@ func TestSharesStuck(t *testing.T) {
 	}
 }
 
-// stuckTenants is how many tenants exchange their sockets for symlinks into a stuck file system: more
-// than there may be threads that are stuck.
+// stuckTenants is how many tenants exchange their sockets for symlinks into a stuck file system:
+// more than there may be threads that are stuck.
 const stuckTenants = 100
 
 // Goal: tenants exchange their sockets for symlinks into a stuck file system at any moment, so
@@ -107,8 +107,8 @@ const stuckTenants = 100
 // of them does not end it.
 func TestSharesStuckThreads(t *testing.T) {
 	t.Parallel()
-	// The limit counts the threads of a user, so nobody else may run as these, such as another run of
-	// this test.
+	// The limit counts the threads of a user, so nobody else may run as these, such as another run
+	// of this test.
 	uid := uint32(1<<30 + 2*os.Getpid())
 	for _, tt := range []struct {
 		name  string

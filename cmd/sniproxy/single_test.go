@@ -21,8 +21,8 @@ import (
 	"sniproxy/sni/snitest"
 )
 
-// startSingle starts a daemon with a connection on standard input. It has the only descriptors of it,
-// and is not waited for.
+// startSingle starts a daemon with a connection on standard input. It has the only descriptors of
+// it, and is not waited for.
 func startSingle(t testing.TB, hosts string, setups ...setup) (*daemon, *net.TCPConn) {
 	t.Helper()
 	client, server := connect(t)

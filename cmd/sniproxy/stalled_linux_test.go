@@ -45,7 +45,8 @@ func TestStalledUpload(t *testing.T) {
 				}
 				go func() {
 					b := make([]byte, 64<<10)
-					// Write would not tell of a part of what it was given before it has sent the rest.
+					// Write would not tell of a part of what it was given before it has sent the
+					// rest.
 					raw.Write(func(fd uintptr) bool {
 						for {
 							k, err := unix.Write(int(fd), b)

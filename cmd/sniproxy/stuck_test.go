@@ -231,8 +231,9 @@ func TestStuckExchange(t *testing.T) {
 	d.awaitFds(base)
 }
 
-// Goal: nobody gains anything by locking for ever a directory that he may change, either: his own, one of
-// the administrator's, or the hosts directory. Go's garbage collector must know of each thread that waits.
+// Goal: nobody gains anything by locking for ever a directory that he may change, either: his own,
+// one of the administrator's, or the hosts directory. Go's garbage collector must know of each
+// thread that waits.
 func TestStuckLocked(t *testing.T) {
 	t.Parallel()
 	hostdirtest.NeedRoot(t)
@@ -580,8 +581,8 @@ func expectTold(t *testing.T, told <-chan string, n int, want string) {
 }
 
 // steady keeps clients coming, up to a hundred a second, that ask for a host served by Greet, until
-// stop is called. The test fails if one of them is not served, or waits for about as long as clients
-// of a stuck host do, which get their alerts after limits.Hello.
+// stop is called. The test fails if one of them is not served, or waits for about as long as
+// clients of a stuck host do, which get their alerts after limits.Hello.
 func (d *daemon) steady(name string) (stop func()) {
 	const most = limits.Hello * 9 / 10
 	over := make(chan struct{})
@@ -677,8 +678,8 @@ func look(t *testing.T, path string) {
 	}
 }
 
-// Goal: a loop that was stuck before it knew whose the host is, and finds no descriptor when it goes on,
-// has the client wait.
+// Goal: a loop that was stuck before it knew whose the host is, and finds no descriptor when it
+// goes on, has the client wait.
 func TestStuckWithoutRoom(t *testing.T) {
 	hostdirtest.NeedRoot(t)
 	if isPortable(t) {

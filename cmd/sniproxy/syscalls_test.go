@@ -59,23 +59,24 @@ type bound struct {
 // What is in that directory is known from the connections before, since its inode and ctime are the
 // same.
 //
-// For another host than that of the connection before there are an openat2 and an fchdir in place of
-// the statx of the entry, a statx of the directory, an openat2 that fails, and so tells that to look
-// tls-socket up does not wait, three readlinkat for the markers, and a close of the directory before.
-// The next connection for that host makes the openat2 that fails and the readlinkat once more, with a
-// clock_gettime, a readlinkat and a statx that tell whether to rely on what they find. A loop that has
-// nothing to do for a while leaves the directory as well, by a close and an fchdir, and waits anew. How
-// often that happens between two of these calls hangs on how quick the others are, so it is counted:
-// what else there is of these calls is exact.
+// For another host than that of the connection before there are an openat2 and an fchdir in place
+// of the statx of the entry, a statx of the directory, an openat2 that fails, and so tells that to
+// look tls-socket up does not wait, three readlinkat for the markers, and a close of the directory
+// before. The next connection for that host makes the openat2 that fails and the readlinkat once
+// more, with a clock_gettime, a readlinkat and a statx that tell whether to rely on what they find.
+// A loop that has nothing to do for a while leaves the directory as well, by a close and an fchdir,
+// and waits anew. How often that happens between two of these calls hangs on how quick the others
+// are, so it is counted: what else there is of these calls is exact.
 //
-// On a busy machine it happens that the acknowledgement is not there yet. Then the end of the backend
-// is passed on, by a shutdown in place of the recvfrom, and the end of the client waited for, and read.
+// On a busy machine it happens that the acknowledgement is not there yet. Then the end of the
+// backend is passed on, by a shutdown in place of the recvfrom, and the end of the client waited
+// for, and read.
 //
-// Once a second goroutines of no loop look for .accept-proxy, for .ech and for the log-connections of
-// all hosts: a write and a read of Go's poller, and some statx.
+// Once a second goroutines of no loop look for .accept-proxy, for .ech and for the log-connections
+// of all hosts: a write and a read of Go's poller, and some statx.
 //
-// Only the number of waits has a range: an end that is seen later than what comes before it takes one
-// more.
+// Only the number of waits has a range: an end that is seen later than what comes before it takes
+// one more.
 var eventLoopCalls = map[string]bound{
 	"accept4":     {min: 1, max: 1},
 	"close":       {min: 2, max: 2, opened: 1, left: 1},
@@ -126,7 +127,8 @@ var runtimeCalls = strings.Fields(`
 	rt_sigprocmask rt_sigreturn sched_getaffinity sched_yield set_robust_list setitimer
 	sigaltstack tgkill timer_create timer_delete timer_settime`)
 
-// The system calls of a connection that is handed over, which is one that has a socket to send with:
+// The system calls of a connection that is handed over, which is one that has a socket to send
+// with:
 //
 //	epoll_pwait   a client came
 //	fcntl         sets O_NONBLOCK of the listener
@@ -259,7 +261,8 @@ func checkCalls(t *testing.T, table map[string]bound, first, answer []byte, prep
 	}
 }
 
-// traced runs the daemon under strace, which writes to log. With -D the daemon, not strace, is the child.
+// traced runs the daemon under strace, which writes to log. With -D the daemon, not strace, is the
+// child.
 func traced(strace, log string, options ...string) setup {
 	return func(cmd *exec.Cmd) {
 		cmd.Args = slices.Concat([]string{strace, "-D", "-f", "-o", log}, options, []string{cmd.Path})
@@ -279,8 +282,8 @@ func countCalls(t *testing.T, log string) map[string]int {
 	return callsIn(text)
 }
 
-// callsIn counts the calls in what strace has written, but for those that ask for .accept-proxy, which
-// a goroutine makes once a second.
+// callsIn counts the calls in what strace has written, but for those that ask for .accept-proxy,
+// which a goroutine makes once a second.
 func callsIn(text []byte) map[string]int {
 	count := make(map[string]int)
 	for _, m := range callEntry.FindAllSubmatch(text, -1) {

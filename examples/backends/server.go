@@ -6,9 +6,9 @@
 //
 //	mkdir -m 0710 /srv/sniproxy/one.example && chown alice:sniproxy /srv/sniproxy/one.example
 //
-// and run the server as alice. Under one.example.socket systemd makes the socket, and the server takes
-// that. The server reads no PROXY headers, so make no marker send-proxy-v1 or send-proxy-v2. To read
-// them, put a listener of github.com/pires/go-proxyproto around l.
+// and run the server as alice. Under one.example.socket systemd makes the socket, and the server
+// takes that. The server reads no PROXY headers, so make no marker send-proxy-v1 or send-proxy-v2.
+// To read them, put a listener of github.com/pires/go-proxyproto around l.
 package main
 
 import (

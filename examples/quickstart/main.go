@@ -5,8 +5,8 @@
 // It builds sniproxy and sniproxy-tls. It starts sniproxy with a listening socket on its standard
 // input and a new hosts directory as its working directory, and serves three HTTPS sites there: one
 // is handed its connections, one is told who the client is by a PROXY line, and one is a plain HTTP
-// service behind sniproxy-tls. It reaches all three through sniproxy to check them, and prints how to
-// see them and how to add a name. At Ctrl-C it stops the programs and removes what it made. With
+// service behind sniproxy-tls. It reaches all three through sniproxy to check them, and prints how
+// to see them and how to add a name. At Ctrl-C it stops the programs and removes what it made. With
 // -check it exits after the check.
 //
 // The exit status is 0; 1 when something failed; 2 for wrong usage.
@@ -102,7 +102,8 @@ func run(ctx context.Context, checkOnly bool) (err error) {
 	if err != nil {
 		return err
 	}
-	// After a SIGHUP it waits for its connections, and the sites may keep some open for a next request.
+	// After a SIGHUP it waits for its connections, and the sites may keep some open for a next
+	// request.
 	defer proxy.stop(&err)
 	defer func() {
 		for _, s := range sites {

@@ -115,8 +115,8 @@ func (q *quickstart) wait(t *testing.T, status int) {
 
 const listening = `^sniproxy \(process (\d+)\): listening on (127\.0\.0\.1:\d+)$`
 
-// Goal: the command at the beginning of the README works, shows that all sites answer, and exits with
-// status 0.
+// Goal: the command at the beginning of the README works, shows that all sites answer, and exits
+// with status 0.
 func TestCheck(t *testing.T) {
 	cmd := exec.Command("go", "run", "./examples/quickstart", "-check")
 	cmd.Dir = filepath.Join("..", "..")
@@ -207,8 +207,8 @@ func shell(t *testing.T, line string) string {
 	return string(out)
 }
 
-// Goal: what it prints fits into 80 columns, if the directory for temporary files has its usual name,
-// and has no colours where it is no terminal. On a terminal it has some.
+// Goal: what it prints fits into 80 columns, if the directory for temporary files has its usual
+// name, and has no colours where it is no terminal. On a terminal it has some.
 func TestColumns(t *testing.T) {
 	q := start(t, command())
 	q.readUntil(t, "^Ctrl-C stops")

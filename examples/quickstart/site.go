@@ -26,7 +26,8 @@ const (
 	headerTimeout = 5 * time.Second
 )
 
-// A site is an HTTPS server with a certificate of its own, or a plain HTTP service for sniproxy-tls.
+// A site is an HTTPS server with a certificate of its own, or a plain HTTP service for
+// sniproxy-tls.
 type site struct {
 	name  string
 	alias string // another name that its certificate is for; it may be empty
@@ -194,8 +195,8 @@ func (l proxyListener) Accept() (net.Conn, error) {
 }
 
 // A proxyConn is a connection whose remote address is the one in its PROXY line. It reads the line
-// when the address or the first byte is asked for, not when it is accepted: a silent client must not
-// keep others waiting.
+// when the address or the first byte is asked for, not when it is accepted: a silent client must
+// not keep others waiting.
 type proxyConn struct {
 	net.Conn
 	r      *bufio.Reader

@@ -12,7 +12,8 @@
 //	}
 //	log.Fatal(http.ServeTLS(l, handler, "cert.pem", "key.pem"))
 //
-// If systemd makes the socket, [FileListener] takes that, and clients wait while the program restarts.
+// If systemd makes the socket, [FileListener] takes that, and clients wait while the program
+// restarts.
 //
 // The connections are TCP connections whose first bytes, the beginning of a ClientHello, the proxy
 // has read already. [Conn] gives them back.
@@ -64,7 +65,8 @@ const (
 	// socketName is the name of the socket in a host's directory.
 	socketName = "tls-socket"
 
-	// pauseMost is the longest pause after a failure that time may cure, such as no free descriptor.
+	// pauseMost is the longest pause after a failure that time may cure, such as no free
+	// descriptor.
 	pauseMost = 100 * time.Millisecond
 
 	// handOnMost is how long Close waits for room in the queue of the backend that has taken over.
@@ -120,13 +122,14 @@ func Listen(dir string) (*Listener, error) {
 	return l, nil
 }
 
-// FileListener returns a listener for a datagram socket that somebody else has made, and keeps: systemd,
-// for a socket unit with ListenDatagram=. So clients wait in its queue while the backend restarts. The
-// file is still the caller's, who may close it; the socket becomes non-blocking for all who have it.
+// FileListener returns a listener for a datagram socket that somebody else has made, and keeps:
+// systemd, for a socket unit with ListenDatagram=. So clients wait in its queue while the backend
+// restarts. The file is still the caller's, who may close it; the socket becomes non-blocking for
+// all who have it.
 //
-// Stop and Close leave the path of the socket alone, and leave the connections that wait to who takes
-// them next. Two processes must not take connections from one socket at the same time: they would lose
-// some.
+// Stop and Close leave the path of the socket alone, and leave the connections that wait to who
+// takes them next. Two processes must not take connections from one socket at the same time: they
+// would lose some.
 func FileListener(f *os.File) (*Listener, error) {
 	fail := func(err error) (*Listener, error) {
 		return nil, &net.OpError{Op: "file+net", Net: "unixgram", Err: err}
@@ -177,8 +180,8 @@ func newListener(fd int, addr *net.UnixAddr) (*Listener, error) {
 // Addr returns the path of the socket, as a [*net.UnixAddr].
 func (l *Listener) Addr() net.Addr { return l.addr }
 
-// Accept waits for a connection and returns it, a [*Conn]. It fails only once the listener is closed,
-// or is stopped and has none left, with an error that is [net.ErrClosed].
+// Accept waits for a connection and returns it, a [*Conn]. It fails only once the listener is
+// closed, or is stopped and has none left, with an error that is [net.ErrClosed].
 func (l *Listener) Accept() (net.Conn, error) {
 	var pause time.Duration
 	for {
@@ -280,9 +283,9 @@ func passes(err error) bool {
 	return false
 }
 
-// Stop removes the socket, unless another backend has replaced it. Accept still returns the connections
-// that wait already, and fails when there are no more. Call Close then. (For those of [FileListener] see
-// there.)
+// Stop removes the socket, unless another backend has replaced it. Accept still returns the
+// connections that wait already, and fails when there are no more. Call Close then. (For those of
+// [FileListener] see there.)
 func (l *Listener) Stop() error {
 	err := l.closed("stop")
 	l.stopOnce.Do(func() {
@@ -338,8 +341,8 @@ func (l *Listener) close() error {
 	return nil
 }
 
-// handOn sends the messages that are left to the socket that is in the directory now, which is where
-// the proxy would send them.
+// handOn sends the messages that are left to the socket that is in the directory now, which is
+// where the proxy would send them.
 func (l *Listener) handOn(fd int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

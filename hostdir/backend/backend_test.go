@@ -51,8 +51,8 @@ func TestHTTP(t *testing.T) {
 	}
 }
 
-// Goal: RemoteAddr is what a PROXY header says, if there is one that says something; it is not among
-// the bytes to read. Whatever is not such a header is.
+// Goal: RemoteAddr is what a PROXY header says, if there is one that says something; it is not
+// among the bytes to read. Whatever is not such a header is.
 func TestHeader(t *testing.T) {
 	dir := hostDir(t)
 	l := listen(t, dir)
@@ -108,8 +108,8 @@ func TestSizes(t *testing.T) {
 	}
 }
 
-// Goal: a listener for a socket that somebody else has made takes what comes there, and after Stop and
-// Close leaves the socket as it is, and the connections that wait to the next listener.
+// Goal: a listener for a socket that somebody else has made takes what comes there, and after Stop
+// and Close leaves the socket as it is, and the connections that wait to the next listener.
 func TestFileListener(t *testing.T) {
 	dir := hostDir(t)
 	path := filepath.Join(dir, "tls-socket")
@@ -584,8 +584,8 @@ func TestMoved(t *testing.T) {
 	only(t, filepath.Join(parent, "a"))
 }
 
-// Goal: Stop removes the socket at once; Accept returns what had come before, and then fails, also where it has
-// waited; Close leaves the socket of another backend alone.
+// Goal: Stop removes the socket at once; Accept returns what had come before, and then fails, also
+// where it has waited; Close leaves the socket of another backend alone.
 func TestStop(t *testing.T) {
 	dir := hostDir(t)
 	for _, waiting := range []int{0, 1, 5} {
@@ -822,7 +822,8 @@ func TestHandOn(t *testing.T) {
 	}
 }
 
-// Goal: a queue that is full, or a process without descriptors, delays connections that are handed on.
+// Goal: a queue that is full, or a process without descriptors, delays connections that are handed
+// on.
 func TestHandOnLater(t *testing.T) {
 	dir := hostDir(t)
 	first := listen(t, dir)

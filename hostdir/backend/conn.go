@@ -22,8 +22,8 @@ type Conn struct {
 	raw    syscall.RawConn // of tcpConn
 	remote net.Addr
 
-	// What is left of the first bytes. Only a function that raw.Read calls touches it: raw.Read lets
-	// one in at a time, and none after a deadline or once the connection is closed.
+	// What is left of the first bytes. Only a function that raw.Read calls touches it: raw.Read
+	// lets one in at a time, and none after a deadline or once the connection is closed.
 	first  []byte
 	unread atomic.Bool // there is something left
 }
@@ -62,8 +62,8 @@ func newConn(f *os.File, data []byte) (*Conn, error) {
 	return c, nil
 }
 
-// RemoteAddr returns the client's address, a [*net.TCPAddr]: what the PROXY protocol header says, or
-// else that of the connection.
+// RemoteAddr returns the client's address, a [*net.TCPAddr]: what the PROXY protocol header says,
+// or else that of the connection.
 func (c *Conn) RemoteAddr() net.Addr { return c.remote }
 
 // takeFirst calls take with what is left of the first bytes; take returns how many it has taken.

@@ -98,8 +98,8 @@ func bindError(err error) error {
 	return err
 }
 
-// open lets everybody who can enter the directory write to the socket. bind(2) has taken the bits of
-// the umask from its mode.
+// open lets everybody who can enter the directory write to the socket. bind(2) has taken the bits
+// of the umask from its mode.
 func (d *directory) open(name string) error {
 	// Somebody else who may write to the directory could have put a symlink there. Before 6.6 Linux
 	// cannot leave that alone.

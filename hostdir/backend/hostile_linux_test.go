@@ -161,8 +161,8 @@ func TestCloseOnExecAtOnce(t *testing.T) {
 	}
 }
 
-// Goal: one backend replaces another without a moment in which there is no socket, or one that nobody
-// may use, as the system tells of the directory.
+// Goal: one backend replaces another without a moment in which there is no socket, or one that
+// nobody may use, as the system tells of the directory.
 func TestReplaceAtOnce(t *testing.T) {
 	dir := hostDir(t)
 	listen(t, dir)

@@ -20,7 +20,8 @@ const pebbleModule = "github.com/letsencrypt/pebble/v2/cmd/pebble@v2.10.1"
 
 var pebbleMu sync.Mutex
 
-// Pebble builds the ACME server in a directory, if no test has done so before, and returns its path.
+// Pebble builds the ACME server in a directory, if no test has done so before, and returns its
+// path.
 func Pebble(t testing.TB, dir string) string {
 	t.Helper()
 	pebbleMu.Lock()
@@ -40,8 +41,8 @@ func Pebble(t testing.TB, dir string) string {
 }
 
 // PebbleCommand returns that server with settings, such as its listenAddress and the ports that it
-// validates on. Its own certificate and key are cert.pem and key.pem in dir. It asks a name server for
-// addresses.
+// validates on. Its own certificate and key are cert.pem and key.pem in dir. It asks a name server
+// for addresses.
 func PebbleCommand(t testing.TB, pebble, dir, names string, settings map[string]any) *exec.Cmd {
 	t.Helper()
 	all := map[string]any{"certificate": filepath.Join(dir, "cert.pem"), "privateKey": filepath.Join(dir, "key.pem")}
@@ -55,7 +56,8 @@ func PebbleCommand(t testing.TB, pebble, dir, names string, settings map[string]
 	return cmd
 }
 
-// NameServer answers that every name has one address, of IPv4. It does so over TCP, and returns where.
+// NameServer answers that every name has one address, of IPv4. It does so over TCP, and returns
+// where.
 func NameServer(t testing.TB, ip string) (addr string) {
 	t.Helper()
 	l := ListenTCP(t, "tcp4", "127.0.0.1:0")

@@ -23,8 +23,8 @@ func ListenDatagram(t testing.TB, dir string) *net.UnixConn {
 	return c.(*net.UnixConn)
 }
 
-// ServeDatagram calls handle, in a goroutine, for each connection that is handed over, with the bytes
-// that came with it. The connection is closed when handle returns.
+// ServeDatagram calls handle, in a goroutine, for each connection that is handed over, with the
+// bytes that came with it. The connection is closed when handle returns.
 func ServeDatagram(t testing.TB, dir string, handle func(c *net.TCPConn, first []byte)) {
 	t.Helper()
 	l := ListenDatagram(t, dir)
@@ -43,8 +43,8 @@ func ServeDatagram(t testing.TB, dir string, handle func(c *net.TCPConn, first [
 }
 
 // Receive takes a connection that was handed over, and the bytes that came with it. It fails unless
-// exactly one descriptor of a TCP connection came with the datagram, which is as accept(2) returns it,
-// and nothing was cut off.
+// exactly one descriptor of a TCP connection came with the datagram, which is as accept(2) returns
+// it, and nothing was cut off.
 func Receive(l *net.UnixConn) (c *net.TCPConn, first []byte, err error) {
 	b, control := make([]byte, 70_000), make([]byte, 1000)
 	n, size, flags, _, err := l.ReadMsgUnix(b, control)

@@ -67,8 +67,8 @@ func NeedIPv6(t testing.TB) {
 }
 
 // InSystemd runs the test again beside a systemd of its own, with a setting, NAME=VALUE, in its
-// environment. The script systemd-run.sh, which is no part of this project, starts that systemd with
-// the units and files in args. Where the script is not beside the project, whose root this is,
+// environment. The script systemd-run.sh, which is no part of this project, starts that systemd
+// with the units and files in args. Where the script is not beside the project, whose root this is,
 // InSystemd skips the test.
 func InSystemd(t testing.TB, root, setting string, args ...string) {
 	t.Helper()
@@ -170,8 +170,8 @@ func Await(t testing.TB, what string, ok func() bool) {
 }
 
 // AwaitListening waits until somebody listens on the Unix socket at an absolute path, without a
-// connection. The file is there a moment before, in which clients are refused; where the system does
-// not tell, it has to do.
+// connection. The file is there a moment before, in which clients are refused; where the system
+// does not tell, it has to do.
 func AwaitListening(t testing.TB, path string) {
 	t.Helper()
 	const listens = " 00010000 "

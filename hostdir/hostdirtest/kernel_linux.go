@@ -72,9 +72,9 @@ func Mount(t testing.TB, source, path, kind string, flags uintptr, options strin
 }
 
 // LockDirectory has a directory locked, as any user can who may read it and change it: somebody
-// reads it into memory that is not there yet, and meanwhile something is to be removed from it. Until
-// unlock is called, which also happens at the end of the test, looking for a name that the kernel
-// does not know already waits, and nothing interrupts that.
+// reads it into memory that is not there yet, and meanwhile something is to be removed from it.
+// Until unlock is called, which also happens at the end of the test, looking for a name that the
+// kernel does not know already waits, and nothing interrupts that.
 func LockDirectory(t testing.TB, dir string) (unlock func()) {
 	t.Helper()
 	NeedRoot(t)

@@ -9,12 +9,12 @@
 //
 // # HelloRetryRequest
 //
-// A backend may answer a hello with a HelloRetryRequest. Then the client sends a second hello, which
-// has to be opened with the key that the first one has agreed on. So until the backend's answer has
-// begun, a Session looks at the bytes of both: it lets records of the client pass, but holds back
-// what may be a second hello. All else passes unchanged, both ways. Once the answer is known to be
-// another one, or the second hello is opened, the Session is over, and all bytes pass.
+// A backend may answer a hello with a HelloRetryRequest. Then the client sends a second hello,
+// which has to be opened with the key that the first one has agreed on. So until the backend's
+// answer has begun, a Session looks at the bytes of both: it lets records of the client pass, but
+// holds back what may be a second hello. All else passes unchanged, both ways. Once the answer is
+// known to be another one, or the second hello is opened, the Session is over, and all bytes pass.
 //
-// What a Session holds is bounded by [sni.MaxHello], and it opens each hello once. An inner hello is
-// shorter than the outer one.
+// What a Session holds is bounded by [sni.MaxHello], and it opens each hello once. An inner hello
+// is shorter than the outer one.
 package ech

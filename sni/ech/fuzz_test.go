@@ -9,9 +9,10 @@ import (
 	"sniproxy/sni/snitest"
 )
 
-// Goal: whatever a client encrypts, and in whatever outer hello: no panic; the answer does not depend
-// on how the hello is cut; the inner hello is not longer than the outer one, is complete, has a name
-// or an alert, and none below TLS 1.3; the second hello has the same answer as the first.
+// Goal: whatever a client encrypts, and in whatever outer hello: no panic; the answer does not
+// depend on how the hello is cut; the inner hello is not longer than the outer one, is complete,
+// has a name or an alert, and none below TLS 1.3; the second hello has the same answer as the
+// first.
 func FuzzOpen(f *testing.F) {
 	k, err := ParseKey([]byte(example))
 	if err != nil {
@@ -132,8 +133,8 @@ func FuzzOpenNetwork(f *testing.F) {
 	})
 }
 
-// Goal: whatever client and backend send: no panic, nothing is lost or comes twice, in whatever order
-// the bytes of both come.
+// Goal: whatever client and backend send: no panic, nothing is lost or comes twice, in whatever
+// order the bytes of both come.
 func FuzzSession(f *testing.F) {
 	k, err := ParseKey([]byte(example))
 	if err != nil {

@@ -48,15 +48,16 @@ type Scanner struct {
 	header [messageHeader]byte // of the message
 }
 
-// End returns the offset in b behind the last record of the ClientHello, 0 if that has not come yet.
-// B is all that has come, and what was in it at the last call. The error is an [sni.Alert]. However
-// the bytes are cut, all calls together cost linear work.
+// End returns the offset in b behind the last record of the ClientHello, 0 if that has not come
+// yet. B is all that has come, and what was in it at the last call. The error is an [sni.Alert].
+// However the bytes are cut, all calls together cost linear work.
 func (s *Scanner) End(b []byte) (end int, err error) {
 	for {
 		record := b[min(s.next, len(b)):]
 		switch {
 		case len(record) > 0 && record[0] != handshake:
-			// RFC 8446, Section 5.1: "Handshake messages MUST NOT be interleaved with other record types."
+			// RFC 8446, Section 5.1: "Handshake messages MUST NOT be interleaved with other record
+			// types."
 			return 0, interleaved
 		case len(record) >= recordHeader && record[3]|record[4] == 0:
 			return 0, emptyRecord
@@ -188,8 +189,8 @@ type outer struct {
 	second     bool   // it has another one
 }
 
-// parseOuter takes a hello apart as far as the encrypted one needs it. It fails if a length does not
-// fit: that is for the backend to refuse.
+// parseOuter takes a hello apart as far as the encrypted one needs it. It fails if a length does
+// not fit: that is for the backend to refuse.
 func parseOuter(msg []byte) (h outer, ok bool) {
 	all := reader{b: msg}
 	all.uint8() // type
@@ -256,8 +257,8 @@ func (h *outer) aad(e extension) []byte {
 	return aad[messageHeader:]
 }
 
-// Alerts for inner hellos. RFC 9849, Section 5.1 has illegal_parameter for all that is wrong with how
-// they are encoded, and Section 7.1 for those that a backend could not serve.
+// Alerts for inner hellos. RFC 9849, Section 5.1 has illegal_parameter for all that is wrong with
+// how they are encoded, and Section 7.1 for those that a backend could not serve.
 var (
 	badInner      = illegal("a length in the inner client hello does not fit")
 	innerSession  = illegal("encoded inner client hello has a session id")
@@ -274,8 +275,8 @@ func illegal(reason string) error {
 	return sni.Alert{Description: sni.IllegalParameter, Reason: reason}
 }
 
-// inner is decode, for a hello that ends with its record: RFC 8446, Section 5.1 wants that of messages
-// before a change of keys, and a second hello could not be found behind other bytes.
+// inner is decode, for a hello that ends with its record: RFC 8446, Section 5.1 wants that of
+// messages before a change of keys, and a second hello could not be found behind other bytes.
 func (h *outer) inner(encoded []byte) ([]byte, error) {
 	if len(h.msg) > h.size {
 		return nil, trailing
@@ -283,8 +284,8 @@ func (h *outer) inner(encoded []byte) ([]byte, error) {
 	return h.decode(encoded)
 }
 
-// decode makes the inner hello, a message, of an EncodedClientHelloInner: RFC 9849, Section 5.1. The
-// error is an [sni.Alert].
+// decode makes the inner hello, a message, of an EncodedClientHelloInner: RFC 9849, Section 5.1.
+// The error is an [sni.Alert].
 func (h *outer) decode(encoded []byte) ([]byte, error) {
 	r := reader{b: encoded}
 	versionRandom := r.bytes(2 + 32)
@@ -345,8 +346,8 @@ func (h *outer) decode(encoded []byte) ([]byte, error) {
 	case !newVersions(versions):
 		return nil, oldVersion
 	}
-	// What the encoding holds, and what it refers to, are parts of the outer hello, each only once: so
-	// the inner one is shorter, and every length fits.
+	// What the encoding holds, and what it refers to, are parts of the outer hello, each only once:
+	// so the inner one is shorter, and every length fits.
 	binary.BigEndian.PutUint16(msg[start:], uint16(len(msg)-start-2))
 	binary.BigEndian.PutUint32(msg, uint32(len(msg)-messageHeader))
 	msg[0] = clientHello

@@ -46,7 +46,8 @@ func nameIn(t testing.TB, stream []byte) string {
 	return string(name)
 }
 
-// expectAlert fails the test unless err is an alert with the description, and its reason has the part.
+// expectAlert fails the test unless err is an alert with the description, and its reason has the
+// part.
 func expectAlert(t testing.TB, what string, err error, want sni.Description, part string) {
 	t.Helper()
 	var alert sni.Alert
@@ -55,8 +56,8 @@ func expectAlert(t testing.TB, what string, err error, want sni.Description, par
 	}
 }
 
-// Goal: what crypto/tls encrypts is opened, with each suite, and is a hello that crypto/tls accepts,
-// with the session id of the outer one.
+// Goal: what crypto/tls encrypts is opened, with each suite, and is a hello that crypto/tls
+// accepts, with the session id of the outer one.
 func TestOpen(t *testing.T) {
 	k := newTestKey(t)
 	for i := range k.suites {
@@ -145,8 +146,8 @@ func TestScanner(t *testing.T) {
 	}
 }
 
-// Goal: what is not encrypted to a key passes, whatever it is, and costs no decryption if the id or the
-// suite is another one.
+// Goal: what is not encrypted to a key passes, whatever it is, and costs no decryption if the id or
+// the suite is another one.
 func TestOpenPasses(t *testing.T) {
 	k := newTestKey(t)
 	foreign := newTestKey(t)
@@ -229,8 +230,8 @@ type innerCase struct {
 	part    string // of the reason
 }
 
-// In front of it the outer hello has the extensions 10, 20, 30, ECH, 40, each with its number in it, and
-// 20 once more.
+// In front of it the outer hello has the extensions 10, 20, 30, ECH, 40, each with its number in
+// it, and 20 once more.
 func outerBefore(m *snitest.Message) {
 	for _, kind := range []int{10, 20, 30} {
 		m.Extension(kind, []byte{byte(kind)})
@@ -313,8 +314,8 @@ func badInners() []innerCase {
 	return cases
 }
 
-// Goal: an inner hello that is no good is refused with illegal_parameter, at the first hello and at the
-// second.
+// Goal: an inner hello that is no good is refused with illegal_parameter, at the first hello and at
+// the second.
 func TestInner(t *testing.T) {
 	k := newTestKey(t)
 	for _, test := range badInners() {

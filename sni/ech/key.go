@@ -46,9 +46,10 @@ const (
 	configBlock     = "ECHCONFIG"
 )
 
-// ParseKey parses a key file: RFC 9934, as `sniproxy-ech`, `openssl ech` and others write it. It has
-// one PRIVATE KEY (PKCS #8) of X25519, and one ECHCONFIG, an ECHConfigList of which one ECHConfig
-// is that of the private key. Others in the list are ignored, as are text and blocks of other types.
+// ParseKey parses a key file: RFC 9934, as `sniproxy-ech`, `openssl ech` and others write it. It
+// has one PRIVATE KEY (PKCS #8) of X25519, and one ECHCONFIG, an ECHConfigList of which one
+// ECHConfig is that of the private key. Others in the list are ignored, as are text and blocks of
+// other types.
 func ParseKey(file []byte) (*Key, error) {
 	var private, list []byte
 	for {
@@ -89,8 +90,9 @@ func ParseKey(file []byte) (*Key, error) {
 	return k, nil
 }
 
-// GenerateKey makes a key with a random config id. The public name is the one that everybody sees in
-// hellos for the hidden names; a host of that name serves clients whose key is not known any more.
+// GenerateKey makes a key with a random config id. The public name is the one that everybody sees
+// in hellos for the hidden names; a host of that name serves clients whose key is not known any
+// more.
 func GenerateKey(publicName string) (*Key, error) {
 	if err := checkPublicName(publicName); err != nil {
 		return nil, err
@@ -130,8 +132,8 @@ func (k *Key) MarshalPEM() []byte {
 	return append(file, pem.EncodeToMemory(&pem.Block{Type: configBlock, Bytes: k.ConfigList()})...)
 }
 
-// ConfigList returns the ECHConfigList, which clients need: in base64 it is the value of ech= in the
-// HTTPS record of the DNS.
+// ConfigList returns the ECHConfigList, which clients need: in base64 it is the value of ech= in
+// the HTTPS record of the DNS.
 func (k *Key) ConfigList() []byte { return appendVector16(nil, k.config) }
 
 // PublicName returns the name that everybody sees in hellos for this key.

@@ -89,8 +89,8 @@ func TestParseKeyRefuses(t *testing.T) {
 		pem.Encode(&b, &pem.Block{Type: "ECHCONFIG", Bytes: config})
 		return b.String()
 	}
-	// with returns the list with the bytes from an offset on exchanged. The config begins at 2: version,
-	// length, id at 6, KEM at 7, the public key at 11, suites at 45, and the name at 58.
+	// with returns the list with the bytes from an offset on exchanged. The config begins at 2:
+	// version, length, id at 6, KEM at 7, the public key at 11, suites at 45, and the name at 58.
 	with := func(at int, b ...byte) []byte {
 		list := bytes.Clone(config.Bytes)
 		copy(list[at:], b)

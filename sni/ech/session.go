@@ -176,8 +176,8 @@ func second(err error) error {
 	return sni.Alert{Description: a.Description, Reason: fmt.Sprintf("after a HelloRetryRequest: %s", a.Reason)}
 }
 
-// An answer is the beginning of what the backend sends: the header of a ServerHello, and its random.
-// That may be cut into records of any size.
+// An answer is the beginning of what the backend sends: the header of a ServerHello, and its
+// random. That may be cut into records of any size.
 type answer struct {
 	header [recordHeader]byte
 	got    int // bytes of the header

@@ -67,9 +67,9 @@ func must(err error) {
 	}
 }
 
-// Seal returns an outer hello for a server name, with a session id of 32 bytes. In it are the encoded
-// inner hello, encrypted, and what the functions append, which may be nil: other extensions in front
-// of it and behind it. After a HelloRetryRequest Enc must be empty.
+// Seal returns an outer hello for a server name, with a session id of 32 bytes. In it are the
+// encoded inner hello, encrypted, and what the functions append, which may be nil: other extensions
+// in front of it and behind it. After a HelloRetryRequest Enc must be empty.
 func (s *Sealer) Seal(name string, encoded []byte, before, after func(m *Message)) *Message {
 	const tag = 16
 	payload := make([]byte, len(encoded)+tag)

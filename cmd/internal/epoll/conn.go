@@ -96,8 +96,8 @@ type endpoint struct {
 	urgent     bool   // there is, or was, urgent data: a short read may end before it
 }
 
-// Pending is what a connection needs before its relay, if the ClientHello did not come in one piece,
-// or behind a PROXY header, or the backend is not ready.
+// Pending is what a connection needs before its relay, if the ClientHello did not come in one
+// piece, or behind a PROXY header, or the backend is not ready.
 type pending struct {
 	from   *proxyproto.Header // what a balancer has sent of the client's addresses, if anything
 	parser sni.Parser
@@ -308,9 +308,9 @@ func (c *conn) readHello() {
 	}
 }
 
-// open goes on with a hello whose server name is known. With keys for Encrypted Client Hello it takes
-// all of the hello, and if that was encrypted to one of them, the inner hello takes its place. It
-// returns false if the hello is not complete.
+// open goes on with a hello whose server name is known. With keys for Encrypted Client Hello it
+// takes all of the hello, and if that was encrypted to one of them, the inner hello takes its
+// place. It returns false if the hello is not complete.
 func (c *conn) open(parser *sni.Parser, name, hello []byte) bool {
 	keys := c.loop.engine.keys.Get()
 	if keys == nil {
@@ -350,7 +350,8 @@ func (c *conn) open(parser *sni.Parser, name, hello []byte) bool {
 	return true
 }
 
-// named returns the name that a client has sent whose hello is not complete, nil if it has sent none.
+// named returns the name that a client has sent whose hello is not complete, nil if it has sent
+// none.
 func named(p *sni.Parser) []byte {
 	name, _, _ := p.Parse(nil)
 	return name

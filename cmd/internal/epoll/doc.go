@@ -9,9 +9,9 @@
 //	lookup.go    from the name to the backend
 //	relay.go     bytes both ways
 //
-// A client's hello may be encrypted (package ech). Then its connection has a session until no second
-// hello can come any more. Meanwhile the client's bytes go through the session. While the client is to
-// send a second hello, the connection is in a queue of its loop, and stays there.
+// A client's hello may be encrypted (package ech). Then its connection has a session until no
+// second hello can come any more. Meanwhile the client's bytes go through the session. While the
+// client is to send a second hello, the connection is in a queue of its loop, and stays there.
 //
 // Beside these, each alone: poller.go waits, table.go has the connections by number, inbox.go has
 // what others give a loop, and share.go measures how busy it is and gives work to the next one.

@@ -162,9 +162,9 @@ func (f *flow) open() (n int, more bool) {
 	return n, n == len(b) || src.eof || src.urgent
 }
 
-// sendOpened sends the backend what it is to get of what the client has sent, or refuses the client.
-// It reports whether the client's flow goes on. If that is stalled already, the bytes are kept behind
-// those that are.
+// sendOpened sends the backend what it is to get of what the client has sent, or refuses the
+// client. It reports whether the client's flow goes on. If that is stalled already, the bytes are
+// kept behind those that are.
 func (c *conn) sendOpened(b []byte, err error) bool {
 	up := &c.flows[client]
 	switch s := c.session; {

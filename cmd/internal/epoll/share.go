@@ -39,9 +39,9 @@ func (l *loop) invite(yes bool) {
 }
 
 // moveRelays moves relays to the next loop, if that has fewer connections. It takes only those that
-// were there at the last two samples: short connections stay where they are, and so do those in a queue,
-// which wait for a second hello. Call it between two
-// batches of events: one that is left for a relay would be lost.
+// were there at the last two samples: short connections stay where they are, and so do those in a
+// queue, which wait for a second hello. Call it between two batches of events: one that is left for
+// a relay would be lost.
 func (l *loop) moveRelays() {
 	most := min(int(l.open.Load()-l.next.open.Load())/2, movedMost)
 	for i := 0; i < len(l.conns.all) && most > 0; i++ {

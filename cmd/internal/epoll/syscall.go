@@ -93,7 +93,8 @@ type rights struct {
 	_      int32
 }
 
-// handOver is like [socket.HandOver], without anything that the scheduler or the allocator must know.
+// handOver is like [socket.HandOver], without anything that the scheduler or the allocator must
+// know.
 func handOver(to int, b []byte, client int32) (sent bool, err error) {
 	r := rights{header: unix.Cmsghdr{Level: unix.SOL_SOCKET, Type: unix.SCM_RIGHTS}, fd: client}
 	r.header.SetLen(unix.CmsgLen(4))

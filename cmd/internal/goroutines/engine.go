@@ -7,9 +7,9 @@
 // passed on, what tenants share, who makes room, what is counted and logged, and how the program
 // stops. An idle relay has two descriptors and no buffer.
 //
-// A client's hello may be encrypted (package ech). Then its connection has a session until no second
-// hello can come any more, through which the client's bytes go. The way to the client tells it what
-// the backend has said, and wakes up the way from the client.
+// A client's hello may be encrypted (package ech). Then its connection has a session until no
+// second hello can come any more, through which the client's bytes go. The way to the client tells
+// it what the backend has said, and wakes up the way from the client.
 //
 // It does not promise what only event loops can. An idle relay has the stacks of two goroutines.
 // Bulk is copied. Each look-up takes one of the threads of package shares, so while hanging file
@@ -224,8 +224,8 @@ func (c *conn) run(ctx context.Context) {
 	}
 }
 
-// hello reads until the server name is known. It returns all that was read, without the PROXY header
-// of a balancer, and the name, which is empty if the client names no host.
+// hello reads until the server name is known. It returns all that was read, without the PROXY
+// header of a balancer, and the name, which is empty if the client names no host.
 func (c *conn) hello() (hello, name []byte, err error) {
 	var parser sni.Parser
 	var scanner ech.Scanner
@@ -268,9 +268,9 @@ func (c *conn) hello() (hello, name []byte, err error) {
 	return hello, name, err
 }
 
-// open goes on with a hello whose server name is known. With keys for Encrypted Client Hello it takes
-// all of the hello, and if that was encrypted to one of them, the inner hello and its name take the
-// places of the outer one. Done tells whether the hello is complete.
+// open goes on with a hello whose server name is known. With keys for Encrypted Client Hello it
+// takes all of the hello, and if that was encrypted to one of them, the inner hello and its name
+// take the places of the outer one. Done tells whether the hello is complete.
 func (c *conn) open(parser *sni.Parser, scanner *ech.Scanner, hello, name []byte) (_, _ []byte, done bool, err error) {
 	keys := c.engine.keys.Get()
 	if keys == nil {
@@ -408,8 +408,8 @@ var errGone = errors.New("the client is gone, or was dropped")
 func (c *conn) handOver(b hostdir.Backend, name, hello []byte) error {
 	e := c.engine
 	sent, lingers, err := false, false, error(errGone)
-	// The lock comes before the use of the descriptor: whoever drops c has the lock, and closing waits
-	// for that use.
+	// The lock comes before the use of the descriptor: whoever drops c has the lock, and closing
+	// waits for that use.
 	e.mu.Lock()
 	if c.queued != nil { // otherwise it was dropped to make room
 		socket.Control(c.client, func(fd int) {
@@ -497,7 +497,8 @@ func (c *conn) refuse(name []byte, err error) {
 	c.linger()
 }
 
-// Descriptors returns how many descriptors the engine has itself: [inherit.Pollable] takes one for a moment.
+// Descriptors returns how many descriptors the engine has itself: [inherit.Pollable] takes one for
+// a moment.
 func Descriptors(int) int64 { return 1 }
 
 // Stop ends accepting, and lets go of the listening sockets. It returns when that is done.

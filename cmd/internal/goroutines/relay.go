@@ -83,8 +83,8 @@ func (c *conn) forwardUp() {
 	c.ended[report.Up].Store(limits.Now())
 }
 
-// forwardDown sends the client what the backend sends. If that is nothing, the log says so, with the
-// name.
+// forwardDown sends the client what the backend sends. If that is nothing, the log says so, with
+// the name.
 func (c *conn) forwardDown(name []byte) {
 	c.opening.Lock()
 	watch := c.session != nil
@@ -126,9 +126,9 @@ func (c *conn) forwardDown(name []byte) {
 	socket.Shutdown(c.client, unix.SHUT_WR)
 }
 
-// openNext reads once from a client that may still send a second hello, or what belongs to the first, and
-// sends on what the backend is to get of that. Its read ends when there is news of the backend's
-// answer, and when the second hello has taken too long. The error may be an [sni.Alert].
+// openNext reads once from a client that may still send a second hello, or what belongs to the
+// first, and sends on what the backend is to get of that. Its read ends when there is news of the
+// backend's answer, and when the second hello has taken too long. The error may be an [sni.Alert].
 func (c *conn) openNext(up func([]byte) error) error {
 	var out []byte
 	var bad error

@@ -70,8 +70,8 @@ func Take() (listeners []*Listener, clients []int, err error) {
 	return listeners, clients, nil
 }
 
-// Datagram returns the Unix datagram socket that systemd has passed (LISTEN_FDS), or -1 if it has passed
-// nothing. The error says what was found and what to do.
+// Datagram returns the Unix datagram socket that systemd has passed (LISTEN_FDS), or -1 if it has
+// passed nothing. The error says what was found and what to do.
 func Datagram() (fd int, err error) {
 	n, err := passed()
 	if n == 0 || err != nil {
@@ -146,7 +146,8 @@ func check(fd int) (netip.AddrPort, error) {
 	return addr, nil
 }
 
-// checkDatagram returns an error that says what fd is, unless that is a Unix datagram socket with a path.
+// checkDatagram returns an error that says what fd is, unless that is a Unix datagram socket with a
+// path.
 func checkDatagram(fd int) error {
 	sa, err := name(fd)
 	if err != nil {

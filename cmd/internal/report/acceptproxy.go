@@ -7,10 +7,10 @@ import (
 	"sniproxy/hostdir"
 )
 
-// AcceptProxy knows whether connections must begin with a PROXY protocol header: whether there is an
-// .accept-proxy of the administrator's in the hosts directory. It is asked at least once a second,
-// also while there are no connections, so that the first one after a pause does not go by an old
-// answer.
+// AcceptProxy knows whether connections must begin with a PROXY protocol header: whether there is
+// an .accept-proxy of the administrator's in the hosts directory. It is asked at least once a
+// second, also while there are no connections, so that the first one after a pause does not go by
+// an old answer.
 type AcceptProxy struct {
 	asker
 	hosts   *hostdir.Hosts
@@ -42,8 +42,8 @@ func (a *AcceptProxy) Yes() bool { return a.yes.Load() }
 
 var ignoredMarkers = logline.NewLimiter(10*time.Second, 5)
 
-// find finds it out, and says so if there is a marker that does not count. Whoever may add hosts can
-// make such a marker over and over, so the lines are limited.
+// find finds it out, and says so if there is a marker that does not count. Whoever may add hosts
+// can make such a marker over and over, so the lines are limited.
 func (a *AcceptProxy) find() (bool, error) {
 	yes, ignored, err := a.hosts.AcceptProxy()
 	if err != nil || ignored == a.ignored {

@@ -95,10 +95,10 @@ func nameless(address, ignored bool) sni.Alert {
 	return alert
 }
 
-// Refuse counts a client that is refused, and logs why. The name is empty if the client did not send
-// a canonical one: what it did send may be anything, and is never printed. A client that has ended
-// without having sent a byte is a health check or a scan: lines about those would leave no room for
-// others.
+// Refuse counts a client that is refused, and logs why. The name is empty if the client did not
+// send a canonical one: what it did send may be anything, and is never printed. A client that has
+// ended without having sent a byte is a health check or a scan: lines about those would leave no
+// room for others.
 func (n *Counters) Refuse(client socket.Address, name []byte, alert sni.Alert) {
 	if alert == ErrEmpty {
 		n.Empty.Add(1)
@@ -122,9 +122,10 @@ func (n *Counters) CloseUnheaded(peer socket.Address, why error) {
 	})
 }
 
-// Unanswered logs that a backend of a tenant has ended without having sent a byte, before its client
-// did: most often it does not expect what the markers say. Proxy is the version of the PROXY header
-// that it was sent, and name the one that the client asked for, nil if that is not known any more.
+// Unanswered logs that a backend of a tenant has ended without having sent a byte, before its
+// client did: most often it does not expect what the markers say. Proxy is the version of the PROXY
+// header that it was sent, and name the one that the client asked for, nil if that is not known any
+// more.
 func Unanswered(client socket.Address, tenant fmt.Stringer, name []byte, proxy uint8) {
 	whose := tenant.String()
 	logline.RationedFor(whose, func() string {

@@ -45,8 +45,9 @@ func (s *Shares) fits() bool {
 	return within(s.limit.Load())
 }
 
-// RoomForRelay makes room for a relay to a host of needy, unless there is some. If short, the system
-// has just refused a descriptor, whatever the numbers say. It reports whether there is room now.
+// RoomForRelay makes room for a relay to a host of needy, unless there is some. If short, the
+// system has just refused a descriptor, whatever the numbers say. It reports whether there is room
+// now.
 //
 // Idle sockets of senders go first. If more clients wait than the reserve holds, those that have
 // waited longest make room. Otherwise the tenant with the most relays gives up one, at most one for

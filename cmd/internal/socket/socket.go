@@ -135,8 +135,8 @@ func HandOver(to int, b []byte, client int) (sent bool, err error) {
 	}
 }
 
-// Widen lets a datagram socket send up to size bytes at once, although its buffer is for less, until
-// narrow is called. It still sends nothing while more than that is under way.
+// Widen lets a datagram socket send up to size bytes at once, although its buffer is for less,
+// until narrow is called. It still sends nothing while more than that is under way.
 func Widen(fd, size int) (narrow func()) {
 	was, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF)
 	if err != nil {
