@@ -95,12 +95,7 @@ func example(t *testing.T, file, dir string, oldnew ...string) (path string) {
 // freePort returns a port of 127.0.0.1 that nobody listens on.
 func freePort(t *testing.T) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return strconv.Itoa(l.Addr().(*net.TCPAddr).Port)
+	return strconv.Itoa(hostdirtest.FreePort(t, "127.0.0.1"))
 }
 
 // nobody returns an unprivileged user.

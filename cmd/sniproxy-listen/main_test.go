@@ -175,12 +175,7 @@ func TestPortAndZone(t *testing.T) {
 // freePort returns a port of 127.0.0.1 that nobody listens on.
 func freePort(t *testing.T) uint16 {
 	t.Helper()
-	l, err := net.Listen("tcp4", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).AddrPort().Port()
+	return uint16(hostdirtest.FreePort(t, "127.0.0.1"))
 }
 
 // linkLocal returns a link-local address of this machine, with its zone.

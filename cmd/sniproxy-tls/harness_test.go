@@ -18,6 +18,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -359,9 +360,7 @@ func talk(c interface {
 // freeAddr returns an address that nobody listens on.
 func freeAddr(t testing.TB) string {
 	t.Helper()
-	l := hostdirtest.ListenTCP(t, "tcp", "127.0.0.1:0")
-	defer l.Close()
-	return l.Addr().String()
+	return net.JoinHostPort("127.0.0.1", strconv.Itoa(hostdirtest.FreePort(t, "127.0.0.1")))
 }
 
 // awaitListener waits until somebody listens.

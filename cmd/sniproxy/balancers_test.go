@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -23,9 +24,7 @@ func (d *daemon) behind(balancer string) *daemon {
 // freeAddr returns an address that nobody listens on.
 func freeAddr(t testing.TB, ip string) string {
 	t.Helper()
-	l := hostdirtest.ListenTCP(t, "tcp", net.JoinHostPort(ip, "0"))
-	defer l.Close()
-	return l.Addr().String()
+	return net.JoinHostPort(ip, strconv.Itoa(hostdirtest.FreePort(t, ip)))
 }
 
 // awaitListener waits until somebody listens at an address, which that may take for a client that

@@ -11,10 +11,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -255,6 +257,29 @@ func ListenTCP(t testing.TB, network, addr string) *net.TCPListener {
 	Must(t, err)
 	t.Cleanup(func() { l.Close() })
 	return l.(*net.TCPListener)
+}
+
+// ports has those that FreePort has returned.
+var ports sync.Map
+
+// FreePort returns a TCP port of an IP address for a program that a test starts. It returns none
+// twice, since tests run at the same time and some programs share a port without a word, and none
+// that the system takes for clients, from 32768 on.
+func FreePort(t testing.TB, ip string) int {
+	t.Helper()
+	for range 100 {
+		port := 10000 + rand.IntN(22000)
+		l, err := net.Listen("tcp", net.JoinHostPort(ip, strconv.Itoa(port)))
+		if err != nil {
+			continue
+		}
+		l.Close()
+		if _, used := ports.LoadOrStore(port, true); !used {
+			return port
+		}
+	}
+	t.Fatalf("no free port on %s", ip)
+	return 0
 }
 
 // Must ends the test with an error.
