@@ -233,20 +233,21 @@ func TestECHClients(t *testing.T) {
 }
 
 // tryEarlyData lets a client of NSS make a session, resume it, and send early data before the
-// backend answers. The backend's page says what it has made of that.
+// backend answers. The backend's page says what it has made of that. The exit status says nothing:
+// the backend ends after its page, with a reset if the client has sent more by then.
 func (d *daemon) tryEarlyData(ca *authority, list []byte, accepted bool) {
 	t := d.t
 	t.Helper()
 	network := d.tap(true)
 	host, port, _ := net.SplitHostPort(network.addr)
 	request := writeFile(t, "request", []byte("GET / HTTP/1.0\r\n\r\n"))
-	out, status := execute(t, "tstclnt", "-h", host, "-p", port, "-a", "hidden.example", "-d", nssDatabase(t, hostdirtest.Dir(t), ca),
+	out, _ := execute(t, "tstclnt", "-h", host, "-p", port, "-a", "hidden.example", "-d", nssDatabase(t, hostdirtest.Dir(t), ca),
 		"-N", base64.StdEncoding.EncodeToString(list), "-V", "tls1.3:", "-I", "x25519,P384", "-Z", "-L", "2", "-A", request)
 	_, second, _ := strings.Cut(out, "Resumed session: no")
 	early := map[bool]string{true: "yes", false: "no"}[accepted]
 	for _, want := range []string{"Resumed session: yes", "Early data: " + early, "Client sent SNI: hidden.example"} {
-		if status != 0 || !strings.Contains(second, want) {
-			t.Errorf("exit status %d; the backend does not say %q of the second connection", status, want)
+		if !strings.Contains(second, want) {
+			t.Errorf("the backend does not say %q of the second connection", want)
 		}
 	}
 	network.expectHidden(t)
