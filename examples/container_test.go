@@ -78,9 +78,7 @@ exec $as podman --runtime crun --cgroup-manager cgroupfs --events-backend none -
 		}
 	})
 	for _, program := range []string{"sniproxy", "sniproxy-listen", "sniproxy-tls"} {
-		content, err := os.ReadFile(build(t, program))
-		hostdirtest.Must(t, err)
-		hostdirtest.Must(t, os.WriteFile(e.path("bin/"+program), content, 0o755))
+		hostdirtest.CopyProgram(t, build(t, program), e.path("bin/"+program))
 	}
 	// OpenSSL says while linking that it needs glibc at run time as well, which this server does
 	// not.

@@ -152,13 +152,12 @@ func childCommand(t *testing.T, names string) *exec.Cmd {
 	t.Helper()
 	cmd := hostdirtest.Command(t, reportOn+"="+names)
 	if os.Geteuid() == 0 { // it is where only root can enter
-		binary, err := os.ReadFile(cmd.Path)
+		self, err := filepath.Abs(".self")
 		must(t, err)
-		cmd.Path, err = filepath.Abs(".self")
-		must(t, err)
-		if _, err := os.Lstat(cmd.Path); err != nil {
-			must(t, os.WriteFile(cmd.Path, binary, 0o755))
+		if _, err := os.Lstat(self); err != nil {
+			hostdirtest.CopyProgram(t, cmd.Path, self)
 		}
+		cmd.Path = self
 	}
 	return cmd
 }

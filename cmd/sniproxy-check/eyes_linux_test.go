@@ -244,15 +244,13 @@ func TestEyesImpostors(t *testing.T) {
 	sleep := hostdirtest.Need(t, "sleep")
 	hosts, dir := hostdirtest.Dir(t), hostdirtest.Dir(t)
 	good(t)(filepath.Join(hosts, entryOf("one.example")))
-	program, err := os.ReadFile(sleep)
-	must(t, err)
 	for name, uid := range map[string]uint32{"symlink": 0, "set-user-ID": aliceUID} {
 		path := filepath.Join(dir, name, "sniproxy")
 		must(t, os.Mkdir(filepath.Dir(path), 0o755))
 		if uid == 0 {
 			must(t, os.Symlink(sleep, path)) // as if it were sudo
 		} else {
-			must(t, os.WriteFile(path, program, 0o755))
+			hostdirtest.CopyProgram(t, sleep, path)
 			must(t, os.Chmod(path, 0o755|os.ModeSetuid))
 		}
 		cmd := exec.Command(path, "1000")

@@ -88,9 +88,7 @@ func self(t *testing.T) string {
 	if built[path] == "" {
 		own, err := os.Executable()
 		must(t, err)
-		binary, err := os.ReadFile(own) // it is in a directory that only its owner can enter
-		must(t, err)
-		must(t, os.WriteFile(path, binary, 0o755))
+		hostdirtest.CopyProgram(t, own, path) // it is in a directory that only its owner can enter
 		built[path] = path
 	}
 	return path

@@ -156,9 +156,7 @@ func TestPermissions(t *testing.T) {
 		}
 		cmd := s.command(t, "a.example", "tcp://127.0.0.1:1", "a.example")
 		self := filepath.Join(hostdirtest.Dir(t), "program")
-		text, err := os.ReadFile(cmd.Path)
-		hostdirtest.Must(t, err)
-		hostdirtest.Must(t, os.WriteFile(self, text, 0o755))
+		hostdirtest.CopyProgram(t, cmd.Path, self)
 		cmd.Path = self
 		_, stderr, status := hostdirtest.Run(t, unprivileged(t, cmd))
 		if status != 1 || !strings.Contains(stderr, "permission denied: run it as the owner of the directory") {

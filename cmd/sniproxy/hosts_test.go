@@ -152,12 +152,8 @@ func ordinaryUser(t *testing.T) setup {
 		t.Fatal(err)
 	}
 	path := filepath.Join(hostdirtest.Dir(t), "sniproxy")
-	// A link, or a copy by another process: what this one has written cannot be executed while a
-	// child that it starts elsewhere just now has the file open for writing, too.
 	if os.Link(self, path) != nil {
-		if out, err := exec.Command("cp", self, path).CombinedOutput(); err != nil {
-			t.Fatalf("cp: %v: %s", err, out)
-		}
+		hostdirtest.CopyProgram(t, self, path)
 	}
 	return func(cmd *exec.Cmd) {
 		cmd.Path = path

@@ -259,6 +259,17 @@ func ListenTCP(t testing.TB, network, addr string) *net.TCPListener {
 	return l.(*net.TCPListener)
 }
 
+// CopyProgram copies a program to where everybody may execute it. Another process does so: what this
+// one has written cannot be executed while a child that it starts just now has the file open for
+// writing, too.
+func CopyProgram(t testing.TB, from, to string) {
+	t.Helper()
+	if out, err := exec.Command("cp", from, to).CombinedOutput(); err != nil {
+		t.Fatalf("cp: %v: %s", err, out)
+	}
+	Must(t, os.Chmod(to, 0o755))
+}
+
 // ports has those that FreePort has returned.
 var ports sync.Map
 
