@@ -94,7 +94,8 @@ func TestHandedLost(t *testing.T) {
 	var c counted
 	hostdirtest.Await(t, "a full queue", func() bool {
 		c = d.counters()
-		return c.handed > 0 && c.handed+c.waiting == clients
+		return c.handed > 0 && c.handed+c.waiting == clients &&
+			!hostdirtest.AwaitFor(300*time.Millisecond, func() bool { return d.counters().handed > c.handed })
 	})
 	next, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: d.hostPath("a.example", "next"), Net: "unixgram"})
 	if err != nil {

@@ -314,7 +314,10 @@ func TestHandedStop(t *testing.T) {
 	client.Write(snitest.Hello("a.example"))
 	c, _ := receive(t, l)
 	waiting := d.crowd(40, snitest.Hello("a.example"))
-	hostdirtest.Await(t, "clients to wait", func() bool { return d.counters().waiting > 0 })
+	hostdirtest.Await(t, "all to be accepted, and some to wait", func() bool {
+		c := d.counters()
+		return c.waiting > 0 && c.accepted == 1+len(waiting)
+	})
 	d.signal(unix.SIGTERM)
 	d.out.Await(t, "shutting down")
 	for range waiting {
