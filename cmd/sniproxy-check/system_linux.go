@@ -104,12 +104,12 @@ func parseStatus(status string) (eyes, error) {
 		return all
 	}
 	uids, gids := numbers("Uid"), numbers("Gid")
-	// Whoever starts a set-user-ID program chooses its name and its working directory.
-	if len(uids) == 4 && len(gids) == 4 && (slices.Min(uids) != slices.Max(uids) || slices.Min(gids) != slices.Max(gids)) {
-		return eyes{}, fmt.Errorf("it runs a set-user-ID program, which is no sniproxy")
-	}
 	if len(uids) != 4 || len(gids) != 4 {
 		return eyes{}, fmt.Errorf("its status does not say which user it runs as")
+	}
+	// Whoever starts a set-user-ID program chooses its name and its working directory.
+	if slices.Min(uids) != slices.Max(uids) || slices.Min(gids) != slices.Max(gids) {
+		return eyes{}, fmt.Errorf("it runs a set-user-ID program, which is no sniproxy")
 	}
 	return eyes{uid: uids[3], groups: append([]uint32{gids[3]}, numbers("Groups")...)}, nil
 }

@@ -88,11 +88,11 @@ func header(c *client, state tls.ConnectionState) []byte {
 	// A client of a balancer may have another address family than the balancer's connection, and a
 	// header has one family. Without this it would name neither.
 	if is4 := client.Addr().Unmap().Is4(); is4 != listener.Addr().Unmap().Is4() {
-		any := netip.IPv6Unspecified()
+		unspecified := netip.IPv6Unspecified()
 		if is4 {
-			any = netip.IPv4Unspecified()
+			unspecified = netip.IPv4Unspecified()
 		}
-		listener = netip.AddrPortFrom(any, listener.Port())
+		listener = netip.AddrPortFrom(unspecified, listener.Port())
 	}
 	return proxyproto.AppendV2TLS(nil, client, listener, authority, t)
 }

@@ -522,21 +522,7 @@ func TestECHFlood(t *testing.T) {
 		h := snitest.Hello("a.example")
 		count, stop := d.flood(forged, h[:1], forged, forged[:len(forged)-1])
 		d.awaitFlood()
-		made := count()
-		visited := make(chan *visits, 1)
-		go func() { visited <- d.visit("a.example", 400) }()
-		tick := time.NewTicker(50 * time.Millisecond)
-		defer tick.Stop()
-		var during *visits
-		for during == nil {
-			select {
-			case <-tick.C:
-				expectRelay()
-			case during = <-visited:
-			}
-		}
-		t.Logf("during %d connections: %d good clients served, %d not, %d sent their hello late",
-			count()-made, during.served, len(during.failed), during.late)
+		during := d.visitDuring(400, count, expectRelay)
 		stop()
 		failed, all := len(during.failed), len(during.failed)+during.served
 		if failed*100 > all {

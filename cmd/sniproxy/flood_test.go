@@ -195,6 +195,26 @@ func (d *daemon) awaitFlood() {
 	hostdirtest.Await(d.t, "the daemon to run out of descriptors", func() bool { return d.allFds() >= 250 })
 }
 
+// visitDuring visits a host as n good clients during a flood, beside the relay, which must survive it.
+func (d *daemon) visitDuring(n int, count func() int64, expectRelay func()) (during *visits) {
+	d.t.Helper()
+	made := count()
+	visited := make(chan *visits, 1)
+	go func() { visited <- d.visit("a.example", n) }()
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for during == nil {
+		select {
+		case <-tick.C:
+			expectRelay()
+		case during = <-visited:
+		}
+	}
+	d.t.Logf("during %d connections of the flood: %d good clients served, %d not, %d sent their hello late",
+		count()-made, during.served, len(during.failed), during.late)
+	return during
+}
+
 // Goal: with 256 descriptors, 1,000 silent clients that come back whenever they are dropped, 4,000
 // times a second, lock out nobody: at least 99 % of good clients are served, and a relay survives.
 func TestFlood(t *testing.T) {
@@ -202,21 +222,7 @@ func TestFlood(t *testing.T) {
 		h := snitest.Hello("a.example")
 		count, stop := d.flood(nil, h[:1], h[:bytes.Index(h, []byte("a.example"))])
 		d.awaitFlood()
-		made := count()
-		visited := make(chan *visits, 1)
-		go func() { visited <- d.visit("a.example", 800) }()
-		tick := time.NewTicker(50 * time.Millisecond)
-		defer tick.Stop()
-		var during *visits
-		for during == nil {
-			select {
-			case <-tick.C:
-				expectRelay()
-			case during = <-visited:
-			}
-		}
-		t.Logf("during %d connections of silent clients: %d good clients served, %d not, %d sent their hello late",
-			count()-made, during.served, len(during.failed), during.late)
+		during := d.visitDuring(800, count, expectRelay)
 		stop()
 
 		failed, all := len(during.failed), len(during.failed)+during.served
