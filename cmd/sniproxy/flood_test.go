@@ -195,7 +195,8 @@ func (d *daemon) awaitFlood() {
 	hostdirtest.Await(d.t, "the daemon to run out of descriptors", func() bool { return d.allFds() >= 250 })
 }
 
-// visitDuring visits a host as n good clients during a flood, beside the relay, which must survive it.
+// visitDuring visits a host as n good clients during a flood, beside the relay, which must survive
+// it.
 func (d *daemon) visitDuring(n int, count func() int64, expectRelay func()) (during *visits) {
 	d.t.Helper()
 	made := count()

@@ -246,8 +246,8 @@ func TestStuckLocked(t *testing.T) {
 		"one that a group may change":     group,
 		"the hosts directory for a group": nil,
 	} {
-		// The portable engine finds the entry on the client's goroutine, which Go knows of: others are
-		// served, but a client of a name that is not cached waits as long as the lock is held.
+		// The portable engine finds the entry on the client's goroutine, which Go knows of: others
+		// are served, but a client of a name that is not cached waits as long as the lock is held.
 		if change == nil && isPortable(t) {
 			continue
 		}

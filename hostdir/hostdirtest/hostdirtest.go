@@ -259,9 +259,9 @@ func ListenTCP(t testing.TB, network, addr string) *net.TCPListener {
 	return l.(*net.TCPListener)
 }
 
-// CopyProgram copies a program to where everybody may execute it. Another process does so: what this
-// one has written cannot be executed while a child that it starts just now has the file open for
-// writing, too.
+// CopyProgram copies a program to where everybody may execute it. Another process does so: what
+// this one has written cannot be executed while a child that it starts just now has the file open
+// for writing, too.
 func CopyProgram(t testing.TB, from, to string) {
 	t.Helper()
 	if out, err := exec.Command("cp", from, to).CombinedOutput(); err != nil {
