@@ -193,8 +193,10 @@ func (ch *chaos) hand() (stop func()) {
 	var hosts sync.WaitGroup
 	hosts.Go(func() {
 		for {
-			if err := d.greeted("handed.example"); err != nil {
-				ch.t.Errorf("a client that is to be handed over: %v", err)
+			begun := time.Now()
+			got, err := d.exchange(snitest.Hello("handed.example"))
+			if (err != nil || string(got) != "this is handed.example") && !starved(alert(got), time.Since(begun)) {
+				ch.t.Errorf("a client that is to be handed over got %q, error %v", got, err)
 			}
 			select {
 			case <-over:
@@ -689,6 +691,12 @@ func (v *conversation) verdict(c, b *chaosReport) string {
 	return ""
 }
 
+// starved tells whether a client may have got an alert since there was no processor for so long: its
+// hello was late, or its look-up, which waited for others, was given up.
+func starved(alert int, took time.Duration) bool {
+	return alert == int(sni.UserCanceled) && took >= limits.Hello || alert == int(sni.InternalError) && took >= limits.TaskPatience
+}
+
 // unserved is the verdict on a client that no backend knows.
 func (v *conversation) unserved(c *chaosReport) string {
 	// What follows a hello that is cut short is read as if it belonged to it, unless it was sent
@@ -717,8 +725,7 @@ func (v *conversation) unserved(c *chaosReport) string {
 	case c.early, v.fate == careless:
 	case v.fate == maybe && (got == int(sni.InternalError) || got == int(sni.UserCanceled)):
 	case v.poor && (c.got == 0 || got == int(sni.InternalError)):
-	case got == int(sni.UserCanceled) && v.took >= limits.Hello:
-		// It had no processor for so long that its hello was late.
+	case starved(got, v.took):
 	case want < 0 && c.sent >= len(v.begin) && (v.fate == relayed || v.fate == relayedOrRefused):
 		return "the client was not served"
 	case want >= 0 && c.got == 0 && isReset(c.recvErr) && (v.took >= limits.Linger || c.sent > limits.LingerSize):

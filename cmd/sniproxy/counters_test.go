@@ -112,6 +112,19 @@ func (d *daemon) awaitCounters(want counted) {
 	})
 }
 
+// awaitCounted waits for the counters to be as ok wants them, and returns them. They are not counted
+// at one moment.
+func (d *daemon) awaitCounted(what string, ok func(counted) bool) (got counted) {
+	d.t.Helper()
+	if !hostdirtest.AwaitFor(hostdirtest.Patience, func() bool {
+		got = d.counters()
+		return ok(got)
+	}) {
+		d.t.Fatalf("waited in vain for %s; the counters are %+v", what, got)
+	}
+	return got
+}
+
 // Goal: the daemon counts a connection when it accepts it, as waiting until it has a backend, and
 // as open until it ends. It counts all bytes of the two peers, and no others.
 func TestCountersConnections(t *testing.T) {
@@ -262,14 +275,9 @@ func TestCountersDropped(t *testing.T) {
 	d.serve("echo.example", hostdirtest.Echo)
 	relay := openEcho(t, d, "echo.example")
 	clients := d.crowd(silent, nil)
-	var got counted
-	hostdirtest.Await(t, "all clients to be accepted", func() bool {
-		got = d.counters()
-		return got.accepted == silent+1 && got.waiting == got.open-1
+	got := d.awaitCounted("all clients to be accepted, and some of them dropped", func(c counted) bool {
+		return c.accepted == silent+1 && c.dropped > 0 && c.open == silent+1-c.dropped && c.waiting == c.open-1
 	})
-	if got.dropped == 0 || got.open != silent+1-got.dropped || got.waiting != got.open-1 || got.refused != "" {
-		t.Errorf("the counters are %+v", got)
-	}
 	if got.limit != limit || got.descriptors < limit/2 {
 		t.Errorf("%d of %d descriptors are in use, want many of %d", got.descriptors, got.limit, limit)
 	}
@@ -280,10 +288,7 @@ func TestCountersDropped(t *testing.T) {
 	}
 	// The last one that was accepted may have made room a moment later.
 	least := got.dropped
-	hostdirtest.Await(t, "all silent clients to be gone", func() bool {
-		got = d.counters()
-		return got.open == 1
-	})
+	got = d.awaitCounted("all silent clients to be gone", func(c counted) bool { return c.open == 1 })
 	if got.dropped < least {
 		t.Errorf("%d were dropped, and then %d", least, got.dropped)
 	}
@@ -317,13 +322,9 @@ func TestCountersDropped(t *testing.T) {
 	}
 	d.crowd(silent, nil)
 	dropped := got.dropped
-	hostdirtest.Await(t, "all clients to be accepted", func() bool {
-		got = d.counters()
-		return got.accepted == 1+silent+refused+silent
+	d.awaitCounted("all clients to be accepted, and only silent ones dropped", func(c counted) bool {
+		return c.accepted == 1+silent+refused+silent && c.dropped-dropped+c.waiting == silent && c.refused == fmt.Sprintf("10: %d", refused)
 	})
-	if got.dropped-dropped+got.waiting != silent || got.refused != fmt.Sprintf("10: %d", refused) {
-		t.Errorf("of %d silent clients and %d others %d were dropped, and the counters are %+v", silent, refused, got.dropped-dropped, got)
-	}
 }
 
 // expectDescriptors waits for the daemon to say that it has as many descriptors as it has.

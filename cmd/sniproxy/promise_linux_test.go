@@ -172,7 +172,7 @@ func TestPromiseLogAllShort(t *testing.T) {
 	d.awaitLogging("a.example", true)
 	base := d.fds()
 	silent := d.crowd(60, nil)
-	hostdirtest.Await(t, "the descriptors to be taken", func() bool { return d.allFds() >= 60 })
+	d.err.Await(t, "to make room: no descriptor is left")
 	var clients []*net.TCPConn
 	for range 10 {
 		silent = append(silent, d.crowd(20, nil)...)
