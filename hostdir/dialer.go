@@ -46,7 +46,8 @@ func (d *Dialer) Close() { d.Release() }
 // With wait false Find waits for no file system but that of the hosts directory. If the entry leads
 // elsewhere, by a symlink or a mount, and the kernel does not know already what is there, the error
 // is [MayWait]: then a thread that has the time can find it with wait true. A tenant's file system
-// (FUSE, NFS) may never answer.
+// (FUSE, NFS) may never answer. The same goes for an entry that the kernel does not know, if others
+// than the owner may change the hosts directory: they can keep it locked.
 //
 // The error is [Again] or an [*Error]. If it is about an entry, that is returned with it: its Name,
 // its Owner, and the rest as far as it is known.

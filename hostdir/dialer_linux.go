@@ -72,7 +72,7 @@ func (d *Dialer) enter(wildcard, wait bool) error {
 	if err == NoRoom && d.Release() {
 		err = d.change(wildcard, wait)
 	}
-	if err == NoRoom { // the owner can be found all the same
+	if err == NoRoom && !d.hosts.mayWait(d.entry) { // the owner can be found all the same
 		if e, looked := d.hosts.find(d.entry, wildcard, false); looked == nil {
 			d.found = e
 		} else if isSkip(looked) {
@@ -115,9 +115,12 @@ func (d *Dialer) countsDirectory(st *unix.Statx_t, wildcard bool) error {
 // symlink or a mount.
 func (d *Dialer) change(wildcard, wait bool) error {
 	h, w := d.hosts, &d.workdir
-	fd, errno := h.openDirectory(d.entry, w.slowEntry)
+	fd, errno := h.openDirectory(d.entry, w.slowEntry, wait)
 	switch errno {
 	case 0:
+	case unix.EAGAIN: // who may change the hosts directory can keep it locked
+		d.found = unknown
+		return MayWait
 	case unix.ENOENT:
 		return absent
 	case unix.ENOTDIR, unix.EXDEV: // a symlink, or a mount
@@ -159,9 +162,12 @@ func (d *Dialer) chdir(fd uintptr) error {
 }
 
 // openDirectory opens an entry that is a directory on the file system of the hosts directory, so
-// that it waits for no other.
-func (h *Hosts) openDirectory(entry []byte, slow bool) (uintptr, unix.Errno) {
-	if h.cached {
+// that it waits for no other. See [Hosts.mayWait] for who may keep it waiting all the same.
+func (h *Hosts) openDirectory(entry []byte, slow, wait bool) (uintptr, unix.Errno) {
+	switch {
+	case h.cached && h.shared.Load() && !wait:
+		return openat2(h.fd, &entry[0], &ownCached, slow)
+	case h.cached:
 		return openat2(h.fd, &entry[0], &ownDirectory, slow)
 	}
 	// Before openat2(2) a mount can be told only once it is open.

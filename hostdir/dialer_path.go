@@ -20,6 +20,10 @@ type path struct {
 // look finds out whether the candidate serves the host.
 func (d *Dialer) look(wildcard, wait bool) (err error) {
 	d.path = path{wildcard: wildcard}
+	if !wait && d.hosts.mayWait(d.entry) {
+		d.found = unknown
+		return MayWait
+	}
 	if d.found, err = d.hosts.find(d.entry, wildcard, wait); err != nil || !wait {
 		return err
 	}

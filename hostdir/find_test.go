@@ -45,7 +45,7 @@ func testFind(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {
 		if c.ignored == nil && (c.name == "a.theirs.example" || c.name == "*.theirs.example") {
 			want = dirName("*.theirs.example")
 		}
-		if e, ignored, err := h.Find([]byte(c.name)); string(e.Name) != want || !slices.Equal(ignored, c.ignored) || err != nil {
+		if e, ignored, err := h.Find([]byte(c.name), true); string(e.Name) != want || !slices.Equal(ignored, c.ignored) || err != nil {
 			t.Errorf("%s: %s, ignored %s, error %v; want %s, %s", c.name, e.Name, ignored, err, want, c.ignored)
 		}
 		b, err := dial(c.name)
@@ -57,7 +57,7 @@ func testFind(t *testing.T, _ way, dial func(string) (hostdir.Backend, error)) {
 	}
 	must(t, os.RemoveAll(everything))
 	for _, name := range []string{"x.example", "*.x.example", "*", ""} {
-		if e, ignored, err := h.Find([]byte(name)); e.Name != nil || ignored != nil || problem(err) != noDirectory {
+		if e, ignored, err := h.Find([]byte(name), true); e.Name != nil || ignored != nil || problem(err) != noDirectory {
 			t.Errorf("%s: %s, ignored %s, error %v; want none", name, e.Name, ignored, err)
 		}
 		if _, err := dial(name); problem(err) != noDirectory {

@@ -48,7 +48,7 @@ const nameMax = 255
 // An Entry is the entry of the hosts directory that serves a name.
 type Entry struct {
 	// Name is its name in the hosts directory. It is valid until the next Find of the Dialer that
-	// returned it.
+	// returned it. With [MayWait] it can be nil: then it is not known which entry that is.
 	Name []byte
 
 	// Owner is the owner of the entry itself: for a symlink, the owner of the link. It is the
@@ -62,6 +62,9 @@ type Entry struct {
 	// directory, which is the entry or its target.
 	Foreign bool
 }
+
+// unknown is an entry that nobody has looked for.
+var unknown = Entry{Owner: nobody, Foreign: true}
 
 // A Backend is a connection to a backend.
 type Backend struct {

@@ -164,8 +164,12 @@ type status struct {
 
 // Find tells which entry serves a name, which may also be a wildcard, and which wildcards it passed
 // over because they do not count. It looks at the entries alone and follows nothing, so it waits
-// for no file system but that of the hosts directory. The error is [Again] or an [*Error].
-func (h *Hosts) Find(name []byte) (e Entry, passedOver []string, err error) {
+// for no file system but that of the hosts directory.
+//
+// Whoever may change the hosts directory can keep it locked. With wait false the error is [MayWait]
+// if others than the owner may, and the kernel does not know whether the entry exists. The error is
+// [Again] or an [*Error].
+func (h *Hosts) Find(name []byte, wait bool) (e Entry, passedOver []string, err error) {
 	h.owner()
 	ignored := false
 	for n := range candidates {
@@ -173,12 +177,16 @@ func (h *Hosts) Find(name []byte) (e Entry, passedOver []string, err error) {
 		if entry == nil {
 			continue
 		}
-		e, err = h.find(append(entry, 0), n > 0, false)
+		entry = append(entry, 0)
+		if !wait && h.mayWait(entry) {
+			return unknown, passedOver, MayWait
+		}
+		e, err = h.find(entry, n > 0, false)
 		if !isSkip(err) {
 			return e, passedOver, err
 		}
 		if err != absent {
-			passedOver = append(passedOver, string(entry))
+			passedOver = append(passedOver, string(entry[:len(entry)-1]))
 		}
 		ignored = ignored || err == untrusted
 	}

@@ -139,6 +139,24 @@ func (h *Hosts) askOwner() (uint32, error) {
 // then a look for a name that the kernel does not know waits.
 func mayLock(mode uint32) bool { return mode&0o022 != 0 }
 
+// mayWait reports whether to look for an entry, whose name ends in a zero, may wait for as long as
+// somebody likes: he may change the hosts directory, and the kernel does not know whether the entry
+// exists. Before Linux 5.12 it cannot tell, and nobody asks.
+func (h *Hosts) mayWait(entry []byte) bool {
+	if !h.shared.Load() || !h.cached {
+		return false
+	}
+	fd, errno := openat2(h.fd, &entry[0], &cachedEntry, true)
+	switch errno {
+	case 0:
+		closeRaw(fd)
+		return false
+	case unix.ENOENT, unix.ENAMETOOLONG:
+		return false
+	}
+	return true
+}
+
 // lstat tells about an entry of the hosts directory, whose name ends in a zero.
 func (h *Hosts) lstat(entry []byte, wait bool) (status, error) {
 	is, err := h.look(entry, wait || !h.local || h.shared.Load())

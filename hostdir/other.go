@@ -40,6 +40,10 @@ func (h *Hosts) look(entry []byte, _ bool) (status, error) {
 	return status{owner: st.Uid, kind: uint32(st.Mode) & unix.S_IFMT}, err
 }
 
+// mayWait reports whether to look for an entry may wait for as long as somebody likes, who may
+// change the hosts directory. On these systems that is not known.
+func (h *Hosts) mayWait([]byte) bool { return false }
+
 // socket takes two calls more than on Linux, since darwin has no flags for them. No program is
 // started in between that could inherit the descriptor.
 func (h *Hosts) socket(bool) (int, error) { return newSocket(unix.SOCK_STREAM) }

@@ -38,12 +38,22 @@ const (
 	soPassRights  = 83   // SO_PASSRIGHTS of unix(7)
 )
 
-// Ways to open a directory.
+// Ways to open a directory, or any entry.
 var (
 	// An entry of the hosts directory, no symlink and no mount.
 	ownDirectory = unix.OpenHow{
 		Flags:   unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC | unix.O_NOFOLLOW,
 		Resolve: unix.RESOLVE_NO_XDEV,
+	}
+	// The same, if the kernel has it in its cache.
+	ownCached = unix.OpenHow{
+		Flags:   unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC | unix.O_NOFOLLOW,
+		Resolve: resolveCached | unix.RESOLVE_NO_XDEV,
+	}
+	// An entry of any kind, or that there is none, if the kernel has it in its cache.
+	cachedEntry = unix.OpenHow{
+		Flags:   unix.O_PATH | unix.O_CLOEXEC | unix.O_NOFOLLOW,
+		Resolve: resolveCached,
 	}
 	// What a symlink or a mount leads to, if the kernel has it in its cache.
 	cachedDirectory = unix.OpenHow{

@@ -318,3 +318,39 @@ func testMarkerMounted(t *testing.T, marker string, ask func(*hostdir.Hosts) (ig
 		<-done
 	}
 }
+
+// Goal: where others than the owner may change the hosts directory, and so keep it locked, nobody
+// looks for an entry that the kernel does not know without the time to wait. Nobody is told who owns
+// it, either.
+func TestFindUnknownEntry(t *testing.T) {
+	for _, w := range ways(t) {
+		t.Run(w.name, func(t *testing.T) {
+			chdir(t)
+			listen(t, "known", 1)
+			for mode, want := range map[uint32]failure{0o755: noDirectory, 0o1777: mayWait, 0o775: mayWait} {
+				must(t, unix.Chmod(".", mode))
+				h := open(t)
+				if w.paths {
+					h.UsePaths()
+				}
+				withDialer(t, h, func(d *hostdir.Dialer) {
+					name := fmt.Appendf(nil, "new-%o", mode)
+					if e, _, err := h.Find(name, false); e.Name != nil || problem(err) != want {
+						t.Errorf("mode %o: found %q, error %v", mode, e.Name, err)
+					}
+					if e, err := d.Find(fmt.Appendf(nil, "newer-%o", mode), false); e.Name != nil || e.Owner == 0 && want == mayWait || problem(err) != want {
+						t.Errorf("mode %o: the dialer found %q of uid %d, error %v", mode, e.Name, e.Owner, err)
+					}
+					for _, wait := range []bool{true, false} {
+						if e, err := d.Find([]byte("known"), wait); string(e.Name) != dirName("known") || err != nil {
+							t.Errorf("mode %o, wait %v: found %q, error %v", mode, wait, e.Name, err)
+						}
+					}
+					if _, _, err := h.Find(name, true); problem(err) != noDirectory {
+						t.Errorf("mode %o: with the time to wait the error is %v", mode, err)
+					}
+				})
+			}
+		})
+	}
+}

@@ -43,13 +43,13 @@ func TestFindOdd(t *testing.T) {
 			if got := reached(t, all); got != "*" {
 				t.Errorf("%s: reached %q, %v", what, got, err)
 			}
-			if e, over, err := h.Find([]byte("a.example")); string(e.Name) != dirName("*") || !slices.Equal(over, []string{dirName("*.example")}) || err != nil {
+			if e, over, err := h.Find([]byte("a.example"), true); string(e.Name) != dirName("*") || !slices.Equal(over, []string{dirName("*.example")}) || err != nil {
 				t.Errorf("%s: %q, passed over %q, %v", what, e.Name, over, err)
 			}
 			if _, err := dial("own.example"); problem(err) != noDirectory {
 				t.Errorf("%s: %v", what, err)
 			}
-			if e, _, err := h.Find([]byte("own.example")); string(e.Name) != dirName("own.example") || problem(err) != noDirectory {
+			if e, _, err := h.Find([]byte("own.example"), true); string(e.Name) != dirName("own.example") || problem(err) != noDirectory {
 				t.Errorf("%s: %q, %v", what, e.Name, err)
 			}
 			must(t, os.Remove(dirName("*.example")))
@@ -92,7 +92,7 @@ func TestOverflow(t *testing.T) {
 			if got := reached(t, all); got != want || b.Log {
 				t.Errorf("%s: reached %q, %+v, %v", name, got, b, err)
 			}
-			if e, _, err := h.Find([]byte(name)); err != nil || e.Administrators != (want == "*" || want == "*.ours.example") {
+			if e, _, err := h.Find([]byte(name), true); err != nil || e.Administrators != (want == "*" || want == "*.ours.example") {
 				t.Errorf("%s: %+v, %v", name, e, err)
 			}
 		}

@@ -170,7 +170,7 @@ func (w *worker) look(d *hostdir.Dialer, h host) verdict {
 	}
 	found, passedOver := hostdir.Entry{Name: h.entry}, []string(nil)
 	if h.name != nil {
-		found, passedOver, _ = c.hosts.Find(h.name)
+		found, passedOver, _ = c.hosts.Find(h.name, true)
 	} else {
 		e, _ := d.FindEntry(h.entry, false)
 		found.Owner = e.Owner

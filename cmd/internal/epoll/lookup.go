@@ -72,6 +72,9 @@ func (c *conn) dial(name, hello []byte) {
 		}
 		t = s.Tenants.Of(entry)
 		shares.Hold(&c.tenant, t)
+		if entry.Name == nil {
+			entry.Name = r.name
+		}
 		if err != hostdir.NoRoom || !s.RoomForRelay(c, t, true) {
 			break
 		}
@@ -182,8 +185,7 @@ func (r *runner) finish(entry hostdir.Entry, b hostdir.Backend, err error) {
 	}
 	switch {
 	case r.tenant == nil && err == nil: // it has found the entry
-		q.Owner = s.Tenants.Of(entry)
-		q.Backend, q.Err = s.Connect(r.dialer, q.Owner)
+		s.AnswerFound(&q.Query, r.dialer, entry)
 	case err == hostdir.MayWait:
 		s.Answer(&q.Query, r.dialer)
 	case err == hostdir.Datagram:
@@ -218,7 +220,7 @@ func (c *conn) lookUp(t *shares.Tenant, entry, name, hello []byte) {
 func (c *conn) ask(name, hello []byte, t *shares.Tenant, entry string) *query {
 	p := c.wait(lookingUp, name, hello)
 	p.query = &query{loop: c.loop, conn: c}
-	p.query.Query = shares.Query{Task: shares.Task{Tenant: t, Entry: entry}, Name: slices.Clone(name)}
+	p.query.Query = shares.Query{Task: shares.Task{Tenant: t, Entry: entry}, Name: slices.Clone(name), Found: entry}
 	return p.query
 }
 
@@ -243,7 +245,7 @@ func (l *loop) found(q *query) {
 	}
 	s.Settle(&q.Query, c)
 	line := p.line
-	c.dialled([]byte(q.Entry), p.name, p.hello, q.Backend, q.Err)
+	c.dialled([]byte(q.Found), p.name, p.hello, q.Backend, q.Err)
 	// It may have made room for the next one in its line.
 	if line == nil {
 		return

@@ -375,11 +375,14 @@ func mayPass(err error) bool {
 
 // tryDial tries once to do so. The key is of the line to wait in.
 func (c *conn) tryDial(ctx context.Context, name, hello []byte) (b hostdir.Backend, key shares.Key, err error) {
-	entry, _, err := c.engine.hosts.Find(name)
-	if err != nil {
+	entry, _, err := c.engine.hosts.Find(name, false)
+	if err != nil && err != hostdir.MayWait {
 		return b, key, err
 	}
 	t := c.engine.shares.Tenants.Of(entry)
+	if entry.Name == nil {
+		entry.Name = name
+	}
 	shares.Hold(&c.tenant, t)
 	if t.Clogged() {
 		return b, key, report.ErrClogged
@@ -455,7 +458,7 @@ func (c *conn) handOverFD(fd int, b hostdir.Backend, name, hello []byte) (sent b
 // client waits until the deadline.
 func (c *conn) lookUp(ctx context.Context, t *shares.Tenant, entry string, name []byte) (hostdir.Backend, error) {
 	s := c.engine.shares
-	q := &shares.Query{Task: shares.Task{Tenant: t, Entry: entry}, Name: name}
+	q := &shares.Query{Task: shares.Task{Tenant: t, Entry: entry}, Name: name, Found: entry}
 	done := make(chan struct{})
 	s.Ask(q, func() { close(done) })
 	select {

@@ -51,6 +51,7 @@ type Query struct {
 	Name []byte
 
 	Owner   *Tenant // of the entry that served the name, for use until it is released; nil if that was not found anew
+	Found   string  // its name, or the entry of the task
 	Backend hostdir.Backend
 	Err     error
 }
@@ -74,9 +75,18 @@ func (s *Shares) Ask(q *Query, done func()) {
 func (s *Shares) Answer(q *Query, d *hostdir.Dialer) {
 	var entry hostdir.Entry
 	if entry, q.Err = d.Find(q.Name, true); q.Err == nil {
-		q.Owner = s.Tenants.Of(entry)
-		q.Backend, q.Err = s.Connect(d, q.Owner)
+		s.AnswerFound(q, d, entry)
 	}
+}
+
+// AnswerFound does so for the entry that the dialer has found.
+func (s *Shares) AnswerFound(q *Query, d *hostdir.Dialer, entry hostdir.Entry) {
+	q.Owner, q.Found = s.Tenants.Of(entry), string(entry.Name)
+	if q.Owner.Clogged() {
+		q.Err = report.ErrClogged
+		return
+	}
+	q.Backend, q.Err = s.Connect(d, q.Owner)
 }
 
 // Connect connects to the backend of the entry that was found, which is a tenant's. It waits for
@@ -100,11 +110,11 @@ func (s *Shares) Connect(d *hostdir.Dialer, t *Tenant) (hostdir.Backend, error) 
 // Settle remembers what kind of socket the entry has. A relay takes room, which nobody has made if
 // a datagram socket was expected: then that is done now.
 func (s *Shares) Settle(q *Query, by RoomMaker) {
-	t, entry, datagram := q.Task.Tenant, []byte(q.Entry), q.Backend.Datagram
-	if q.Err != nil || t.HasDatagram(entry) == datagram {
+	datagram := q.Backend.Datagram
+	if q.Err != nil || q.Task.Tenant.HasDatagram([]byte(q.Entry)) == datagram {
 		return
 	}
-	q.whose().SetDatagram(entry, datagram) // the owner may be another one by now
+	q.whose().SetDatagram([]byte(q.Found), datagram) // the owner may be another one by now
 	if !datagram && !s.RoomForRelay(by, q.whose(), false) {
 		q.whose().CloseAway(s.Threads, q.Backend.FD)
 		q.Err = hostdir.NoRoom

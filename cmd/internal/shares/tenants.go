@@ -89,9 +89,13 @@ func newTenants() *Tenants {
 	return &Tenants{all: map[Key]*Tenant{}, sweep: sweepLeast}
 }
 
-// Of returns the tenant of an entry, for use until it is released.
+// Of returns the tenant of an entry, for use until it is released. All entries that are not known
+// yet are one tenant's.
 func (s *Tenants) Of(e hostdir.Entry) *Tenant {
-	if e.Administrators {
+	switch {
+	case e.Name == nil:
+		return s.Unknown(nil)
+	case e.Administrators:
 		return s.get(0, e.Name)
 	}
 	return s.get(e.Owner, nil)
