@@ -58,7 +58,7 @@ const (
 	Tasks         = 64
 	TasksOfTenant = 16
 	TasksOfEntry  = 4
-	TaskPatience  = 500 * time.Millisecond
+	TaskPatience  = 2 * time.Second
 
 	// A tenant for whom more than Closing descriptors wait to be closed gets no connection more.
 	Closing = 256
