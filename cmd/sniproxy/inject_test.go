@@ -148,6 +148,35 @@ func TestInjectListener(t *testing.T) {
 	}
 }
 
+// Goal: a backend may reset its connection just while the daemon writes to it. What the backend said
+// before arrives, and then a reset.
+func TestInjectReset(t *testing.T) {
+	if isPortable(t) {
+		t.Skip("Go's poller ends the program if its own write fails")
+	}
+	strace := hostdirtest.Need(t, "strace")
+	d := start(t, oneLoop, func(cmd *exec.Cmd) { cmd.Env = append(cmd.Env, traceable+"=1") })
+	d.serve("greet.example", hostdirtest.Greet)
+	client, backend := d.pair(d.host("answer.example"), "answer.example")
+	s := attach(t, strace, "-f", "-p", fmt.Sprint(d.cmd.Process.Pid), "-e", "trace=accept4")
+	hostdirtest.Must(t, d.greeted("greet.example"))
+	loop := strings.Fields(s.detach())[0]
+	s = attach(t, strace, "-p", loop, "-e", "trace=write", "-e", "inject=write:error=ECONNRESET:when=1")
+	io.WriteString(client, "more")
+	if got, err := io.ReadAll(backend); len(got) > 0 || err != nil {
+		t.Errorf("the backend got %q, error %v, want the end", got, err)
+	}
+	answer := randomBytes(10_000)
+	backend.Write(answer)
+	backend.Close()
+	if got, err := io.ReadAll(client); !bytes.Equal(got, answer) || !isReset(err) {
+		t.Errorf("the client got %d bytes, error %v, want the %d of the answer and a reset", len(got), err, len(answer))
+	}
+	if log := s.detach(); strings.Count(log, "(INJECTED)") != 1 {
+		t.Errorf("the calls:\n%s", log)
+	}
+}
+
 func (in injection) run(t *testing.T, strace string) {
 	d := start(t, func(cmd *exec.Cmd) {
 		// One loop, which makes all the calls.

@@ -55,7 +55,7 @@ type conn struct {
 	address  bool  // the client has sent an IPv6 address in place of a server name
 	proxy    uint8 // version of the PROXY header that the backend was sent
 	deaf     bool  // the backend does not read any more
-	cutWrite bool  // and it stopped in the middle of a write
+	cutWrite bool  // and a write may have been told that it has reset
 	quiet    uint8 // looks for half-closed relays since something moved
 	active   int64 // the round of the loop in which something last happened to the relay
 	sample   int32 // of the loop's load when the relay began

@@ -344,17 +344,18 @@ func (f *flow) resume() {
 }
 
 // unsendable deals with a failure to send. A backend that does not read any more may still have
-// something to say: that is forwarded until its end. Linux reports a reset once, and after a write
-// that was done in part it may have reported it there: then [conn.end] resets the client.
+// something to say: that is forwarded until its end. Linux reports a reset once: to this write, if
+// the backend closed its socket just now, or to one that was done in part. Then [conn.end] resets
+// the client.
 func (f *flow) unsendable(errno unix.Errno) {
 	c := f.conn
-	if f.from != client || errno != unix.EPIPE {
+	if f.from != client || errno != unix.EPIPE && errno != unix.ECONNRESET {
 		c.abort(resetBy[f.dstSide()])
 		return
 	}
 	f.done = true
 	c.endSession()
-	c.deaf, c.cutWrite = true, f.partSent
+	c.deaf, c.cutWrite = true, f.partSent || errno == unix.ECONNRESET
 	down := f.other()
 	if down.done {
 		c.end()

@@ -205,7 +205,8 @@ func (c *conn) refuseSecond(name []byte) {
 const stallCheck = 500 * time.Millisecond
 
 // send sends b on, and counts what is the client's of it: not the header. If that fails it ends the
-// relay, except that EPIPE means that the backend does not read any more.
+// relay, except that EPIPE means that the backend does not read any more. So does ECONNRESET, if it
+// closed its socket just now.
 func (c *conn) send(way int, to *os.File, b []byte) error {
 	if way == report.Up {
 		c.sending.Lock()
@@ -233,8 +234,8 @@ func (c *conn) send(way int, to *os.File, b []byte) error {
 			continue
 		case errors.Is(err, os.ErrDeadlineExceeded) || way == report.Down:
 			c.end(report.ResetByClient)
-		case errors.Is(err, unix.EPIPE):
-			c.lost = len(b) < size
+		case errors.Is(err, unix.EPIPE), errors.Is(err, unix.ECONNRESET):
+			c.lost = len(b) < size || errors.Is(err, unix.ECONNRESET)
 			return unix.EPIPE
 		default:
 			c.lost = true
