@@ -108,8 +108,11 @@ frontend site
 // get returns the page that a client gets, and the client's connection, which is closed.
 func get(t testing.TB, ca *authority, addr string) (page string, c *tls.Conn, err error) {
 	t.Helper()
-	dialer := &net.Dialer{Timeout: hostdirtest.Patience}
-	c, err = tls.DialWithDialer(dialer, "tcp", addr, &tls.Config{ServerName: "site.example", RootCAs: ca.pool})
+	return getWith(addr, &tls.Config{ServerName: "site.example", RootCAs: ca.pool})
+}
+
+func getWith(addr string, config *tls.Config) (page string, c *tls.Conn, err error) {
+	c, err = tls.DialWithDialer(&net.Dialer{Timeout: hostdirtest.Patience}, "tcp", addr, config)
 	if err != nil {
 		return "", nil, err
 	}

@@ -1,14 +1,12 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"crypto/tls"
 	"encoding/binary"
 	"fmt"
 	"io"
 	"net"
-	"net/http"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -17,7 +15,6 @@ import (
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -291,17 +288,5 @@ func versionOf(t *testing.T, program string) (v version) {
 // getAs returns the page that a client gets that asks for a host or, if name is empty, names
 // none, and its connection, which is closed. Whose certificate it is does not matter.
 func getAs(name, addr string) (page string, c *tls.Conn, err error) {
-	c, err = tls.DialWithDialer(&net.Dialer{Timeout: hostdirtest.Patience}, "tcp", addr, &tls.Config{ServerName: name, InsecureSkipVerify: true})
-	if err != nil {
-		return "", nil, err
-	}
-	defer c.Close()
-	c.SetDeadline(time.Now().Add(hostdirtest.Patience))
-	io.WriteString(c, "GET / HTTP/1.1\r\nHost: site.example\r\nConnection: close\r\n\r\n")
-	response, err := http.ReadResponse(bufio.NewReader(c), nil)
-	if err != nil {
-		return "", c, err
-	}
-	body, err := io.ReadAll(response.Body)
-	return string(body), c, err
+	return getWith(addr, &tls.Config{ServerName: name, InsecureSkipVerify: true})
 }
