@@ -203,6 +203,21 @@ func TestManyStuck(t *testing.T) {
 	expectShortened(t, stdout, many, "does not answer")
 }
 
+// Goal: if somebody who may change the hosts directory keeps it locked, that is said, for each NAME
+// and for what concerns all hosts. The process can end only when the lock does.
+func TestLocked(t *testing.T) {
+	t.Parallel()
+	hosts := hostdirtest.Dir(t)
+	must(t, os.Chmod(hosts, 0o1777))
+	unlock := hostdirtest.LockDirectory(t, hosts)
+	defer time.AfterFunc(lookupLimit*3/2, unlock).Stop()
+	stdout, stderr, status := check(t, users()[0], "", hosts, "one.example", "two.example")
+	const why = "a process of somebody who may change it keeps it locked\n"
+	if strings.Count(stdout, ".example: ") != 2 || strings.Count(stdout, why) != 2 || !strings.HasSuffix(stderr, why) || status != 1 {
+		t.Errorf("exit status %d, it says %q, and %q", status, stdout, stderr)
+	}
+}
+
 // Goal: an endless hosts directory is not read to its end, and a line says so.
 func TestEndless(t *testing.T) {
 	t.Parallel()

@@ -227,10 +227,20 @@ func (o *options) check(e eyes, stdout io.Writer, complain func(string, ...any))
 	for _, line := range hosts.Remarks() {
 		complain("%s", line)
 	}
-	if _, ignored, _ := hosts.AcceptProxy(); ignored != "" {
-		complain(".accept-proxy in the hosts directory does not count: %s", ignored)
+	c.hosts = hosts
+	asked := make(chan bool, 1)
+	go func() {
+		if _, ignored, _ := hosts.AcceptProxy(); ignored != "" {
+			complain(".accept-proxy in the hosts directory does not count: %s", ignored)
+		}
+		asked <- c.keysOf(hosts, complain)
+	}()
+	select {
+	case c.keys = <-asked:
+	case <-time.After(lookupLimit):
+		complain("cannot find out whether there are .accept-proxy, .ech and */log-connections: %s", noAnswer)
+		c.dead.Store(true)
 	}
-	c.keys = c.keysOf(hosts, complain)
 	status := 0
 	make := named
 	if len(names) == 0 {
@@ -254,10 +264,10 @@ func (o *options) check(e eyes, stdout io.Writer, complain func(string, ...any))
 			status = 1
 		}
 	}
-	c.hosts = hosts
-	c.logAll, err = askLogAll(hosts)
-	if err != nil {
-		complain("cannot find out whether all connections are logged: %v", err)
+	if !c.dead.Load() {
+		if c.logAll, err = askLogAll(hosts); err != nil {
+			complain("cannot find out whether all connections are logged: %v", err)
+		}
 	}
 	for coming := range c.verdicts(len(names), func(i int) host { return make(names[i]) }) {
 		v := <-coming

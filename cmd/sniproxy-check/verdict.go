@@ -126,6 +126,9 @@ func (c *checker) newWorker() *worker {
 	return w
 }
 
+// noAnswer says why a look at the hosts directory does not end.
+const noAnswer = "the hosts directory does not answer: its file system hangs, or a process of somebody who may change it keeps it locked"
+
 // judge returns the verdict on a host, and whether the worker is stuck.
 func (w *worker) judge(h host) (v verdict, stuck bool) {
 	if h.wrong != "" && !h.listed {
@@ -133,7 +136,7 @@ func (w *worker) judge(h host) (v verdict, stuck bool) {
 	}
 	const hangs = "the look-up has waited for a file system until the time limit: "
 	if w.checker.dead.Load() {
-		return h.verdict(false, hangs+"the hosts directory does not answer"), false
+		return h.verdict(false, hangs+noAnswer), false
 	}
 	w.next <- h
 	limit, shake := lookupLimit, time.Duration(0)
@@ -144,7 +147,7 @@ func (w *worker) judge(h host) (v verdict, stuck bool) {
 	case limit = <-w.limit:
 	case <-time.After(lookupLimit):
 		w.checker.dead.Store(true)
-		return h.verdict(false, hangs+"the hosts directory does not answer"), true
+		return h.verdict(false, hangs+noAnswer), true
 	}
 	select {
 	case v := <-w.said:

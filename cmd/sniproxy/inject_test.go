@@ -66,8 +66,8 @@ var eventLoopInjections = []injection{
 	{calls: "epoll_ctl", when: "2+3", share: true, harmful: "ENOMEM ENOSPC"},
 	// In other threads it is Go's runtime that waits and writes, and ends the program if it cannot.
 	{calls: "epoll_pwait", when: "2+3", harmless: "EINTR", loopOnly: true},
-	{calls: "write", when: "3+7", harmless: "EINTR", harmful: writeErrors, ending: "EPIPE", loopOnly: true},
-	{calls: "splice", when: "3+7", harmless: "EINTR", harmful: "EBADF EINVAL ENOMEM ESPIPE ECONNRESET", ending: "EPIPE"},
+	{calls: "write", when: "3+7", harmless: "EINTR", harmful: writeErrors, ending: "EPIPE ECONNRESET", loopOnly: true},
+	{calls: "splice", when: "3+7", harmless: "EINTR", harmful: "EBADF EINVAL ENOMEM ESPIPE", ending: "EPIPE ECONNRESET"},
 	{calls: "fcntl", when: "2+3", harmless: "EACCES EAGAIN EBADF EBUSY EINTR EINVAL EMFILE ENOMEM EPERM"},
 	{calls: "getpeername", when: "1+2", harmful: "EBADF EFAULT EINVAL ENOBUFS ENOTCONN ENOTSOCK"},
 	{calls: "getsockname", when: "1+2", harmful: "EBADF EFAULT EINVAL ENOBUFS ENOTSOCK"},
@@ -96,7 +96,7 @@ const (
 	pathErrors    = "EACCES EFAULT EIO ELOOP ENAMETOOLONG ENOENT ENOMEM ENOTDIR "
 	connectErrors = pathErrors + "EADDRINUSE EADDRNOTAVAIL EAFNOSUPPORT EALREADY EBADF ECONNREFUSED EINPROGRESS EINTR EINVAL EISCONN ENETUNREACH ENOTSOCK EPERM EPROTOTYPE ETIMEDOUT"
 	readErrors    = "EBADF ECONNREFUSED ECONNRESET EFAULT EHOSTUNREACH EINVAL EIO EISDIR ENETUNREACH ENOBUFS ENOMEM ENOTCONN ENOTSOCK ETIMEDOUT"
-	writeErrors   = "EBADF ECONNRESET EDESTADDRREQ EDQUOT EFAULT EFBIG EHOSTUNREACH EINVAL EIO EISCONN EMSGSIZE ENETUNREACH ENOBUFS ENOMEM ENOSPC ENOTCONN ENOTSOCK EOPNOTSUPP EPERM ETIMEDOUT"
+	writeErrors   = "EBADF EDESTADDRREQ EDQUOT EFAULT EFBIG EHOSTUNREACH EINVAL EIO EISCONN EMSGSIZE ENETUNREACH ENOBUFS ENOMEM ENOSPC ENOTCONN ENOTSOCK EOPNOTSUPP EPERM ETIMEDOUT"
 )
 
 // A daemon that is started with this variable lets any process of its user trace it, which
