@@ -72,7 +72,11 @@ func (d *Dialer) enter(wildcard, wait bool) error {
 	if err == NoRoom && d.Release() {
 		err = d.change(wildcard, wait)
 	}
-	if err == NoRoom && !d.hosts.mayWait(d.entry) { // the owner can be found all the same
+	switch {
+	case err != NoRoom:
+	case !wait && d.hosts.shared.Load(): // to ask the kernel what it knows takes a descriptor
+		d.found, err = unknown, MayWait
+	default: // the owner can be found all the same
 		if e, looked := d.hosts.find(d.entry, wildcard, false); looked == nil {
 			d.found = e
 		} else if isSkip(looked) {

@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"sniproxy/cmd/internal/limits"
 	"sniproxy/hostdir"
 	"sniproxy/hostdir/hostdirtest"
@@ -87,6 +89,20 @@ func (h *house) fill(names ...string) (clients []*net.TCPConn) {
 	return clients
 }
 
+// fillUp is fill with one client after the other, until there is no room, and nobody waits. So nobody
+// else takes what is made.
+func (h *house) fillUp(name string) {
+	h.t.Helper()
+	for waits := false; !waits; {
+		relays := h.count(name)
+		c := h.crowd(1, append(snitest.Hello(name), "ping"...))[0]
+		if waits = !hostdirtest.AwaitFor(2*time.Second, func() bool { return h.count(name) > relays }); waits {
+			c.Close()
+		}
+	}
+	hostdirtest.Await(h.t, "the client to be told that there is no room", func() bool { return h.counters().waiting == 0 })
+}
+
 // count returns how many relays hosts have.
 func (h *house) count(names ...string) (n int64) {
 	for _, name := range names {
@@ -155,17 +171,7 @@ func TestSharesOneForOne(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			h := newHouse(t, map[string]int{"a.example": greedy, "b.example": modest}, setups...)
-			// One by one, until there is no room: then nobody else takes what is made.
-			ping := append(snitest.Hello("a.example"), "ping"...)
-			for {
-				relays := h.count("a.example")
-				c := h.crowd(1, ping)[0]
-				if !hostdirtest.AwaitFor(2*time.Second, func() bool { return h.count("a.example") > relays }) {
-					c.Close()
-					break
-				}
-			}
-			hostdirtest.Await(t, "the client to be told that there is no room", func() bool { return h.counters().waiting == 0 })
+			h.fillUp("a.example")
 			before := h.counters().dropped
 			for i := range clients {
 				if _, err := h.enter("b.example"); err != nil {
@@ -174,6 +180,27 @@ func TestSharesOneForOne(t *testing.T) {
 			}
 			if lost := h.counters().dropped - before; lost > clients+1 {
 				t.Errorf("a tenant has lost %d relays for %d of another tenant", lost, clients)
+			}
+		})
+	}
+}
+
+// Goal: clients of names that no host has cost nobody a relay, also where others than the owner may
+// change the hosts directory. Then threads find out that there is no such host.
+func TestSharesUnknownNames(t *testing.T) {
+	t.Parallel()
+	for _, mode := range []uint32{0o755, 0o1777} {
+		t.Run(fmt.Sprintf("%o", mode), func(t *testing.T) {
+			t.Parallel()
+			h := newHouse(t, map[string]int{"a.example": greedy})
+			hostdirtest.Must(t, unix.Chmod(h.dir, mode))
+			h.fillUp("a.example")
+			relays, dropped := h.count("a.example"), h.counters().dropped
+			for i := range 20 {
+				h.expectAlert(snitest.Hello(fmt.Sprintf("unknown%d.example", i)), 112)
+			}
+			if now := h.count("a.example"); now != relays || h.counters().dropped != dropped {
+				t.Errorf("a tenant had %d relays, and %d then", relays, now)
 			}
 		})
 	}

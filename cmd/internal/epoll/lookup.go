@@ -47,13 +47,14 @@ func newRunner(hosts *hostdir.Hosts) (*runner, error) {
 // A query is one that another thread answers for a connection of a loop.
 type query struct {
 	shares.Query
-	loop *loop
-	conn *conn // the loop's; nil if it has ended
+	loop      *loop
+	conn      *conn // the loop's; nil if it has ended
+	entryOnly bool  // it is to find the entry, not to connect
 }
 
-// dial tries once to begin the relay. It finds the entry for the name, and so the tenant, makes
-// room, and connects to the backend. Another thread does what may wait, what has no room is tried
-// again later, and what fails is refused. Hello is all that was read so far, behind headroom.
+// dial tries once to begin the relay. It finds the entry for the name, and so the tenant, and goes
+// on with [conn.dialEntry]. Another thread does what may wait, what has no room is tried again later,
+// and what fails is refused. Hello is all that was read so far, behind headroom.
 //
 // The goroutine may end in a look-up, and another one go on with the loop: then dial does not
 // return.
@@ -70,16 +71,25 @@ func (c *conn) dial(name, hello []byte) {
 			c.refuse(name, err)
 			return
 		}
+		if entry.Name == nil {
+			c.askEntry(name, hello)
+			return
+		}
 		t = s.Tenants.Of(entry)
 		shares.Hold(&c.tenant, t)
-		if entry.Name == nil {
-			entry.Name = r.name
-		}
 		if err != hostdir.NoRoom || !s.RoomForRelay(c, t, true) {
 			break
 		}
 		entry, err = l.find(r)
 	}
+	c.dialEntry(t, entry, err, name, hello)
+}
+
+// dialEntry goes on with the entry that serves the name, and the tenant whose it is: it makes room,
+// and connects to the backend. The error is nil, [hostdir.MayWait] or [hostdir.NoRoom].
+func (c *conn) dialEntry(t *shares.Tenant, entry hostdir.Entry, err error, name, hello []byte) {
+	l, s := c.loop, c.loop.engine.shares
+	r := l.runner.Load()
 	datagram := t.HasDatagram(entry.Name)
 	switch {
 	case t.Clogged():
@@ -216,6 +226,17 @@ func (c *conn) lookUp(t *shares.Tenant, entry, name, hello []byte) {
 	c.loop.engine.shares.Ask(&q.Query, q.deliver)
 }
 
+// askEntry has a thread find the entry for the name. All such look-ups are one tenant's, since
+// nobody knows better yet.
+func (c *conn) askEntry(name, hello []byte) {
+	s := c.loop.engine.shares
+	t := s.Tenants.Unknown(nil)
+	shares.Hold(&c.tenant, t)
+	q := c.ask(name, hello, t, string(name))
+	q.entryOnly = true
+	s.AskEntry(&q.Query, q.deliver)
+}
+
 // ask has a connection wait for another thread, which looks the name up.
 func (c *conn) ask(name, hello []byte, t *shares.Tenant, entry string) *query {
 	p := c.wait(lookingUp, name, hello)
@@ -243,9 +264,13 @@ func (l *loop) found(q *query) {
 	if q.Owner != nil {
 		shares.Hold(&c.tenant, q.Owner)
 	}
-	s.Settle(&q.Query, c)
 	line := p.line
-	c.dialled([]byte(q.Found), p.name, p.hello, q.Backend, q.Err)
+	if entry := []byte(q.Found); q.entryOnly && q.Err == nil {
+		c.dialEntry(q.Owner, hostdir.Entry{Name: entry}, hostdir.MayWait, p.name, p.hello)
+	} else {
+		s.Settle(&q.Query, c)
+		c.dialled(entry, p.name, p.hello, q.Backend, q.Err)
+	}
 	// It may have made room for the next one in its line.
 	if line == nil {
 		return

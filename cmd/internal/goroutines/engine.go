@@ -375,21 +375,17 @@ func mayPass(err error) bool {
 
 // tryDial tries once to do so. The key is of the line to wait in.
 func (c *conn) tryDial(ctx context.Context, name, hello []byte) (b hostdir.Backend, key shares.Key, err error) {
-	entry, _, err := c.engine.hosts.Find(name, false)
-	if err != nil && err != hostdir.MayWait {
+	entry, err := c.findEntry(ctx, name)
+	if err != nil {
 		return b, key, err
 	}
-	t := c.engine.shares.Tenants.Of(entry)
-	if entry.Name == nil {
-		entry.Name = name
-	}
-	shares.Hold(&c.tenant, t)
+	t := c.tenant
 	if t.Clogged() {
 		return b, key, report.ErrClogged
 	}
-	datagram := t.HasDatagram(entry.Name) // then it takes no room
+	datagram := t.HasDatagram([]byte(entry)) // then it takes no room
 	for short := false; datagram && !short || c.engine.shares.RoomForRelay(c, t, short); short = true {
-		if b, err = c.lookUp(ctx, t, string(entry.Name), name); err == hostdir.NoRoom {
+		if b, err = c.lookUp(ctx, t, entry, name); err == hostdir.NoRoom {
 			continue
 		}
 		switch {
@@ -399,9 +395,28 @@ func (c *conn) tryDial(ctx context.Context, name, hello []byte) (b hostdir.Backe
 		case err == nil && b.Datagram:
 			err = c.handOver(b, name, hello)
 		}
-		return b, t.EntryKey(entry.Name), err
+		return b, t.EntryKey([]byte(entry)), err
 	}
 	return b, t.Key, hostdir.NoRoom
+}
+
+// findEntry finds the entry that serves the name, and notes whose it is. A thread does so if somebody
+// may keep the hosts directory locked. All such look-ups are one tenant's, since nobody knows better
+// yet.
+func (c *conn) findEntry(ctx context.Context, name []byte) (string, error) {
+	s := c.engine.shares
+	entry, _, err := c.engine.hosts.Find(name, false)
+	switch err {
+	case nil:
+		shares.Hold(&c.tenant, s.Tenants.Of(entry))
+		return string(entry.Name), nil
+	case hostdir.MayWait:
+		shares.Hold(&c.tenant, s.Tenants.Unknown(nil))
+		q := &shares.Query{Task: shares.Task{Tenant: c.tenant, Entry: string(name)}, Name: name}
+		err = c.await(ctx, q, s.AskEntry)
+		return q.Found, err
+	}
+	return "", err
 }
 
 var errGone = errors.New("the client is gone, or was dropped")
@@ -459,22 +474,30 @@ func (c *conn) handOverFD(fd int, b hostdir.Backend, name, hello []byte) (sent b
 func (c *conn) lookUp(ctx context.Context, t *shares.Tenant, entry string, name []byte) (hostdir.Backend, error) {
 	s := c.engine.shares
 	q := &shares.Query{Task: shares.Task{Tenant: t, Entry: entry}, Name: name, Found: entry}
+	if err := c.await(ctx, q, s.Ask); err == report.ErrLookupTimeout {
+		return hostdir.Backend{}, err
+	}
+	s.Settle(q, c)
+	return q.Backend, q.Err
+}
+
+// await asks, and waits for the answer until the deadline.
+func (c *conn) await(ctx context.Context, q *shares.Query, ask func(q *shares.Query, done func())) error {
 	done := make(chan struct{})
-	s.Ask(q, func() { close(done) })
+	ask(q, func() { close(done) })
 	select {
 	case <-done:
 	case <-ctx.Done():
 		go func() {
 			<-done
-			s.Discard(q)
+			c.engine.shares.Discard(q)
 		}()
-		return hostdir.Backend{}, report.ErrLookupTimeout
+		return report.ErrLookupTimeout
 	}
 	if q.Owner != nil {
 		shares.Hold(&c.tenant, q.Owner)
 	}
-	s.Settle(q, c)
-	return q.Backend, q.Err
+	return q.Err
 }
 
 // refuse tells the client with an alert why it is not served, and sees to it that the alert

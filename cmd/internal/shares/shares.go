@@ -59,8 +59,24 @@ type Query struct {
 // Ask has a thread look the name up and connect to the backend, and then calls done. That is also
 // called when the query is given up.
 func (s *Shares) Ask(q *Query, done func()) {
+	s.ask(q, done, func(d *hostdir.Dialer) { s.Answer(q, d) })
+}
+
+// AskEntry is like Ask, but has the thread only find the entry and its owner, without a look at
+// where that leads: somebody may keep the hosts directory locked.
+func (s *Shares) AskEntry(q *Query, done func()) {
+	q.Backend.FD = -1
+	s.ask(q, done, func(*hostdir.Dialer) {
+		var entry hostdir.Entry
+		if entry, _, q.Err = s.Threads.hosts.Find(q.Name, true); q.Err == nil {
+			q.Owner, q.Found = s.Tenants.Of(entry), string(entry.Name)
+		}
+	})
+}
+
+func (s *Shares) ask(q *Query, done func(), answer func(*hostdir.Dialer)) {
 	q.Do = func(d *hostdir.Dialer) {
-		s.Answer(q, d)
+		answer(d)
 		done()
 	}
 	q.GiveUp = func() {
@@ -124,7 +140,7 @@ func (s *Shares) Settle(q *Query, by RoomMaker) {
 // Discard is for a query that nobody waits for any more.
 func (s *Shares) Discard(q *Query) {
 	switch {
-	case q.Err != nil:
+	case q.Err != nil, q.Backend.FD < 0:
 	case q.Backend.Datagram:
 		s.Sent(q.whose(), q.Backend.FD, false)
 	default:

@@ -89,19 +89,16 @@ func newTenants() *Tenants {
 	return &Tenants{all: map[Key]*Tenant{}, sweep: sweepLeast}
 }
 
-// Of returns the tenant of an entry, for use until it is released. All entries that are not known
-// yet are one tenant's.
+// Of returns the tenant of an entry, for use until it is released.
 func (s *Tenants) Of(e hostdir.Entry) *Tenant {
-	switch {
-	case e.Name == nil:
-		return s.Unknown(nil)
-	case e.Administrators:
+	if e.Administrators {
 		return s.get(0, e.Name)
 	}
 	return s.get(e.Owner, nil)
 }
 
-// Unknown returns a tenant for a name whose entry is not known, for use until it is released.
+// Unknown returns a tenant for a name whose entry is not known, or for all such names if it is nil,
+// for use until it is released.
 func (s *Tenants) Unknown(name []byte) *Tenant { return s.get(0, name) }
 
 func (s *Tenants) get(uid uint32, entry []byte) *Tenant {
