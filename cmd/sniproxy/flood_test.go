@@ -238,7 +238,8 @@ func TestFlood(t *testing.T) {
 }
 
 // Goal: a daemon that had no processor for a while comes back to more clients than it has
-// descriptors for. It serves the good ones among them, whose hellos are all there.
+// descriptors for. It serves the good ones among them, whose hellos are all there; the portable
+// engine serves most, since it may make room before the system lets a goroutine look for its hello.
 func TestFloodBacklog(t *testing.T) {
 	floods(t, func(t *testing.T, d *daemon, _ func()) {
 		count, stop := d.flood(nil)
@@ -253,11 +254,18 @@ func TestFloodBacklog(t *testing.T) {
 		good := d.crowd(20, snitest.Hello("a.example"))
 		more(300)
 		d.signal(syscall.SIGCONT)
+		dropped := 0
 		for _, c := range good {
-			if got, err := io.ReadAll(c); err != nil || string(got) != "this is a.example" {
+			switch got, err := io.ReadAll(c); {
+			case err != nil || len(got) > 0 && string(got) != "this is a.example":
 				t.Errorf("the answer is %q, error %v", got, err)
+			case len(got) == 0:
+				dropped++
 			}
 			c.Close()
+		}
+		if most := len(good) / 4; dropped > most || dropped > 0 && !isPortable(t) {
+			t.Errorf("%d of %d were dropped", dropped, len(good))
 		}
 		stop()
 	})

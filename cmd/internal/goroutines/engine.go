@@ -12,8 +12,10 @@
 // it what the backend has said, and wakes up the way from the client.
 //
 // It does not promise what only event loops can. An idle relay has the stacks of two goroutines.
-// Bulk is copied. Each look-up takes one of the threads of package shares, so while hanging file
-// systems have all of these, other hosts are refused too.
+// Bulk is copied. When there are more clients than descriptors all of a sudden, it may drop one
+// whose goroutine has not had the time yet to look for the hello. Each look-up takes one of the
+// threads of package shares, so while hanging file systems have all of these, other hosts are
+// refused too.
 package goroutines
 
 import (
@@ -400,9 +402,9 @@ func (c *conn) tryDial(ctx context.Context, name, hello []byte) (b hostdir.Backe
 	return b, t.Key, hostdir.NoRoom
 }
 
-// findEntry finds the entry that serves the name, and notes whose it is. A thread does so if somebody
-// may keep the hosts directory locked. All such look-ups are one tenant's, since nobody knows better
-// yet.
+// findEntry finds the entry that serves the name, and notes whose it is. A thread does so if
+// somebody may keep the hosts directory locked. All such look-ups are one tenant's, since nobody
+// knows better yet.
 func (c *conn) findEntry(ctx context.Context, name []byte) (string, error) {
 	s := c.engine.shares
 	entry, _, err := c.engine.hosts.Find(name, false)
