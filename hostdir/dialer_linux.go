@@ -65,7 +65,7 @@ func (d *Dialer) enter(wildcard, wait bool) error {
 	d.workdir.slow = wait || !d.hosts.local
 	d.workdir.slowEntry = d.workdir.slow || d.hosts.shared.Load()
 	d.found = Entry{Name: d.entry[:len(d.entry)-1], Owner: nobody, Foreign: true}
-	if is, err := d.isOpen(wildcard); is {
+	if is, err := d.isOpen(wildcard, wait); is {
 		return err
 	}
 	err := d.change(wildcard, wait)
@@ -74,7 +74,7 @@ func (d *Dialer) enter(wildcard, wait bool) error {
 	}
 	switch {
 	case err != NoRoom:
-	case !wait && d.hosts.shared.Load(): // to ask the kernel what it knows takes a descriptor
+	case d.hosts.asks(wait): // to ask the kernel what it knows takes a descriptor
 		d.found, err = unknown, MayWait
 	default: // the owner can be found all the same
 		if e, looked := d.hosts.find(d.entry, wildcard, false); looked == nil {
@@ -88,12 +88,21 @@ func (d *Dialer) enter(wildcard, wait bool) error {
 
 // isOpen reports whether the candidate is the directory that is kept open, and whether it counts.
 // No other directory can have the inode number of one that is open.
-func (d *Dialer) isOpen(wildcard bool) (bool, error) {
-	w := &d.workdir
+func (d *Dialer) isOpen(wildcard, wait bool) (bool, error) {
+	h, w := d.hosts, &d.workdir
 	if !bytes.Equal(d.entry, w.entry) {
 		return false, nil
 	}
-	st, errno := stat(d.hosts.fd, d.entry, w.slowEntry)
+	dir, entry := h.fd, d.entry
+	if h.asks(wait) {
+		fd, errno := h.openDirectory(d.entry, w.slowEntry, wait)
+		if errno != 0 {
+			return false, nil
+		}
+		defer closeRaw(fd)
+		dir, entry = fd, empty
+	}
+	st, errno := stat(dir, entry, w.slowEntry)
 	if errno != 0 || inodeOf(&st) != w.inode {
 		return false, nil
 	}
@@ -169,7 +178,7 @@ func (d *Dialer) chdir(fd uintptr) error {
 // that it waits for no other. See [Hosts.mayWait] for who may keep it waiting all the same.
 func (h *Hosts) openDirectory(entry []byte, slow, wait bool) (uintptr, unix.Errno) {
 	switch {
-	case h.cached && h.shared.Load() && !wait:
+	case h.asks(wait):
 		return openat2(h.fd, &entry[0], &ownCached, slow)
 	case h.cached:
 		return openat2(h.fd, &entry[0], &ownDirectory, slow)

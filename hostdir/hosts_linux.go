@@ -139,11 +139,15 @@ func (h *Hosts) askOwner() (uint32, error) {
 // then a look for a name that the kernel does not know waits.
 func mayLock(mode uint32) bool { return mode&0o022 != 0 }
 
+// asks reports whether to ask the kernel what it knows before a look for an entry, if that must not
+// wait: somebody who may change the hosts directory can keep it locked. Before Linux 5.12 the kernel
+// cannot tell.
+func (h *Hosts) asks(wait bool) bool { return !wait && h.shared.Load() && h.cached }
+
 // mayWait reports whether to look for an entry, whose name ends in a zero, may wait for as long as
-// somebody likes: he may change the hosts directory, and the kernel does not know whether the entry
-// exists. Before Linux 5.12 it cannot tell, and nobody asks.
+// somebody likes.
 func (h *Hosts) mayWait(entry []byte) bool {
-	if !h.shared.Load() || !h.cached {
+	if !h.asks(false) {
 		return false
 	}
 	fd, errno := openat2(h.fd, &entry[0], &cachedEntry, true)

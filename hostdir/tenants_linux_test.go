@@ -354,3 +354,34 @@ func TestFindUnknownEntry(t *testing.T) {
 		})
 	}
 }
+
+// Goal: nor does anybody look for an entry that was open the last time, and has another name since.
+func TestFindMovedEntry(t *testing.T) {
+	for _, w := range ways(t) {
+		t.Run(w.name, func(t *testing.T) {
+			chdir(t)
+			dir, err := os.Getwd()
+			must(t, err)
+			must(t, unix.Chmod(".", 0o1777))
+			listen(t, "moved", 1)
+			h := open(t)
+			if w.paths {
+				h.UsePaths()
+			}
+			withDialer(t, h, func(d *hostdir.Dialer) {
+				for range 2 {
+					if _, err := d.Find([]byte("moved"), false); err != nil {
+						t.Fatal(err)
+					}
+				}
+				must(t, os.Rename(filepath.Join(dir, dirName("moved")), filepath.Join(dir, dirName("elsewhere"))))
+				unlock := hostdirtest.LockDirectory(t, dir)
+				late := time.AfterFunc(hostdirtest.Patience/3, unlock)
+				if e, err := d.Find([]byte("moved"), false); e.Name != nil || problem(err) != mayWait || !late.Stop() {
+					t.Errorf("found %q, error %v, or it waited", e.Name, err)
+				}
+				unlock()
+			})
+		})
+	}
+}
