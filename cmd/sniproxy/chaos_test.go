@@ -62,6 +62,8 @@ func TestChaos(t *testing.T) {
 	t.Logf("the first seed is %d", seed)
 	bases, memory := [2]int{d.fds(), poor.fds()}, [2]int{}
 	for end := time.Now().Add(*chaosTime); ; seed += round {
+		// Where others may change the hosts directory, threads look for what the kernel does not know.
+		hostdirtest.Must(t, unix.Chmod(d.dir, []uint32{0o755, 0o1777}[seed/round%2]))
 		deaf := d.shortBacklog("deaf.example")
 		stops := []func(){ch.shuffleHosts()}
 		for _, act := range ch.actors {
