@@ -307,6 +307,28 @@ func TestStuckLocked(t *testing.T) {
 	}
 }
 
+// Goal: nor does the start wait for that. What it could not find out is said.
+func TestStuckLockedStart(t *testing.T) {
+	t.Parallel()
+	hosts := hostdirtest.Dir(t)
+	hostdirtest.Serve(t, hostDir(hosts, "good.example"), hostdirtest.Greet)
+	hostdirtest.Must(t, unix.Chmod(hosts, 0o1777))
+	unlock := hostdirtest.LockDirectory(t, hosts)
+	defer time.AfterFunc(hostdirtest.Patience, unlock).Stop() // a daemon that waits for it cannot end before
+	l := hostdirtest.ListenTCP(t, "tcp4", "127.0.0.1:0")
+	d := startOn(t, l, hosts)
+	l.Close()
+	hostdirtest.Must(t, d.greeted("good.example"))
+	for _, what := range []string{"find out whether there is an .accept-proxy in the hosts directory", "look at .ech in the hosts directory"} {
+		if line := d.err.Find("cannot " + what); !strings.HasSuffix(line, ": the hosts directory does not answer") {
+			t.Errorf("it says %q", line)
+		}
+	}
+	unlock()
+	hostdirtest.Touch(t, hostPath(t, hosts, "good.example", "log-connections"))
+	d.awaitLogging("good.example", true)
+}
+
 // Goal: a stop does not wait for stuck look-ups once their clients have got their alerts.
 func TestStuckStop(t *testing.T) {
 	t.Parallel()

@@ -107,21 +107,20 @@ func LockDirectory(t testing.TB, dir string) (unlock func()) {
 		unix.Close(fd)
 	})
 	t.Cleanup(unlock)
-	asleep := func(use func()) {
+	asleep := func(call int, use func()) {
 		id := make(chan int)
 		users.Go(func() {
 			runtime.LockOSThread()
 			id <- unix.Gettid()
 			use()
 		})
-		stat := fmt.Sprintf("/proc/self/task/%d/stat", <-id)
+		now := fmt.Sprintf("/proc/self/task/%d/syscall", <-id)
 		Await(t, "a thread to wait for "+dir, func() bool {
-			text, _ := os.ReadFile(stat)
-			_, state, _ := bytes.Cut(text, []byte(") "))
-			return bytes.HasPrefix(state, []byte("D")) || bytes.HasPrefix(state, []byte("S"))
+			text, _ := os.ReadFile(now)
+			return bytes.HasPrefix(text, fmt.Append(nil, call, " "))
 		})
 	}
-	asleep(func() { unix.Getdents(fd, memory) })
-	asleep(func() { unix.Rmdir(dir + "/absent") })
+	asleep(unix.SYS_GETDENTS64, func() { unix.Getdents(fd, memory) })
+	asleep(unix.SYS_UNLINKAT, func() { unix.Unlinkat(unix.AT_FDCWD, dir+"/absent", unix.AT_REMOVEDIR) })
 	return unlock
 }

@@ -15,20 +15,28 @@ type AcceptProxy struct {
 	asker
 	hosts   *hostdir.Hosts
 	ignored string // why a marker does not count, as it was said last
+	err     error  // of the last try to find out
 }
 
 // acceptProxyPeriod is less than a second, since a tick may be late.
 const acceptProxyPeriod = 900 * time.Millisecond
 
-// NewAcceptProxy returns an AcceptProxy, once it has the first answer.
+// NewAcceptProxy returns an AcceptProxy, once it has the first answer, if that does not take too
+// long.
 func NewAcceptProxy(hosts *hostdir.Hosts) *AcceptProxy {
 	a := &AcceptProxy{hosts: hosts}
-	yes, err := a.find()
-	if err != nil {
+	first := make(chan error, 1)
+	a.start(a.find, func() {
+		select {
+		case first <- a.err:
+		default:
+		}
+		a.busy.Store(false)
+	})
+	a.ask()
+	if err := atStart(first); err != nil {
 		logline.Err("cannot find out whether there is an .accept-proxy in the hosts directory, so PROXY protocol headers are refused until it can be found out: %v", err)
 	}
-	a.yes.Store(yes)
-	a.start(a.find, func() { a.busy.Store(false) })
 	go func() {
 		for range time.Tick(acceptProxyPeriod) {
 			a.ask()
@@ -46,6 +54,7 @@ var ignoredMarkers = logline.NewLimiter(10*time.Second, 5)
 // can make such a marker over and over, so the lines are limited.
 func (a *AcceptProxy) find() (bool, error) {
 	yes, ignored, err := a.hosts.AcceptProxy()
+	a.err = err
 	if err != nil || ignored == a.ignored {
 		return yes, err
 	}

@@ -1,6 +1,12 @@
 package report
 
-import "sync/atomic"
+import (
+	"errors"
+	"sync/atomic"
+	"time"
+
+	"sniproxy/cmd/internal/limits"
+)
 
 // An asker asks a question about the hosts directory, and knows the last answer. Looking there may
 // take any time, so a goroutine does it, which has no connections to serve, and nobody waits for
@@ -29,5 +35,16 @@ func (a *asker) start(ask func() (bool, error), answered func()) {
 func (a *asker) ask() {
 	if !a.busy.Swap(true) {
 		a.look <- struct{}{}
+	}
+}
+
+// atStart waits for the first answer about the hosts directory, and returns its error. Whoever keeps
+// the directory locked must not keep the program from starting.
+func atStart(first <-chan error) error {
+	select {
+	case err := <-first:
+		return err
+	case <-time.After(limits.TaskPatience):
+		return errors.New("the hosts directory does not answer")
 	}
 }

@@ -34,17 +34,24 @@ type keyFile struct {
 	bad     string   // why it is not good now
 }
 
-// NewKeys returns Keys, once it has looked at the directory.
+// NewKeys returns Keys, once it has looked at the directory, if that does not take too long.
 func NewKeys(hosts *hostdir.Hosts) *Keys {
 	k := &Keys{hosts: hosts}
-	k.look()
+	first := make(chan error, 1)
 	go func() {
+		k.look()
+		first <- nil
 		for range time.Tick(acceptProxyPeriod) {
 			k.look()
 		}
 	}()
+	if err := atStart(first); err != nil {
+		logline.Err(keysUnknown, err)
+	}
 	return k
 }
+
+const keysUnknown = "cannot look at .ech in the hosts directory, so its keys stay as they were: %v"
 
 // Get returns the keys for a hello that comes now, none if Encrypted Client Hellos pass unchanged.
 func (k *Keys) Get() []*ech.Key {
@@ -60,7 +67,7 @@ func (k *Keys) look() {
 	if err != nil {
 		if text := err.Error(); text != k.failed {
 			k.failed = text
-			logline.Err("cannot look at .ech in the hosts directory, so its keys stay as they were: %v", err)
+			logline.Err(keysUnknown, err)
 		}
 		return
 	}
