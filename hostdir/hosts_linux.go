@@ -140,8 +140,8 @@ func (h *Hosts) askOwner() (uint32, error) {
 func mayLock(mode uint32) bool { return mode&0o022 != 0 }
 
 // asks reports whether to ask the kernel what it knows before a look for an entry, if that must not
-// wait: somebody who may change the hosts directory can keep it locked. Before Linux 5.12 the kernel
-// cannot tell.
+// wait: somebody who may change the hosts directory can keep it locked. Before Linux 5.12 the
+// kernel cannot tell.
 func (h *Hosts) asks(wait bool) bool { return !wait && h.shared.Load() && h.cached }
 
 // mayWait reports whether to look for an entry, whose name ends in a zero, may wait for as long as

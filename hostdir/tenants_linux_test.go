@@ -320,8 +320,8 @@ func testMarkerMounted(t *testing.T, marker string, ask func(*hostdir.Hosts) (ig
 }
 
 // Goal: where others than the owner may change the hosts directory, and so keep it locked, nobody
-// looks for an entry that the kernel does not know without the time to wait. Nobody is told who owns
-// it, either.
+// looks for an entry that the kernel does not know without the time to wait. Nobody is told who
+// owns it, either.
 func TestFindUnknownEntry(t *testing.T) {
 	for _, w := range ways(t) {
 		t.Run(w.name, func(t *testing.T) {

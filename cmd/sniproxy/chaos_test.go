@@ -62,7 +62,8 @@ func TestChaos(t *testing.T) {
 	t.Logf("the first seed is %d", seed)
 	bases, memory := [2]int{d.fds(), poor.fds()}, [2]int{}
 	for end := time.Now().Add(*chaosTime); ; seed += round {
-		// Where others may change the hosts directory, threads look for what the kernel does not know.
+		// Where others may change the hosts directory, threads look for what the kernel does not
+		// know.
 		hostdirtest.Must(t, unix.Chmod(d.dir, []uint32{0o755, 0o1777}[seed/round%2]))
 		deaf := d.shortBacklog("deaf.example")
 		stops := []func(){ch.shuffleHosts()}
@@ -693,8 +694,8 @@ func (v *conversation) verdict(c, b *chaosReport) string {
 	return ""
 }
 
-// starved tells whether a client may have got an alert since there was no processor for so long: its
-// hello was late, or its look-up, which waited for others, was given up.
+// starved tells whether a client may have got an alert since there was no processor for so long:
+// its hello was late, or its look-up, which waited for others, was given up.
 func starved(alert int, took time.Duration) bool {
 	return alert == int(sni.UserCanceled) && took >= limits.Hello || alert == int(sni.InternalError) && took >= limits.TaskPatience
 }

@@ -112,8 +112,8 @@ func (d *daemon) awaitCounters(want counted) {
 	})
 }
 
-// awaitCounted waits for the counters to be as ok wants them, and returns them. They are not counted
-// at one moment.
+// awaitCounted waits for the counters to be as ok wants them, and returns them. They are not
+// counted at one moment.
 func (d *daemon) awaitCounted(what string, ok func(counted) bool) (got counted) {
 	d.t.Helper()
 	if !hostdirtest.AwaitFor(hostdirtest.Patience, func() bool {

@@ -148,8 +148,8 @@ func TestInjectListener(t *testing.T) {
 	}
 }
 
-// Goal: a backend may reset its connection just while the daemon writes to it. What the backend said
-// before arrives, and then a reset.
+// Goal: a backend may reset its connection just while the daemon writes to it. What the backend
+// said before arrives, and then a reset.
 func TestInjectReset(t *testing.T) {
 	if isPortable(t) {
 		t.Skip("Go's poller ends the program if its own write fails")

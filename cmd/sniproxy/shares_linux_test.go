@@ -89,8 +89,8 @@ func (h *house) fill(names ...string) (clients []*net.TCPConn) {
 	return clients
 }
 
-// fillUp is fill with one client after the other, until there is no room, and nobody waits. So nobody
-// else takes what is made.
+// fillUp is fill with one client after the other, until there is no room, and nobody waits. So
+// nobody else takes what is made.
 func (h *house) fillUp(name string) {
 	h.t.Helper()
 	for waits := false; !waits; {

@@ -53,8 +53,8 @@ type query struct {
 }
 
 // dial tries once to begin the relay. It finds the entry for the name, and so the tenant, and goes
-// on with [conn.dialEntry]. Another thread does what may wait, what has no room is tried again later,
-// and what fails is refused. Hello is all that was read so far, behind headroom.
+// on with [conn.dialEntry]. Another thread does what may wait, what has no room is tried again
+// later, and what fails is refused. Hello is all that was read so far, behind headroom.
 //
 // The goroutine may end in a look-up, and another one go on with the loop: then dial does not
 // return.

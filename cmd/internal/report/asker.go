@@ -38,8 +38,8 @@ func (a *asker) ask() {
 	}
 }
 
-// atStart waits for the first answer about the hosts directory, and returns its error. Whoever keeps
-// the directory locked must not keep the program from starting.
+// atStart waits for the first answer about the hosts directory, and returns its error. Whoever
+// keeps the directory locked must not keep the program from starting.
 func atStart(first <-chan error) error {
 	select {
 	case err := <-first:
