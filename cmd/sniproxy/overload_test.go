@@ -93,10 +93,18 @@ func (d *daemon) crowd(n int, b []byte) (clients []*net.TCPConn) {
 }
 
 // awaitFull waits until a daemon that has limitFiles(64), and a crowd of clients, has used up
-// its descriptors but for those that are free for a moment after it has made room.
-func (d *daemon) awaitFull() {
+// its descriptors but for those that are free for a moment after it has made room. It returns the
+// clients that come meanwhile: Go may close pipes that it has kept, and then there is room again.
+func (d *daemon) awaitFull() (more []*net.TCPConn) {
 	d.t.Helper()
-	hostdirtest.Await(d.t, "the daemon to run out of descriptors", func() bool { return d.allFds() >= 50 })
+	hostdirtest.Await(d.t, "the daemon to run out of descriptors", func() bool {
+		if d.allFds() >= 50 {
+			return true
+		}
+		more = append(more, d.crowd(1, nil)...)
+		return false
+	})
+	return more
 }
 
 // exhaust makes a daemon that has limitFiles(64) run out of descriptors, then lets it have
@@ -108,8 +116,7 @@ func (d *daemon) exhaust() {
 	d.serve(name, func(c *net.UnixConn) { io.Copy(io.Discard, c) })
 	base := d.fds()
 	clients := d.crowd(100, snitest.Hello(name))
-	d.awaitFull()
-	for _, c := range clients {
+	for _, c := range append(clients, d.awaitFull()...) {
 		c.Close()
 	}
 	d.awaitFds(base)
@@ -149,7 +156,7 @@ func TestOverloadDescriptors(t *testing.T) {
 		}
 	}
 	clients := d.crowd(300, snitest.Hello("echo.example"))
-	d.awaitFull()
+	clients = append(clients, d.awaitFull()...)
 	expectRelays()
 	d.expectRest()
 	expectRelays()
@@ -194,7 +201,7 @@ func TestOverloadSilentClients(t *testing.T) {
 	var silent []*net.TCPConn
 	for _, b := range [][]byte{nil, h[:1], h[:cut]} {
 		silent = append(silent, d.crowd(100, b)...)
-		d.awaitFull()
+		silent = append(d.awaitFull(), silent...)
 		for range 30 {
 			hostdirtest.Must(t, d.greeted("a.example"))
 		}

@@ -766,7 +766,7 @@ func loadEnds(t *testing.T, d *daemon) {
 // loadDescriptors has more clients than there are descriptors for.
 func loadDescriptors(t *testing.T, d *daemon) {
 	silent := d.crowd(100, nil)
-	d.awaitFull()
+	silent = append(silent, d.awaitFull()...)
 	for range 10 {
 		if err := d.greeted("greet.example"); err != nil {
 			t.Error(err)

@@ -245,7 +245,7 @@ func TestStopWithoutDescriptors(t *testing.T) {
 	d := start(t, limitFiles(64))
 	d.serve("hold.example", func(c *net.UnixConn) { io.Copy(io.Discard, c) })
 	clients := d.crowd(100, snitest.Hello("hold.example"))
-	d.awaitFull()
+	clients = append(clients, d.awaitFull()...)
 	d.signal(syscall.SIGHUP)
 	d.out.Await(t, "shutting down")
 	for _, c := range clients {
