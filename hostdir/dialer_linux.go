@@ -94,7 +94,7 @@ func (d *Dialer) isOpen(wildcard, wait bool) (bool, error) {
 		return false, nil
 	}
 	dir, entry := h.fd, d.entry
-	if h.asks(wait) {
+	if h.asks(wait) { // by now it may have another name, and a look for this one wait
 		fd, errno := h.openDirectory(d.entry, w.slowEntry, wait)
 		if errno != 0 {
 			return false, nil
@@ -175,7 +175,7 @@ func (d *Dialer) chdir(fd uintptr) error {
 }
 
 // openDirectory opens an entry that is a directory on the file system of the hosts directory, so
-// that it waits for no other. See [Hosts.mayWait] for who may keep it waiting all the same.
+// that it waits for no other. See [Hosts.asks] for who may keep it waiting all the same.
 func (h *Hosts) openDirectory(entry []byte, slow, wait bool) (uintptr, unix.Errno) {
 	switch {
 	case h.asks(wait):

@@ -283,7 +283,9 @@ func (o *options) check(e eyes, stdout io.Writer, complain func(string, ...any))
 }
 
 // askLogAll asks whether the connections of all hosts are logged. That may wait for a file system.
-func askLogAll(hosts *hostdir.Hosts) (all bool, err error) {
+func askLogAll(hosts *hostdir.Hosts) (bool, error) {
+	var all bool
+	var err error
 	done := make(chan struct{})
 	go func() {
 		all, err = hosts.LogAll()

@@ -320,7 +320,7 @@ func TestStuckLockedStart(t *testing.T) {
 	l.Close()
 	hostdirtest.Must(t, d.greeted("good.example"))
 	for _, what := range []string{"find out whether there is an .accept-proxy in the hosts directory", "look at .ech in the hosts directory"} {
-		if line := d.err.Find("cannot " + what); !strings.HasSuffix(line, ": the hosts directory does not answer") {
+		if line := d.err.Await(t, "cannot "+what); !strings.HasSuffix(line, ": the hosts directory does not answer") {
 			t.Errorf("it says %q", line)
 		}
 	}

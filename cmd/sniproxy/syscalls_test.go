@@ -260,7 +260,7 @@ func checkCalls(t *testing.T, table map[string]bound, first, answer []byte, prep
 		}
 		if n < least || n > most {
 			t.Errorf("%d calls of %s in %d connections, want %d to %d", n, name, conns, least, most)
-			if n < conns {
+			if n < conns { // whose they are is not to be seen from their number
 				for line := range bytes.Lines(text) {
 					if bytes.Contains(line, []byte(" "+name+"(")) {
 						t.Logf("%s", line)

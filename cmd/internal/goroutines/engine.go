@@ -415,8 +415,9 @@ func (c *conn) findEntry(ctx context.Context, name []byte) (string, error) {
 	case hostdir.MayWait:
 		shares.Hold(&c.tenant, s.Tenants.Unknown(nil))
 		q := &shares.Query{Task: shares.Task{Tenant: c.tenant, Entry: string(name)}, Name: name}
-		err = c.await(ctx, q, s.AskEntry)
-		return q.Found, err
+		if err = c.await(ctx, q, s.AskEntry); err == nil { // otherwise the thread may still have q
+			return q.Found, nil
+		}
 	}
 	return "", err
 }

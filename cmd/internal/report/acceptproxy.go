@@ -1,6 +1,7 @@
 package report
 
 import (
+	"sync"
 	"time"
 
 	"sniproxy/cmd/internal/logline"
@@ -26,11 +27,9 @@ const acceptProxyPeriod = 900 * time.Millisecond
 func NewAcceptProxy(hosts *hostdir.Hosts) *AcceptProxy {
 	a := &AcceptProxy{hosts: hosts}
 	first := make(chan error, 1)
+	say := sync.OnceFunc(func() { first <- a.err })
 	a.start(a.find, func() {
-		select {
-		case first <- a.err:
-		default:
-		}
+		say()
 		a.busy.Store(false)
 	})
 	a.ask()
